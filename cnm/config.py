@@ -1,0 +1,195 @@
+"""Configuration: the published JSON files unchanged, every field typed, unknown fields refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cnm.errors import InputError
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class DatasetConfig(_Section):
+    """Where the data is and how it is cut. Paths are relative to the working directory, as published.
+
+    ``synthetic`` needs no path: the videos are generated (``cnm.data.synthetic``) from ``seed``.
+    """
+
+    dataset: Literal["CharadesSTA", "ActivityNet", "synthetic"]
+    feature_path: str | None = None
+    vocab_path: str | None = None
+    train_data: str | None = None
+    val_data: str | None = None
+    test_data: str | None = None
+    vocab_size: Count  # words kept, most frequent first; the padding id 0 comes on top
+    word_dim: Count
+    frame_dim: Count
+    max_num_words: Count
+    max_num_frames: Annotated[int, Field(ge=4)]  # clips per video, T; the reconstructor sees T // 4
+    cache_path: str | None = None  # default: the user's cache folder
+    seed: Seed = 8  # synthetic only
+    num_videos: Count = 600  # synthetic only: training videos; each of val and test has a quarter as many
+
+    @model_validator(mode="after")
+    def _files_given(self) -> DatasetConfig:
+        if self.dataset != "synthetic":
+            for name in ("feature_path", "vocab_path", "train_data", "test_data"):
+                if not getattr(self, name):
+                    raise ValueError(f"{name} is needed for dataset {self.dataset}")
+        return self
+
+
+class OptimizerConfig(_Section):
+    """Adam with linear warm-up from ``warmup_init_lr`` and inverse square root decay."""
+
+    lr: Positive
+    weight_decay: NonNegative = 0.0
+    warmup_updates: Count
+    warmup_init_lr: NonNegative
+
+
+class TrainConfig(_Section):
+    """``generator`` trains ``fc_mask_gen``, ``reconstructor`` everything else."""
+
+    generator: OptimizerConfig
+    reconstructor: OptimizerConfig
+    batch_size: Count
+    max_num_epochs: Count
+    model_saved_path: str
+    seed: Seed = 8
+
+
+class TransformerConfig(_Section):
+    """Sizes of the two decoders (published ``DualTransformer``)."""
+
+    d_model: Count
+    num_heads: Count
+    num_decoder_layers1: Count
+    num_decoder_layers2: Count
+    dropout: Probability = 0.0
+
+
+class NetworkConfig(_Section):
+    """Sizes of the network. The last four follow from the dataset section; published checkpoints carry them here."""
+
+    hidden_size: Count
+    use_negative: Literal[True] = True
+    alpha: Positive
+    max_width: Positive = 1.0
+    dropout: Probability
+    DualTransformer: TransformerConfig
+    max_num_words: Count | None = None
+    frames_input_size: Count | None = None
+    words_input_size: Count | None = None
+    vocab_size: Count | None = None  # padding id 0 included
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> NetworkConfig:
+        transformer = self.DualTransformer
+        if transformer.d_model != self.hidden_size:
+            raise ValueError(f"hidden_size {self.hidden_size} must equal DualTransformer.d_model {transformer.d_model}")
+        if transformer.d_model % transformer.num_heads:
+            raise ValueError(
+                f"DualTransformer.d_model {transformer.d_model} must be divisible by num_heads {transformer.num_heads}"
+            )
+        if self.hidden_size < 4 or self.hidden_size % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} must be even and at least 4 (sinusoidal positions)")
+        return self
+
+
+class ModelConfig(_Section):
+    name: Literal["CNM"]
+    config: NetworkConfig
+
+
+class LossConfig(_Section):
+    beta_1: NonNegative = 0.1
+    beta_2: NonNegative = 0.15
+
+
+class CNMConfig(_Section):
+    """One experiment: dataset, training, model and loss, in the published JSON layout."""
+
+    dataset: DatasetConfig
+    train: TrainConfig
+    model: ModelConfig
+    loss: LossConfig = LossConfig()
+
+    @model_validator(mode="after")
+    def _fill_sizes(self) -> CNMConfig:
+        """The network's input sizes follow from the dataset section; where both are given they must agree."""
+        network, dataset = self.model.config, self.dataset
+        derived = {
+            "max_num_words": dataset.max_num_words,
+            "frames_input_size": dataset.frame_dim,
+            "words_input_size": dataset.word_dim,
+        }
+        for name, size in derived.items():
+            given = getattr(network, name)
+            if given is None:
+                setattr(network, name, size)
+            elif given != size:
+                raise ValueError(f"model.config.{name} is {given} but the dataset section says {size}")
+        if network.vocab_size is None:
+            network.vocab_size = dataset.vocab_size + 1
+        return self
+
+    @classmethod
+    def from_json(cls, source: str | Path | dict[str, Any]) -> CNMConfig:
+        """Reads a published configuration file (or its parsed content).
+
+        Raises:
+            InputError: the file is missing or no JSON, or a field is unknown, missing, ill-typed or out of range;
+                the message names the file and every such field.
+        """
+        name = "config" if isinstance(source, dict) else str(source)
+        content = source if isinstance(source, dict) else read_json(source)
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise InputError(f"{name}: {'; '.join(_describe(item) for item in error.errors())}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published layout, as plain JSON values; ``from_json`` takes it back."""
+        return self.model_dump(exclude_none=True)
+
+
+def read_json(path: str | Path) -> Any:
+    """Parses a JSON file.
+
+    Raises:
+        InputError: the file cannot be read or is no JSON; the message names it and the place.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is no text in UTF-8, so no JSON; check the path") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {error.lineno} column {error.colno} is no JSON ({error.msg})") from None
+
+
+def _describe(item: Any) -> str:
+    """One pydantic error as words: the field's dotted name, what was found, what is wanted."""
+    field = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown field {field}; remove it or correct its name"
+    if item["type"] == "missing":
+        return f"field {field} is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{field}: {message}" if field else message
+    return f"{field}: {message}, got {item['input']!r}"

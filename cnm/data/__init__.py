@@ -1,0 +1,1 @@
+"""Datasets: three sources (synthetic, CharadesSTA, ActivityNet) behind one interface."""

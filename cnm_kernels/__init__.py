@@ -1,0 +1,33 @@
+"""Fused kernels for weakly supervised video moment localization, behind one API.
+
+Each op runs on the best backend the machine offers and can be checked against a plain PyTorch reference
+(``cnm_kernels.torch_backend``); ``python -m cnm_kernels`` prints what runs where.
+"""
+
+from cnm_kernels import registry
+from cnm_kernels.ops import (
+    contrastive_reconstruction_loss,
+    dropout,
+    dropout_add_layer_norm,
+    gaussian_attention,
+    gaussian_mask,
+    intra_video_contrastive_loss,
+    linear_nll,
+    weighted_attention,
+)
+from cnm_kernels.registry import BackendUnavailable, use_backend
+
+__all__ = [
+    "BackendUnavailable",
+    "contrastive_reconstruction_loss",
+    "dropout",
+    "dropout_add_layer_norm",
+    "gaussian_attention",
+    "gaussian_mask",
+    "intra_video_contrastive_loss",
+    "linear_nll",
+    "use_backend",
+    "weighted_attention",
+]
+
+registry.load()

@@ -1,0 +1,341 @@
+"""The public ops: what each computes, what it takes, what it refuses.
+
+Every function checks its arguments, applies the autocast rule, and hands over to the backend that ``registry`` picks.
+Shapes: B batch, H heads, Lq/Lk query/key positions, d head dim, M rows of L tokens, D model width, V vocabulary.
+All ops take float32, bfloat16, float16 (and float64 where the torch backend runs), accumulate in float32 or wider, are
+deterministic bit for bit, and are differentiable once. They raise ``TypeError`` for a wrong dtype and ``ValueError`` for
+a wrong shape, device or number; each message names the argument, what was given and what is expected.
+
+Under autocast, attention and ``linear_nll`` cast their matrix operands to the autocast dtype; the other ops run in the
+dtype they are given. Losses come back in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnm_kernels import registry
+from cnm_kernels.checks import Arguments
+from cnm_kernels.constants import BETA_1, BETA_2, LABEL_SMOOTHING, LAYER_NORM_EPS, MIN_WIDTH
+
+
+def _run(op: str, tensor: Tensor, *arguments: Any) -> Any:
+    """Calls the backend's function, outside autocast: the ops fix their own precision."""
+    function = registry.implementation(op, tensor)
+    if torch.is_autocast_enabled(tensor.device.type):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(*arguments)
+    return function(*arguments)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Matrix operands in the autocast dtype where autocast is on; float64 is left alone, as PyTorch leaves it."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def gaussian_mask(
+    center: Tensor,
+    width: Tensor,
+    length: int,
+    *,
+    alpha: float,
+    min_width: float = MIN_WIDTH,
+    complement: bool = False,
+) -> Tensor:
+    """A Gaussian over time, sampled at ``length`` equally spaced points of the video.
+
+    g_j = exp(-alpha (x_j - center)^2 / max(width, min_width)^2), x = linspace(0, 1, length) (a length of 1 gives x = 0).
+    The gradient to ``width`` is 0 below ``min_width`` and passes at equality, as ``torch.clamp`` does.
+    Source: CNM eq. 3 (published ``generate_gauss_weight``).
+
+    Args:
+        center: [...], fraction of the video; may lie outside [0, 1].
+        width: [...], fraction of the video.
+        length: number of points, >= 0.
+        alpha: sharpness (published: 5.5 Charades-STA, 5 ActivityNet).
+        min_width: widths below are clamped to it, > 0.
+        complement: give 1 - g, the easy negative's weight.
+
+    Returns:
+        [..., length] in the dtype of ``center``.
+    """
+    check = Arguments("gaussian_mask")
+    check.floating("center", center, "...")
+    check.floating("width", width, "...")
+    check.number("length", length, 0, 1 << 31)
+    _check_gaussian(check, alpha, min_width)
+    return _run("gaussian_mask", center, center, width, length, alpha, min_width, complement)
+
+
+def weighted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_weight: Tensor | None = None,
+    *,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention whose probabilities are reweighted per key and renormalised.
+
+    p_ij = softmax_j(scale q_i . k_j) over the allowed keys; P_ij = p_ij (m_j + 1e-10) / sum_k p_ik (m_k + 1e-10);
+    out = P v. It equals softmax(s + log(m + 1e-10)); a row of zero weights is plain softmax. A query that may see no key
+    (``key_lengths`` 0) gets zeros and passes no gradient. Differentiable in query, key, value and key_weight.
+    Source: published ``MultiheadAttention`` with ``gauss_weight``.
+
+    Args:
+        query: [B, H, Lq, d].
+        key, value: [B, H, Lk, d], the query's dtype.
+        key_weight: m, [B, Lk], >= 0, the query's dtype or float32; None weighs all keys alike.
+        causal: query i sees keys 0 to i.
+        key_lengths: [B] int64; keys from there on are padding. None: all keys are real.
+        scale: default d ** -0.5.
+        return_weights: also return P averaged over the heads.
+
+    Returns:
+        out [B, H, Lq, d]; with ``return_weights`` the pair (out, weights [B, Lq, Lk]).
+    """
+    check = Arguments("weighted_attention")
+    query, key, value = _check_attention(check, query, key, value, key_lengths)
+    if key_weight is not None:
+        check.floating("key_weight", key_weight, "B Lk", own_dtype=True)
+    scale = query.size(-1) ** -0.5 if scale is None else float(scale)
+    arguments = (query, key, value, key_weight, causal, key_lengths, scale, return_weights)
+    out, weights = _run("weighted_attention", query, *arguments)
+    return (out, weights) if return_weights else out
+
+
+def gaussian_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Tensor,
+    width: Tensor,
+    *,
+    alpha: float,
+    min_width: float = MIN_WIDTH,
+    complement: bool = False,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``weighted_attention`` whose key weight is ``gaussian_mask(center, width, Lk)``, without the mask in memory.
+
+    Differentiable in query, key, value, center and width. Source: CNM eq. 5.
+
+    Args:
+        query: [B, H, Lq, d].
+        key, value: [B, H, Lk, d], the query's dtype.
+        center, width: [B], fraction of the video, the query's dtype or float32.
+        alpha, min_width, complement: as in ``gaussian_mask``.
+        causal, key_lengths, scale, return_weights: as in ``weighted_attention``.
+
+    Returns:
+        out [B, H, Lq, d]; with ``return_weights`` the pair (out, weights [B, Lq, Lk]).
+    """
+    check = Arguments("gaussian_attention")
+    query, key, value = _check_attention(check, query, key, value, key_lengths)
+    check.floating("center", center, "B", own_dtype=True)
+    check.floating("width", width, "B", own_dtype=True)
+    _check_gaussian(check, alpha, min_width)
+    scale = query.size(-1) ** -0.5 if scale is None else float(scale)
+    gaussian = (center, width, alpha, min_width, complement)
+    arguments = (query, key, value, *gaussian, causal, key_lengths, scale, return_weights)
+    out, weights = _run("gaussian_attention", query, *arguments)
+    return (out, weights) if return_weights else out
+
+
+def linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    valid_lengths: Tensor,
+    *,
+    label_smoothing: float = LABEL_SMOOTHING,
+    return_accuracy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Label-smoothed negative log likelihood of a linear layer over the vocabulary, averaged per row.
+
+    Per token (1-e)(lse - z_y) + e (lse - mean_v z_v) with z = hidden W^T + b; averaged over the first
+    ``valid_lengths[m]`` tokens of row m (a length beyond L counts as L; a row of length 0 has nll 0 and no gradient).
+    Differentiable in hidden, weight and bias. Source: published ``cal_nll_loss`` on ``fc_rec``.
+
+    Args:
+        hidden: [M, L, D].
+        weight: [V, D], bias: [V], the dtype of ``hidden``.
+        target: [M, L] int64 in [0, V); not read beyond the row's length.
+        valid_lengths: [M] int64.
+        label_smoothing: e, in [0, 1].
+        return_accuracy: also return the share of valid tokens whose most likely word is the target.
+
+    Returns:
+        nll [M], float32 (float64 for float64); with ``return_accuracy`` the pair (nll, accuracy [M]).
+    """
+    check = Arguments("linear_nll")
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    check.floating("hidden", hidden, "M L D")
+    _check_vocabulary(check, weight, bias, label_smoothing)
+    check.integer("target", target, "M L")
+    check.integer("valid_lengths", valid_lengths, "M")
+    arguments = (hidden, weight, bias, target, valid_lengths, label_smoothing, return_accuracy)
+    nll, accuracy = _run("linear_nll", hidden, *arguments)
+    return (nll, accuracy) if return_accuracy else nll
+
+
+def intra_video_contrastive_loss(
+    positive: Tensor, hard: Tensor, easy: Tensor, *, beta_1: float = BETA_1, beta_2: float = BETA_2
+) -> Tensor:
+    """mean relu(positive - hard + beta_1) + mean relu(positive - easy + beta_2); the gradient at a kink is one half.
+
+    Source: CNM eq. 11 (published ``ivc_loss``).
+
+    Args:
+        positive, hard, easy: nll of the three branches, [B] each.
+        beta_1, beta_2: margins to the hard and the easy negative.
+
+    Returns:
+        Scalar, float32 (float64 for float64).
+    """
+    check = Arguments("intra_video_contrastive_loss")
+    check.floating("positive", positive, "B")
+    check.floating("hard", hard, "B")
+    check.floating("easy", easy, "B")
+    return _run("intra_video_contrastive_loss", positive, positive, hard, easy, beta_1, beta_2)
+
+
+def contrastive_reconstruction_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    valid_lengths: Tensor,
+    *,
+    label_smoothing: float = LABEL_SMOOTHING,
+    beta_1: float = BETA_1,
+    beta_2: float = BETA_2,
+) -> tuple[Tensor, Tensor]:
+    """``linear_nll`` of the three branches and ``intra_video_contrastive_loss`` of the result, in one call.
+
+    Args:
+        hidden: [3, B, L, D]: positive, hard negative, easy negative.
+        weight: [V, D], bias: [V], the dtype of ``hidden``.
+        target: [B, L] int64, valid_lengths: [B] int64, shared by the branches; as in ``linear_nll``.
+        label_smoothing, beta_1, beta_2: as in the two ops.
+
+    Returns:
+        (loss [], nll [3, B]), float32 (float64 for float64); both differentiable in hidden, weight and bias.
+    """
+    check = Arguments("contrastive_reconstruction_loss")
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    check.floating("hidden", hidden, "3 B L D")
+    _check_vocabulary(check, weight, bias, label_smoothing)
+    check.integer("target", target, "B L")
+    check.integer("valid_lengths", valid_lengths, "B")
+    arguments = (hidden, weight, bias, target, valid_lengths, label_smoothing, beta_1, beta_2)
+    return _run("contrastive_reconstruction_loss", hidden, *arguments)
+
+
+def dropout(x: Tensor, p: float, *, seed: int | Tensor, offset: int = 0) -> Tensor:
+    """Dropout whose mask depends on (seed, offset, element index) alone: the same on every backend and device.
+
+    Each element is dropped with probability p (to the nearest 1/65,536), the rest scaled to keep the expectation.
+    The mask is drawn from Philox4x32-10; ``torch_backend.keep_mask`` states which bits decide which element.
+
+    Args:
+        x: any shape; elements count in row-major order whatever the strides.
+        p: in [0, 1]; 0 returns x.
+        seed: an int, or an int64 tensor of one element on x's device (which a CUDA graph can replay with new values).
+        offset: which draw of this seed; use another for every dropout of a step.
+
+    Returns:
+        The shape and dtype of x.
+    """
+    check = Arguments("dropout")
+    check.floating("x", x, "...")
+    check.number("p", p, 0, 1)
+    return _run("dropout", x, x, p, _seed(check, seed, x), offset)
+
+
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    p: float,
+    *,
+    seed: int | Tensor,
+    offset: int = 0,
+    eps: float = LAYER_NORM_EPS,
+) -> Tensor:
+    """LayerNorm(residual + dropout(x)) over the last dimension, the end of every transformer sublayer.
+
+    Differentiable in x, residual, weight and bias.
+
+    Args:
+        x, residual: [..., D], one dtype. Where they differ, as under autocast, both run in the wider one.
+        weight, bias: [D], the dtype of x or float32.
+        p, seed, offset: as in ``dropout``; p = 0 draws nothing.
+        eps: added to the variance.
+
+    Returns:
+        [..., D] in the dtype of x (the wider one, where x and residual differ).
+    """
+    if isinstance(x, Tensor) and isinstance(residual, Tensor) and x.dtype != residual.dtype:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+    check = Arguments("dropout_add_layer_norm")
+    check.floating("x", x, "... D")
+    check.floating("residual", residual, "... D")
+    check.floating("weight", weight, "D", own_dtype=True)
+    check.floating("bias", bias, "D", own_dtype=True)
+    check.number("p", p, 0, 1)
+    return _run("dropout_add_layer_norm", x, x, residual, weight, bias, p, _seed(check, seed, x), offset, eps)
+
+
+def _check_attention(
+    check: Arguments, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None
+) -> tuple[Tensor, ...]:
+    query, key, value = _autocast(query, key, value)
+    check.floating("query", query, "B H Lq d")
+    check.floating("key", key, "B H Lk d")
+    check.floating("value", value, "B H Lk d")
+    if key_lengths is not None:
+        check.integer("key_lengths", key_lengths, "B")
+    return query, key, value
+
+
+def _check_gaussian(check: Arguments, alpha: float, min_width: float) -> None:
+    check.number("alpha", alpha, 0, float("inf"))
+    if not min_width > 0:
+        raise ValueError(f"{check.op}: min_width must be above 0, got {min_width}")
+
+
+def _check_vocabulary(check: Arguments, weight: Tensor, bias: Tensor, label_smoothing: float) -> None:
+    check.floating("weight", weight, "V D")
+    check.floating("bias", bias, "V")
+    if weight.size(0) == 0:
+        raise ValueError(f"{check.op}: weight must hold at least one word, got shape {list(weight.shape)}")
+    check.number("label_smoothing", label_smoothing, 0, 1)
+
+
+def _seed(check: Arguments, seed: int | Tensor, x: Tensor) -> Tensor:
+    """The seed as an int64 tensor [] on x's device."""
+    if not isinstance(seed, Tensor):
+        return torch.tensor(seed, dtype=torch.int64, device=x.device)
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+        raise ValueError(
+            f"{check.op}: seed must be an int or one int64 element on {x.device}, "
+            f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
+        )
+    return seed.reshape(())

@@ -1,0 +1,160 @@
+"""Which backend runs which op: one printable table, no nested ifs.
+
+A backend is a module of this package that declares, as module constants,
+
+* ``OPS``: names of the ops it implements, each a function of that name with the signature of ``torch_backend``'s,
+* ``DEVICES``: device types it runs on,
+* ``DTYPES``: floating dtypes it takes,
+* ``LOAD_ERROR``: why nothing of it can run in this process, or None.
+
+By default the first backend of ``BACKENDS`` that can run an op runs it. A backend asked for by name (``use_backend`` or
+the environment variable ``CNM_KERNELS_BACKEND``) runs or raises ``BackendUnavailable`` with the reason; it is never
+silently replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = {
+    "native": "native",
+    "triton": "triton",
+    "torch": "torch_backend",
+}  # in order of preference: module
+OPS = (
+    "gaussian_mask",
+    "weighted_attention",
+    "gaussian_attention",
+    "linear_nll",
+    "intra_video_contrastive_loss",
+    "contrastive_reconstruction_loss",
+    "dropout",
+    "dropout_add_layer_norm",
+)
+ENVIRONMENT_VARIABLE = "CNM_KERNELS_BACKEND"
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for by name cannot run this op here."""
+
+
+def _check_name(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+def _load(module: str) -> ModuleType | None:
+    name = f"{__package__}.{module}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+_modules: dict[str, ModuleType | None] = {}
+_requested: str | None = None
+
+
+def load() -> None:
+    """Imports every backend; called once, at the end of the package's import."""
+    global _requested
+    from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
+    if from_environment:
+        _requested = _check_name(from_environment, ENVIRONMENT_VARIABLE)
+    for backend, module in BACKENDS.items():
+        _modules[backend] = _load(module)
+
+
+def unavailable(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot run ``op`` on tensors of this device type and dtype, or None if it can."""
+    module = _modules[backend]
+    if module is None:
+        return "not part of this installation"
+    if module.LOAD_ERROR is not None:
+        return str(module.LOAD_ERROR)
+    if op not in module.OPS:
+        return f"does not implement {op}"
+    if device not in module.DEVICES:
+        return f"does not run on {device}"
+    if dtype not in module.DTYPES:
+        return f"does not take {dtype}"
+    return None
+
+
+def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
+    """The function that runs ``op`` on tensors like ``tensor`` (its device and dtype decide).
+
+    Raises:
+        BackendUnavailable: the backend asked for by name cannot run it.
+    """
+    return getattr(_modules[choice(op, tensor.device.type, tensor.dtype)], op)
+
+
+def choice(op: str, device: str, dtype: torch.dtype) -> str:
+    """Name of the backend that runs ``op`` on tensors of this device type and dtype."""
+    if _requested is not None:
+        reason = unavailable(op, _requested, device, dtype)
+        if reason is not None:
+            raise BackendUnavailable(
+                f"{op}: backend {_requested!r} was asked for but {reason} "
+                f"(`python -m cnm_kernels` shows what runs here)"
+            )
+        return _requested
+    for backend in BACKENDS:
+        if unavailable(op, backend, device, dtype) is None:
+            return backend
+    raise BackendUnavailable(f"{op}: no backend takes {dtype} on {device}")
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Runs the block's ops on one backend: ``native``, ``triton`` or ``torch``; None restores the default order.
+
+    The choice holds for the whole process, because a backward pass runs on other threads than its forward.
+
+    Raises:
+        ValueError: unknown name. An op the backend cannot run raises ``BackendUnavailable`` when it is called.
+    """
+    global _requested
+    previous = _requested
+    _requested = None if name is None else _check_name(name, "use_backend")
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def table() -> str:
+    """The ops, for each device type and dtype the backend that would run them, and why others would not."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    width = max(map(len, OPS))
+    lines = [
+        f"asked for by name: {_requested or 'nothing; the first that can runs, in the order ' + ', '.join(BACKENDS)}",
+        "",
+    ]
+    for device in devices:
+        header = "".join(f"{str(dtype).removeprefix('torch.'):>10}" for dtype in dtypes)
+        lines.append(f"{'op on ' + device:<{width}}{header}")
+        for op in OPS:
+            cells = []
+            for dtype in dtypes:
+                try:
+                    cells.append(choice(op, device, dtype))
+                except BackendUnavailable:
+                    cells.append("-")
+            lines.append(f"{op:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
+        lines.append("")
+    for device in devices:
+        for backend in BACKENDS:
+            reasons = {unavailable(op, backend, device, torch.float32) for op in OPS}
+            state = "; ".join(sorted(reason or "runs" for reason in reasons))
+            lines.append(f"{backend} on {device}: {state}")
+    return "\n".join(lines)

@@ -1,0 +1,202 @@
+"""The reference: every op's math in plain PyTorch, differentiated by autograd, on any device.
+
+This file is the specification the other backends are tested against. Inputs in bfloat16 or float16 are computed in
+float32 and rounded once at the end; float64 stays float64. Arguments arrive checked (see ``ops.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cnm_kernels.constants import DROPOUT_LEVELS, KEY_WEIGHT_EPS
+
+OPS = (
+    "gaussian_mask",
+    "weighted_attention",
+    "gaussian_attention",
+    "linear_nll",
+    "intra_video_contrastive_loss",
+    "contrastive_reconstruction_loss",
+    "dropout",
+    "dropout_add_layer_norm",
+)
+DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LOAD_ERROR = None
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """float64 as it is, anything narrower in float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def gaussian_mask(
+    center: Tensor, width: Tensor, length: int, alpha: float, min_width: float, complement: bool
+) -> Tensor:
+    """g_j = exp(-alpha (x_j - c)^2 / max(w, min_width)^2), x = linspace(0, 1, length); 1 - g for the complement."""
+    c = _wide(center).unsqueeze(-1)  # [..., 1]
+    w = _wide(width).unsqueeze(-1).clamp_min(min_width)
+    x = torch.linspace(0, 1, length, dtype=c.dtype, device=c.device)
+    g = torch.exp(-alpha * (x - c).square() / w.square())  # [..., length]
+    return (1 - g if complement else g).to(center.dtype)
+
+
+def weighted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_weight: Tensor | None,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """P = p (m + eps) / sum_k p (m + eps), p = softmax(scale q k^T) over the allowed keys; out = P v."""
+    q, k, v = _wide(query), _wide(key), _wide(value)
+    Lq, Lk = q.size(-2), k.size(-2)
+    scores = scale * (q @ k.transpose(-1, -2))  # [B, H, Lq, Lk]
+    allowed = torch.ones(Lq, Lk, dtype=torch.bool, device=q.device)
+    if causal:
+        allowed = allowed.tril()
+    if key_lengths is not None:
+        within = torch.arange(Lk, device=q.device) < key_lengths[:, None]  # [B, Lk]
+        allowed = allowed & within[:, None, None, :]
+    if Lk == 0:
+        weights = scores
+    else:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+        highest = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+        exponentials = torch.exp(scores - highest)
+        if key_weight is not None:
+            exponentials = exponentials * (_wide(key_weight).to(q.dtype) + KEY_WEIGHT_EPS)[:, None, None, :]
+        total = exponentials.sum(-1, keepdim=True)
+        weights = exponentials / torch.where(total == 0, 1, total)  # a query without any key gets zeros
+    out = (weights @ v).to(query.dtype)  # [B, H, Lq, d]
+    return out, weights.mean(1).to(query.dtype) if return_weights else None
+
+
+def gaussian_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Tensor,
+    width: Tensor,
+    alpha: float,
+    min_width: float,
+    complement: bool,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``weighted_attention`` whose key weight is ``gaussian_mask(center, width)`` (not rounded in between)."""
+    mask = gaussian_mask(_wide(center), _wide(width), key.size(-2), alpha, min_width, complement)  # [B, Lk]
+    return weighted_attention(query, key, value, mask, causal, key_lengths, scale, return_weights)
+
+
+def linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    valid_lengths: Tensor,
+    label_smoothing: float,
+    return_accuracy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Per row the mean over its valid tokens of (1-e)(lse - z_y) + e (lse - mean_v z_v), z = h W^T + b."""
+    logits = _wide(hidden) @ _wide(weight).T + _wide(bias)  # [M, L, V]
+    L = logits.size(1)
+    valid = torch.arange(L, device=hidden.device) < valid_lengths[:, None]  # [M, L]
+    target = torch.where(valid, target, 0)
+    lse = logits.logsumexp(-1)
+    target_logit = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    smooth = label_smoothing
+    token_nll = (1 - smooth) * (lse - target_logit) + smooth * (lse - logits.mean(-1))  # [M, L]
+    count = valid_lengths.clamp(1, max(L, 1))
+    nll = torch.where(valid, token_nll, 0).sum(-1) / count
+    if not return_accuracy:
+        return nll, None
+    correct = (logits.argmax(-1) == target) & valid
+    return nll, correct.sum(-1) / count
+
+
+def intra_video_contrastive_loss(positive: Tensor, hard: Tensor, easy: Tensor, beta_1: float, beta_2: float) -> Tensor:
+    """mean relu(positive - hard + beta_1) + mean relu(positive - easy + beta_2), gradient 1/2 at the kink."""
+    positive, hard, easy = _wide(positive), _wide(hard), _wide(easy)
+    zero = torch.zeros_like(positive)
+    hard_loss = torch.maximum(positive - hard + beta_1, zero).mean()
+    return hard_loss + torch.maximum(positive - easy + beta_2, zero).mean()
+
+
+def contrastive_reconstruction_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    valid_lengths: Tensor,
+    label_smoothing: float,
+    beta_1: float,
+    beta_2: float,
+) -> tuple[Tensor, Tensor]:
+    """``linear_nll`` of the stacked branches [3, B, L, D], then ``intra_video_contrastive_loss`` of its three rows."""
+    _, B, L, D = hidden.shape
+    rows = hidden.reshape(3 * B, L, D)
+    nll, _ = linear_nll(rows, weight, bias, target.repeat(3, 1), valid_lengths.repeat(3), label_smoothing, False)
+    nll = nll.view(3, B)
+    return intra_video_contrastive_loss(nll[0], nll[1], nll[2], beta_1, beta_2), nll
+
+
+def dropout(x: Tensor, p: float, seed: Tensor, offset: int) -> Tensor:
+    """x / (1 - p) where ``keep_mask`` keeps, else 0."""
+    if p == 0:
+        return x
+    threshold = dropout_threshold(p)
+    keep = keep_mask(x.numel(), threshold, seed, offset).view(x.shape)
+    scale = DROPOUT_LEVELS / max(DROPOUT_LEVELS - threshold, 1)
+    return torch.where(keep, _wide(x) * scale, 0).to(x.dtype)
+
+
+def dropout_add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, p: float, seed: Tensor, offset: int, eps: float
+) -> Tensor:
+    """LayerNorm(residual + dropout(x)) over the last dimension."""
+    total = _wide(residual) + dropout(_wide(x), p, seed, offset)
+    normalized = F.layer_norm(total, total.shape[-1:], _wide(weight), _wide(bias), eps)
+    return normalized.to(x.dtype)
+
+
+def dropout_threshold(p: float) -> int:
+    """Of the 65,536 values a 16-bit draw can take, how many drop: p to the nearest 1/65,536."""
+    return round(p * DROPOUT_LEVELS)
+
+
+def keep_mask(numel: int, threshold: int, seed: Tensor, offset: int) -> Tensor:
+    """Which elements dropout keeps: those whose 16 random bits are at least the threshold. [numel] bool
+
+    Elements 8i to 8i+7 (in row-major order) take, in order, the low and high halves of the four words of
+    Philox4x32-10 with counter (i low, i high, offset low, offset high) and key (seed low, seed high).
+    """
+    index = torch.arange((numel + 7) // 8, device=seed.device)
+    words = philox(index, seed.reshape(()), offset)  # [N, 4]
+    draws = torch.stack([words & 0xFFFF, words >> 16], -1)  # [N, 4, 2]
+    return draws.view(-1)[:numel] >= threshold
+
+
+def philox(index: Tensor, seed: Tensor, offset: int) -> Tensor:
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words per counter, as int64. [N] -> [N, 4]"""
+    low = 0xFFFFFFFF
+    c0, c1 = index & low, (index >> 32) & low
+    c2, c3 = torch.full_like(c0, offset & low), torch.full_like(c0, (offset >> 32) & low)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps, which keeps all 64 bits
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & low) ^ c1 ^ k0,
+            product1 & low,
+            ((product0 >> 32) & low) ^ c3 ^ k1,
+            product0 & low,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack([c0, c1, c2, c3], -1)
