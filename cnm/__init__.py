@@ -2,5 +2,7 @@
 
 from cnm.config import CNMConfig
 from cnm.errors import InputError
+from cnm.model import CNM
+from cnm.step import TrainingStep
 
-__all__ = ["CNMConfig", "InputError"]
+__all__ = ["CNM", "CNMConfig", "InputError", "TrainingStep"]

@@ -2,9 +2,10 @@
 
 Every function checks its arguments, applies the autocast rule, and hands over to the backend that ``registry`` picks.
 Shapes: B batch, H heads, Lq/Lk query/key positions, d head dim, M rows of L tokens, D model width, V vocabulary.
-All ops take float32, bfloat16, float16 (and float64 where the torch backend runs), accumulate in float32 or wider, are
-deterministic bit for bit, and are differentiable once. They raise ``TypeError`` for a wrong dtype and ``ValueError`` for
-a wrong shape, device or number; each message names the argument, what was given and what is expected.
+All ops take float32, bfloat16 and float16 (float64 too where the torch backend runs), accumulate in float32 or wider,
+are deterministic bit for bit, and are differentiable once. They raise ``TypeError`` for a wrong dtype and
+``ValueError`` for a wrong shape, device or number; each message names the argument, what was given and what is
+expected.
 
 Under autocast, attention and ``linear_nll`` cast their matrix operands to the autocast dtype; the other ops run in the
 dtype they are given. Losses come back in float32 (float64 for float64 inputs).
@@ -12,7 +13,7 @@ dtype they are given. Losses come back in float32 (float64 for float64 inputs).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def gaussian_mask(
 ) -> Tensor:
     """A Gaussian over time, sampled at ``length`` equally spaced points of the video.
 
-    g_j = exp(-alpha (x_j - center)^2 / max(width, min_width)^2), x = linspace(0, 1, length) (a length of 1 gives x = 0).
+    g_j = exp(-alpha (x_j - center)^2 / max(width, min_width)^2), x = linspace(0, 1, length); a length of 1 has x = 0.
     The gradient to ``width`` is 0 below ``min_width`` and passes at equality, as ``torch.clamp`` does.
     Source: CNM eq. 3 (published ``generate_gauss_weight``).
 
@@ -74,6 +75,34 @@ def gaussian_mask(
     return _run("gaussian_mask", center, center, width, length, alpha, min_width, complement)
 
 
+@overload
+def weighted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_weight: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    key_lengths: Tensor | None = ...,
+    scale: float | None = ...,
+    return_weights: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def weighted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_weight: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    key_lengths: Tensor | None = ...,
+    scale: float | None = ...,
+    return_weights: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
 def weighted_attention(
     query: Tensor,
     key: Tensor,
@@ -88,8 +117,8 @@ def weighted_attention(
     """Attention whose probabilities are reweighted per key and renormalised.
 
     p_ij = softmax_j(scale q_i . k_j) over the allowed keys; P_ij = p_ij (m_j + 1e-10) / sum_k p_ik (m_k + 1e-10);
-    out = P v. It equals softmax(s + log(m + 1e-10)); a row of zero weights is plain softmax. A query that may see no key
-    (``key_lengths`` 0) gets zeros and passes no gradient. Differentiable in query, key, value and key_weight.
+    out = P v. It equals softmax(s + log(m + 1e-10)); a row of zero weights is plain softmax. A query that may see
+    no key (``key_lengths`` 0) gets zeros and passes no gradient. Differentiable in query, key, value and key_weight.
     Source: published ``MultiheadAttention`` with ``gauss_weight``.
 
     Args:
@@ -112,6 +141,42 @@ def weighted_attention(
     arguments = (query, key, value, key_weight, causal, key_lengths, scale, return_weights)
     out, weights = _run("weighted_attention", query, *arguments)
     return (out, weights) if return_weights else out
+
+
+@overload
+def gaussian_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Tensor,
+    width: Tensor,
+    *,
+    alpha: float,
+    min_width: float = ...,
+    complement: bool = ...,
+    causal: bool = ...,
+    key_lengths: Tensor | None = ...,
+    scale: float | None = ...,
+    return_weights: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def gaussian_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Tensor,
+    width: Tensor,
+    *,
+    alpha: float,
+    min_width: float = ...,
+    complement: bool = ...,
+    causal: bool = ...,
+    key_lengths: Tensor | None = ...,
+    scale: float | None = ...,
+    return_weights: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def gaussian_attention(
@@ -153,6 +218,32 @@ def gaussian_attention(
     arguments = (query, key, value, *gaussian, causal, key_lengths, scale, return_weights)
     out, weights = _run("gaussian_attention", query, *arguments)
     return (out, weights) if return_weights else out
+
+
+@overload
+def linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    valid_lengths: Tensor,
+    *,
+    label_smoothing: float = ...,
+    return_accuracy: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    valid_lengths: Tensor,
+    *,
+    label_smoothing: float = ...,
+    return_accuracy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_nll(

@@ -1,0 +1,235 @@
+"""CNM (Zheng et al., AAAI 2022): a Gaussian mask generator and a mask-conditioned reconstructor that share weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import cnm_kernels as kernels
+from cnm import checkpoint
+from cnm.config import CNMConfig
+from cnm.errors import InputError
+from cnm.layers import DropoutDraws, DualTransformer, Gaussian, sinusoidal_positions
+from cnm_kernels.checks import Arguments
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What ``CNM.reconstruct`` finds. Branches are stacked as positive, hard negative, easy negative.
+
+    Attributes:
+        center, width: [B], fraction of the video.
+        masked_words: [B, L + 1] bool, the words that were hidden.
+        hidden: [3, B, L, D], the states ``fc_rec`` turns into word logits.
+        nll: [3, B], each branch's reconstruction error.
+    """
+
+    center: Tensor
+    width: Tensor
+    masked_words: Tensor
+    hidden: Tensor
+    nll: Tensor
+
+
+class CNM(nn.Module):
+    """The published model, batch first; nothing it is given is mutated.
+
+    Shapes used throughout: frames [B, T, frame_dim] with ``frame_lengths`` [B]; words [B, L + 1, word_dim], whose row 0
+    is the start token's place (not read), with ``word_lengths`` [B] counting words 1 to L.
+    """
+
+    def __init__(self, config: CNMConfig) -> None:
+        super().__init__()
+        network = config.model.config
+        transformer = network.DualTransformer
+        sizes = (network.frames_input_size, network.words_input_size, network.vocab_size, network.max_num_words)
+        frame_dim, word_dim, vocab_size, max_num_words = (size or 0 for size in sizes)  # filled in by CNMConfig
+        D = network.hidden_size
+        self.config = config
+        self.alpha = network.alpha
+        self.max_width = network.max_width
+        self.input_dropout = network.dropout
+        self.dropout = transformer.dropout
+
+        self.frame_fc = nn.Linear(frame_dim, D)
+        self.word_fc = nn.Linear(word_dim, D)
+        self.mask_vec = nn.Parameter(torch.zeros(word_dim))
+        self.start_vec = nn.Parameter(torch.zeros(word_dim))
+        self.trans = DualTransformer(
+            D, transformer.num_heads, transformer.num_decoder_layers1, transformer.num_decoder_layers2
+        )
+        self.fc_rec = nn.Linear(D, vocab_size)
+        self.fc_mask_gen = nn.Linear(D, 2)
+        self.positions: Tensor
+        self.register_buffer("positions", sinusoidal_positions(max_num_words + 1, D), persistent=False)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: torch.device | str = "cpu") -> CNM:
+        """The model of a checkpoint, ours or a published one, in evaluation mode. Nothing in the file is executed.
+
+        Raises:
+            InputError: the file is missing, no checkpoint, or its parameters do not fit its configuration.
+        """
+        content = checkpoint.load(path)
+        model = cls(CNMConfig.from_json(content["config"]))
+        try:
+            model.load_state_dict(content["model_parameters"])
+        except RuntimeError as error:
+            detail = " ".join(str(error).split("\n", 1)[-1].split())
+            raise InputError(f"{path}: parameters do not fit the configuration stored with them: {detail}") from None
+        return model.to(device).eval()
+
+    @torch.no_grad()
+    def localize(
+        self, frames: Tensor, frame_lengths: Tensor, words: Tensor, word_lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Where each sentence happens: center and width [B] each, fractions of the video. Without dropout."""
+        self._check(frames, frame_lengths, words, word_lengths)
+        draws = self._draws(0.0, None)
+        frames = self.frame_fc(frames)
+        words = self.word_fc(self._with_start(words))
+        return self._generate(frames, frame_lengths, words, word_lengths, draws)
+
+    def reconstruct(
+        self,
+        frames: Tensor,
+        frame_lengths: Tensor,
+        words: Tensor,
+        word_ids: Tensor,
+        word_lengths: Tensor,
+        mask_weights: Tensor | None = None,
+        *,
+        masked_words: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> Reconstruction:
+        """Generates each sentence's Gaussian and reconstructs its masked words from the three weightings of the video.
+
+        Args:
+            frames, frame_lengths, words, word_lengths: see the class.
+            word_ids: [B, L] int64, the words to reconstruct, padding 0.
+            mask_weights: [B, L], probability of each word to be the first one masked; None: all words alike.
+            masked_words: [B, L + 1] bool, the rows of ``words`` to hide; None draws max(l // 3, 1) words per sentence
+                from ``mask_weights`` without replacement.
+            seed: int64 [] on the model's device, decides the dropout masks in training mode; None draws one.
+        """
+        self._check(frames, frame_lengths, words, word_lengths)
+        if masked_words is None:
+            if mask_weights is None:
+                mask_weights = torch.ones_like(word_ids, dtype=frames.dtype)
+            masked_words = sample_masked_words(mask_weights, word_lengths)
+        draws = self._draws(self.input_dropout, seed)
+        frames = self.frame_fc(draws.dropout(frames))
+        words = self.word_fc(draws.dropout(self._with_start(words)))
+        draws.p = self.dropout if self.training else 0.0
+        center, width = self._generate(frames, frame_lengths, words, word_lengths, draws)
+
+        clips = downsampled_clips(frames.size(1), frames.device)  # [P]
+        clip_lengths = (clips < frame_lengths[:, None]).sum(1)
+        clip_frames = frames[:, clips]
+        hidden_word = self.word_fc(self.mask_vec)
+        words = torch.where(masked_words.unsqueeze(-1), hidden_word, words) + self._positions(words)
+        words = words[:, :-1]  # row t predicts word t + 1
+        row_lengths = (word_lengths + 1).clamp(max=words.size(1))
+
+        positive = Gaussian(center, width, self.alpha)
+        easy = Gaussian(center, width, self.alpha, complement=True)
+        hidden = torch.stack(
+            [
+                self._reconstruct_branch(clip_frames, clip_lengths, words, row_lengths, gaussian, draws)
+                for gaussian in (positive, None, easy)
+            ]
+        )
+        nll = kernels.linear_nll(
+            hidden.flatten(0, 1),
+            self.fc_rec.weight,
+            self.fc_rec.bias,
+            word_ids.repeat(3, 1),
+            row_lengths.repeat(3),
+        )
+        return Reconstruction(center, width, masked_words, hidden, nll.view(3, -1))
+
+    def _generate(
+        self, frames: Tensor, frame_lengths: Tensor, words: Tensor, word_lengths: Tensor, draws: DropoutDraws
+    ) -> tuple[Tensor, Tensor]:
+        """Decoding 1: frames attend to words; the last frame's state gives center and width."""
+        rows = word_lengths + 1
+        words = self.trans.decoder2(words + self._positions(words), rows, draws)
+        states = self.trans.decoder1(frames, frame_lengths, draws, source=words, source_lengths=rows)
+        center, width = torch.sigmoid(self.fc_mask_gen(states[:, -1])).unbind(-1)
+        return center, width * self.max_width
+
+    def _reconstruct_branch(
+        self,
+        frames: Tensor,
+        frame_lengths: Tensor,
+        words: Tensor,
+        row_lengths: Tensor,
+        gaussian: Gaussian | None,
+        draws: DropoutDraws,
+    ) -> Tensor:
+        """Decoding 2: masked words attend to the Gaussian-weighted frames. [B, L, D]"""
+        frames = self.trans.decoder1(frames, frame_lengths, draws, gaussian=gaussian)
+        return self.trans.decoder2(
+            words, row_lengths, draws, source=frames, source_lengths=frame_lengths, source_gaussian=gaussian
+        )
+
+    def _with_start(self, words: Tensor) -> Tensor:
+        """words with row 0 replaced by the learnt start vector."""
+        start = self.start_vec.to(words.dtype).expand(words.size(0), 1, -1)
+        return torch.cat([start, words[:, 1:]], dim=1)
+
+    def _positions(self, words: Tensor) -> Tensor:
+        if words.size(1) > self.positions.size(0):  # sentences longer than the configuration foresaw
+            positions = sinusoidal_positions(words.size(1), self.positions.size(1))
+            self.positions = positions.to(self.positions.device, self.positions.dtype)
+        return self.positions[: words.size(1)]
+
+    def _draws(self, p: float, seed: Tensor | None) -> DropoutDraws:
+        device = self.mask_vec.device
+        if seed is None:
+            active = self.training and p > 0
+            seed = (
+                torch.randint(2**63 - 1, (), device=device)
+                if active
+                else torch.zeros((), dtype=torch.int64, device=device)
+            )
+        return DropoutDraws(p if self.training else 0.0, seed)
+
+    def _check(self, frames: Tensor, frame_lengths: Tensor, words: Tensor, word_lengths: Tensor) -> None:
+        check = Arguments("CNM")
+        check.sizes = {"frame_dim": self.frame_fc.in_features, "word_dim": self.word_fc.in_features}
+        check.floating("frames", frames, "B T frame_dim")
+        check.integer("frame_lengths", frame_lengths, "B")
+        check.floating("words", words, "B rows word_dim")
+        check.integer("word_lengths", word_lengths, "B")
+        if words.size(1) < 2:
+            raise ValueError(
+                f"CNM: words must hold the start token's row and at least one word, got {list(words.shape)}"
+            )
+
+
+def downsampled_clips(num_frames: int, device: torch.device) -> Tensor:
+    """The num_frames // 4 frames the reconstructor sees: equally spaced, truncated to whole indices. [P] int64"""
+    return torch.linspace(0, num_frames - 1, num_frames // 4, device=device).long()
+
+
+def sample_masked_words(mask_weights: Tensor, word_lengths: Tensor) -> Tensor:
+    """Draws max(l // 3, 1) of each sentence's l words without replacement, in one vectorised race.
+
+    Each word finishes at an exponential time of rate ``mask_weights``; the earliest are masked. That is the law of
+    drawing one word after the other with probability proportional to its weight among those left.
+
+    Args:
+        mask_weights: [B, L] >= 0, 0 at padding.
+        word_lengths: [B] int64.
+
+    Returns:
+        [B, L + 1] bool: row 0, the start token, is never masked.
+    """
+    finish = torch.empty_like(mask_weights).exponential_() / mask_weights
+    rank = finish.argsort(dim=1).argsort(dim=1)
+    count = (word_lengths // 3).clamp_min(1).minimum(word_lengths)
+    return nn.functional.pad(rank < count[:, None], (1, 0))

@@ -1,0 +1,99 @@
+"""The published optimizer: Adam with epsilon before bias correction, linear warm-up, inverse square root decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnm.config import OptimizerConfig
+
+MAX_GRADIENT_NORM = 10.0
+
+
+class Adam(torch.optim.Optimizer):
+    """step = lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps); weight decay shrinks the parameters directly.
+
+    ``torch.optim.Adam`` adds eps after bias correction, which differs by up to a factor of 30 in the first updates for
+    small gradients.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        if closure is not None:
+            raise TypeError("Adam.step takes no closure")
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            gradients = [parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                if parameter not in self.state:
+                    self.state[parameter] = {
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+            means = [self.state[parameter]["exp_avg"] for parameter in parameters]
+            squares = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
+            group["update"] += 1
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            torch._foreach_mul_(means, beta1)
+            torch._foreach_add_(means, gradients, alpha=1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+            denominators = torch._foreach_sqrt(squares)
+            torch._foreach_add_(denominators, group["eps"])
+            if group["weight_decay"] != 0:
+                torch._foreach_mul_(parameters, 1 - group["weight_decay"] * lr)
+            correction = math.sqrt(1 - beta2 ** group["update"]) / (1 - beta1 ** group["update"])
+            torch._foreach_addcdiv_(parameters, means, denominators, value=-lr * correction)
+
+
+def learning_rate(config: OptimizerConfig, updates: int) -> float:
+    """The learning rate after ``updates`` updates: linear from ``warmup_init_lr``, then lr sqrt(warmup / updates)."""
+    if updates < config.warmup_updates:
+        return config.warmup_init_lr + updates * (config.lr - config.warmup_init_lr) / config.warmup_updates
+    return config.lr * math.sqrt(config.warmup_updates / updates)
+
+
+class ScheduledAdam:
+    """Adam on one group of parameters, its learning rate following the published schedule."""
+
+    def __init__(self, parameters: Sequence[Tensor], config: OptimizerConfig) -> None:
+        self.parameters = parameters
+        self.config = config
+        self.adam = Adam(parameters, learning_rate(config, 0), weight_decay=config.weight_decay)
+
+    @property
+    def updates(self) -> int:
+        return int(self.adam.param_groups[0]["update"])
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate the next update will use."""
+        return learning_rate(self.config, self.updates)
+
+    def update(self) -> None:
+        """Applies the parameters' gradients; update n runs at ``learning_rate(n - 1)``."""
+        self.adam.param_groups[0]["lr"] = self.learning_rate
+        self.adam.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.adam.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adam.load_state_dict(state)
