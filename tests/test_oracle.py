@@ -19,7 +19,7 @@ import cnm_kernels
 from cnm import CNM, CNMConfig, checkpoint
 from cnm.data.batch import Batch
 from cnm.optim import learning_rate
-from cnm.step import TrainingStep
+from cnm.step import LeanStep, PublishedStep, TrainingStep
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 GRADIENT_NOISE = {torch.float64: 1e-12, torch.float32: 1e-6}  # of the largest gradient of all parameters
@@ -246,14 +246,18 @@ def test_every_gradient(case: Case, dtype: torch.dtype, loss: str) -> None:
         assert_agrees(name, parameter.grad, expected[name], TOLERANCE[dtype], GRADIENT_NOISE[dtype] * largest)
 
 
+both_steps = pytest.mark.parametrize("step_class", [PublishedStep, LeanStep])
+
+
+@both_steps
 @pytest.mark.parametrize("logit_scale", [0.25, 32.0], ids=["free", "clip-binds"])
-def test_consecutive_updates(logit_scale: float) -> None:
+def test_consecutive_updates(logit_scale: float, step_class: type[TrainingStep]) -> None:
     """Parameters, their total change, losses and norms over six updates: warm-up, decay, weight decay, stale norms."""
     oracle = make_oracle(RAGGED, logit_scale)
     initial = {name: parameter.detach().clone() for name, parameter in oracle.named_parameters()}
     with cnm_kernels.use_backend("torch"):
         model = make_model(RAGGED, oracle, torch.float64)
-        step = TrainingStep(model, make_config(RAGGED))
+        step = step_class(model, make_config(RAGGED))
         oracle_step = published.PublishedStep(
             oracle, published.Schedule(**RECONSTRUCTOR), published.Schedule(**GENERATOR), *BETAS.values()
         )
@@ -273,25 +277,27 @@ def test_consecutive_updates(logit_scale: float) -> None:
         assert_agrees(f"change of {name}", moved - initial[name], parameter - initial[name], 1e-6)
 
 
-def test_the_other_groups_clipped_gradients_count_in_the_norm() -> None:
+@both_steps
+def test_the_other_groups_clipped_gradients_count_in_the_norm(step_class: type[TrainingStep]) -> None:
     oracle = make_oracle(RAGGED, 32.0)
     with cnm_kernels.use_backend("torch"):
         model = make_model(RAGGED, oracle, torch.float64)
-        metrics = TrainingStep(model, make_config(RAGGED))(make_batch(RAGGED, torch.float64))
+        metrics = step_class(model, make_config(RAGGED))(make_batch(RAGGED, torch.float64))
     assert metrics["grad_norm/reconstructor"] > 10
     assert metrics["grad_norm/generator"] > 9.999  # the reconstructor's, clipped to 10, plus the generator's own
 
 
-def test_resumed_step_continues_as_the_uninterrupted_one() -> None:
+@both_steps
+def test_resumed_step_continues_as_the_uninterrupted_one(step_class: type[TrainingStep]) -> None:
     def run(resume: bool) -> dict[str, Tensor]:
         model = make_model(RAGGED, make_oracle(RAGGED, 32.0), torch.float32)
-        step = TrainingStep(model, make_config(RAGGED))
+        step = step_class(model, make_config(RAGGED))
         for update in range(4):
             if resume and update == 2:
                 state, parameters = step.state_dict(), model.state_dict()
                 model = CNM(make_config(RAGGED)).train()
                 model.load_state_dict(parameters)
-                step = TrainingStep(model, make_config(RAGGED))
+                step = step_class(model, make_config(RAGGED))
                 step.load_state_dict(state)
             masked = (make_masked_words(RAGGED, 2 * update), make_masked_words(RAGGED, 2 * update + 1))
             step(make_batch(RAGGED, torch.float32, seed=update), masked_words=masked)
@@ -312,11 +318,12 @@ def test_learning_rate_follows_the_published_schedule() -> None:
     assert learning_rate(config, 1600) == pytest.approx(2e-4)
 
 
-def test_the_batch_is_not_mutated() -> None:
+@both_steps
+def test_the_batch_is_not_mutated(step_class: type[TrainingStep]) -> None:
     model = make_model(RAGGED, make_oracle(RAGGED), torch.float32)
     batch = make_batch(RAGGED, torch.float32)
     before = {field.name: getattr(batch, field.name).clone() for field in dataclasses.fields(batch)}
-    TrainingStep(model, make_config(RAGGED))(batch)
+    step_class(model, make_config(RAGGED))(batch)
     model.eval().localize(batch.frames, batch.frame_lengths, batch.words, batch.word_lengths)
     for name, tensor in before.items():
         assert torch.equal(getattr(batch, name), tensor), name
