@@ -111,6 +111,8 @@ def check_gradients(op: str, inputs: Inputs, backend: str, names: Sequence[str] 
     else:
         plain = _gradients(lambda **inputs: run(op, inputs, "torch"), inputs, names)
     terms = dict.fromkeys(names, GRADIENT_TERM)
+    if op in ("weighted_attention", "gaussian_attention"):
+        terms |= attention_terms(inputs, GRADIENT_TERM)
     if op == "gaussian_attention":
         terms |= gaussian_terms(inputs)
     for name in names:
@@ -118,6 +120,21 @@ def check_gradients(op: str, inputs: Inputs, backend: str, names: Sequence[str] 
         assert_within_budget(
             f"d {name}", actual[name], exact[name], plain[name].to(inputs[name].dtype), moved[name], terms[name]
         )
+
+
+def attention_terms(inputs: Inputs, score_gradient: float) -> dict[str, float]:
+    """Size of the terms of d query and d key: a score's gradient, rounded to the dtype as tensor cores need it, times
+    scale times the other operand, which extreme logits make large."""
+    scale = inputs.get("scale") or inputs["query"].size(-1) ** -0.5
+
+    def size(name: str) -> float:
+        operand = inputs[name].detach()
+        return abs(scale) * operand.abs().max().item() if operand.numel() else 0.0
+
+    return {
+        "query": score_gradient * max(1.0, size("key")),
+        "key": score_gradient * max(1.0, size("query")),
+    }
 
 
 def gaussian_terms(inputs: Inputs) -> dict[str, float]:
