@@ -147,6 +147,14 @@ def _zero_rows(inputs: Inputs) -> Inputs:
     return inputs | {"key_weight": key_weight}
 
 
+def _weightless_keys_ahead(inputs: Inputs) -> Inputs:
+    """Keys of weight 0 lead by 23 = -log(1e-10), so that the 1e-10 added to every weight decides."""
+    key, key_weight = torch.zeros_like(inputs["key"]), torch.ones_like(inputs["key_weight"])
+    key[:, :, ::2] = 1
+    key_weight[:, ::2] = 0
+    return inputs | {"query": torch.ones_like(inputs["query"]), "key": key, "key_weight": key_weight, "scale": 23 / 8}
+
+
 def _extreme_logits(inputs: Inputs) -> Inputs:
     """Scores of +-1e4, from entries that float16 holds."""
     query, key = torch.full_like(inputs["query"], 50.0), torch.full_like(inputs["key"], 50.0)
@@ -217,6 +225,7 @@ SAMPLES: dict[str, dict[str, Builder]] = {
         **{f"unweighted-{name}": make(attention) for name, make in ATTENTION_SHAPES.items()},
         **{f"weighted-{name}": make(weighted) for name, make in ATTENTION_SHAPES.items()},
         "zero-weights": lambda draw: _zero_rows(weighted(draw, 2, 2, 5, 7, 8)),
+        "weightless-keys-ahead": lambda draw: _weightless_keys_ahead(weighted(draw, 2, 2, 5, 7, 8)),
         "zero-weights-extreme-logits": lambda draw: _zero_rows(_extreme_logits(weighted(draw, 2, 2, 5, 7, 8))),
         "weights-in-float32": lambda draw: (
             attention(draw, 2, 2, 5, 7, 8)

@@ -249,6 +249,37 @@ def test_every_gradient(case: Case, dtype: torch.dtype, loss: str) -> None:
 both_steps = pytest.mark.parametrize("step_class", [PublishedStep, LeanStep])
 
 
+@pytest.mark.parametrize("loss", ["reconstruction", "contrastive"])
+@by_case
+@both_steps
+def test_losses_and_gradients_of_each_update(
+    step_class: type[TrainingStep], case: Case, dtype: torch.dtype, loss: str
+) -> None:
+    """What a step leaves out or shares changes nothing that its update reads, at any shape."""
+    model = make_model(case, make_oracle(case), dtype)
+    step = step_class(model, make_config(case))
+    batch, masked = make_batch(case, dtype), make_masked_words(case, 2)
+    output = make_oracle(case)(*oracle_inputs(make_batch(case, torch.float64)), masked)
+    if loss == "reconstruction":
+        group, value = step.reconstructor.parameters, step.reconstruction_loss(batch, masked)
+        wanted = published.reconstruction_loss(output)
+    else:
+        group, (value, nll) = step.generator.parameters, step.contrastive_loss(batch, masked)
+        wanted = published.contrastive_loss(output, **BETAS)
+        assert_agrees("nll", nll, torch.stack(output.nll), TOLERANCE[dtype])
+    assert_agrees("loss", value, wanted, TOLERANCE[dtype])
+    expected = oracle_gradients(case, loss, masked)
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    if loss == "contrastive" and case.num_frames < 8:
+        largest = (
+            100.0  # one clip: equal branches, whose gradients cancel; d log g / d width alone is 2 alpha c^2 / w^3
+        )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter, gradient in zip(group, torch.autograd.grad(value, group), strict=True):
+        name = names[id(parameter)]
+        assert_agrees(name, gradient, expected[name], TOLERANCE[dtype], GRADIENT_NOISE[dtype] * largest)
+
+
 @both_steps
 @pytest.mark.parametrize("logit_scale", [0.25, 32.0], ids=["free", "clip-binds"])
 def test_consecutive_updates(logit_scale: float, step_class: type[TrainingStep]) -> None:
