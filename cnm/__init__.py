@@ -3,6 +3,6 @@
 from cnm.config import CNMConfig
 from cnm.errors import InputError
 from cnm.model import CNM
-from cnm.step import TrainingStep
+from cnm.step import LeanStep, PublishedStep
 
-__all__ = ["CNM", "CNMConfig", "InputError", "TrainingStep"]
+__all__ = ["CNM", "CNMConfig", "InputError", "LeanStep", "PublishedStep"]

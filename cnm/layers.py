@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,35 +22,49 @@ class Gaussian:
     complement: bool = False
 
 
+Weighting = Gaussian | Tensor | None  # of keys: a Gaussian, weights [B, Lk], or all alike
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a cross attention reads."""
+
+    states: Tensor  # [B, S, D]
+    lengths: Tensor  # [B] int64, positions that are real
+    weighting: Weighting = None
+
+
 class DropoutDraws:
     """The dropout masks of one forward pass: one seed, and the next offset at every site that draws.
 
     Args:
-        p: probability of dropping; 0 draws nothing.
+        input_p: probability of dropping an input feature; 0 draws nothing.
+        p: the same for the residual branches.
         seed: int64 [] on the device of the activations.
     """
 
-    def __init__(self, p: float, seed: Tensor) -> None:
+    def __init__(self, input_p: float, p: float, seed: Tensor) -> None:
+        self.input_p = input_p
         self.p = p
         self.seed = seed
         self.offset = 0
 
-    def next_offset(self) -> int:
-        self.offset += 1
-        return self.offset - 1
-
-    def dropout(self, x: Tensor) -> Tensor:
-        return kernels.dropout(x, self.p, seed=self.seed, offset=self.next_offset())
+    def on_input(self, x: Tensor) -> Tensor:
+        return kernels.dropout(x, self.input_p, seed=self.seed, offset=self._next_offset())
 
     def add_and_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
         """LayerNorm(residual + dropout(x))."""
         return kernels.dropout_add_layer_norm(
-            x, residual, norm.weight, norm.bias, self.p, seed=self.seed, offset=self.next_offset(), eps=norm.eps
+            x, residual, norm.weight, norm.bias, self.p, seed=self.seed, offset=self._next_offset(), eps=norm.eps
         )
+
+    def _next_offset(self) -> int:
+        self.offset += 1
+        return self.offset - 1
 
 
 class MultiheadAttention(nn.Module):
-    """Multi-head attention with one packed input projection and optional Gaussian key weights."""
+    """Multi-head attention with one packed input projection and optional key weights."""
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
@@ -61,35 +76,40 @@ class MultiheadAttention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(
-        self, x: Tensor, source: Tensor | None, source_lengths: Tensor, gaussian: Gaussian | None, causal: bool
-    ) -> Tensor:
-        """x [B, Lq, D] attends to source [B, Lk, D] (None: to itself) -> [B, Lq, D]."""
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """query, key and value [B, H, L, d] of self-attention over x [B, L, D]."""
+        return self._heads(F.linear(x, self.in_proj_weight, self.in_proj_bias), 3)
+
+    def project_query(self, x: Tensor) -> Tensor:
         D = x.size(-1)
-        if source is None:
-            query, key, value = F.linear(x, self.in_proj_weight, self.in_proj_bias).split(D, -1)
-        else:
-            query = F.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D])
-            key, value = F.linear(source, self.in_proj_weight[D:], self.in_proj_bias[D:]).split(D, -1)
-        query, key, value = (self._heads(tensor) for tensor in (query, key, value))
-        if gaussian is None:
-            out = kernels.weighted_attention(query, key, value, causal=causal, key_lengths=source_lengths)
-        else:
+        return self._heads(F.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D]), 1)[0]
+
+    def project_key_value(self, source: Tensor) -> tuple[Tensor, ...]:
+        D = source.size(-1)
+        return self._heads(F.linear(source, self.in_proj_weight[D:], self.in_proj_bias[D:]), 2)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor, weighting: Weighting, causal: bool
+    ) -> Tensor:
+        """The attention's output before ``out_proj``. [B, Lq, D]"""
+        if isinstance(weighting, Gaussian):
             out = kernels.gaussian_attention(
                 query,
                 key,
                 value,
-                gaussian.center,
-                gaussian.width,
-                alpha=gaussian.alpha,
-                complement=gaussian.complement,
+                weighting.center,
+                weighting.width,
+                alpha=weighting.alpha,
+                complement=weighting.complement,
                 causal=causal,
-                key_lengths=source_lengths,
+                key_lengths=key_lengths,
             )
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        else:
+            out = kernels.weighted_attention(query, key, value, weighting, causal=causal, key_lengths=key_lengths)
+        return out.transpose(1, 2).flatten(2)
 
-    def _heads(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, L, d]
+    def _heads(self, packed: Tensor, count: int) -> tuple[Tensor, ...]:
+        return packed.unflatten(-1, (count, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 class DecoderLayer(nn.Module):
@@ -110,26 +130,37 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         lengths: Tensor,
         draws: DropoutDraws,
+        weighting: Weighting = None,
+        source: Source | None = None,
         *,
-        gaussian: Gaussian | None = None,
-        source: Tensor | None = None,
-        source_lengths: Tensor | None = None,
-        source_gaussian: Gaussian | None = None,
+        last_only: bool = False,
     ) -> Tensor:
-        attended = self.self_attn(x, None, lengths, gaussian, causal=True)
-        x = draws.add_and_norm(attended, x, self.self_attn_layer_norm)
+        """x [B, L, D] -> [B, L, D]; with ``last_only`` just the last position's state, [B, 1, D]."""
+        attention = self.self_attn
+        if last_only:
+            # The last query sees every key, so its row of the causal mask is all ones.
+            key, value = attention.project_key_value(x)
+            x = x[:, -1:]
+            attended = attention.attend(attention.project_query(x), key, value, lengths, weighting, causal=False)
+        else:
+            query, key, value = attention.project(x)
+            attended = attention.attend(query, key, value, lengths, weighting, causal=True)
+        x = draws.add_and_norm(attention.out_proj(attended), x, self.self_attn_layer_norm)
+        return self.after_self_attention(x, draws, source)
+
+    def after_self_attention(self, x: Tensor, draws: DropoutDraws, source: Source | None) -> Tensor:
+        """The layer's remaining sublayers: cross attention where there is a source, and feed-forward."""
         if source is not None:
-            attended = self.encoder_attn(x, source, source_lengths, source_gaussian, causal=False)
-            x = draws.add_and_norm(attended, x, self.encoder_attn_layer_norm)
+            attention = self.encoder_attn
+            key, value = attention.project_key_value(source.states)
+            query = attention.project_query(x)
+            attended = attention.attend(query, key, value, source.lengths, source.weighting, causal=False)
+            x = draws.add_and_norm(attention.out_proj(attended), x, self.encoder_attn_layer_norm)
         return draws.add_and_norm(self.fc2(F.relu(self.fc1(x))), x, self.final_layer_norm)
 
 
 class Decoder(nn.Module):
-    """A stack of decoder layers that share lengths, source and Gaussians.
-
-    x [B, L, D] with its lengths [B]; source [B, S, D] with its lengths [B] feeds the cross attention (None: there is
-    none); ``gaussian`` weights the keys of the self-attentions, ``source_gaussian`` those of the cross attentions.
-    """
+    """A stack of decoder layers over x [B, L, D] that share lengths [B], key weights and the source attended to."""
 
     def __init__(self, num_layers: int, d_model: int, num_heads: int) -> None:
         super().__init__()
@@ -140,23 +171,20 @@ class Decoder(nn.Module):
         x: Tensor,
         lengths: Tensor,
         draws: DropoutDraws,
+        weighting: Weighting = None,
+        source: Source | None = None,
         *,
-        gaussian: Gaussian | None = None,
-        source: Tensor | None = None,
-        source_lengths: Tensor | None = None,
-        source_gaussian: Gaussian | None = None,
+        last_only: bool = False,
     ) -> Tensor:
-        for layer in self.decoder_layers:
-            x = layer(
-                x,
-                lengths,
-                draws,
-                gaussian=gaussian,
-                source=source,
-                source_lengths=source_lengths,
-                source_gaussian=source_gaussian,
-            )
-        return x
+        """[B, L, D]; with ``last_only`` the last position's state [B, 1, D], the last layer computing nothing else."""
+        layers = self.layers
+        for layer in layers[:-1]:
+            x = layer(x, lengths, draws, weighting, source)
+        return layers[-1](x, lengths, draws, weighting, source, last_only=last_only)
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return cast("list[DecoderLayer]", list(self.decoder_layers))
 
 
 class DualTransformer(nn.Module):

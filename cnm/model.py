@@ -12,7 +12,7 @@ import cnm_kernels as kernels
 from cnm import checkpoint
 from cnm.config import CNMConfig
 from cnm.errors import InputError
-from cnm.layers import DropoutDraws, DualTransformer, Gaussian, sinusoidal_positions
+from cnm.layers import DropoutDraws, DualTransformer, Gaussian, Source, sinusoidal_positions
 from cnm_kernels.checks import Arguments
 
 
@@ -88,10 +88,9 @@ class CNM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Where each sentence happens: center and width [B] each, fractions of the video. Without dropout."""
         self._check(frames, frame_lengths, words, word_lengths)
-        draws = self._draws(0.0, None)
-        frames = self.frame_fc(frames)
-        words = self.word_fc(self._with_start(words))
-        return self._generate(frames, frame_lengths, words, word_lengths, draws)
+        draws = self._no_dropout()
+        frames, words = self.project_inputs(frames, words, draws)
+        return self.generate(frames, frame_lengths, words, word_lengths, draws, last_only=True)
 
     def reconstruct(
         self,
@@ -120,19 +119,11 @@ class CNM(nn.Module):
             if mask_weights is None:
                 mask_weights = torch.ones_like(word_ids, dtype=frames.dtype)
             masked_words = sample_masked_words(mask_weights, word_lengths)
-        draws = self._draws(self.input_dropout, seed)
-        frames = self.frame_fc(draws.dropout(frames))
-        words = self.word_fc(draws.dropout(self._with_start(words)))
-        draws.p = self.dropout if self.training else 0.0
-        center, width = self._generate(frames, frame_lengths, words, word_lengths, draws)
-
-        clips = downsampled_clips(frames.size(1), frames.device)  # [P]
-        clip_lengths = (clips < frame_lengths[:, None]).sum(1)
-        clip_frames = frames[:, clips]
-        hidden_word = self.word_fc(self.mask_vec)
-        words = torch.where(masked_words.unsqueeze(-1), hidden_word, words) + self._positions(words)
-        words = words[:, :-1]  # row t predicts word t + 1
-        row_lengths = (word_lengths + 1).clamp(max=words.size(1))
+        draws = self.draws(seed)
+        frames, words = self.project_inputs(frames, words, draws)
+        center, width = self.generate(frames, frame_lengths, words, word_lengths, draws)
+        clip_frames, clip_lengths = downsample(frames, frame_lengths)
+        words, row_lengths = self.reconstructor_words(words, masked_words, word_lengths)
 
         positive = Gaussian(center, width, self.alpha)
         easy = Gaussian(center, width, self.alpha, complement=True)
@@ -151,13 +142,23 @@ class CNM(nn.Module):
         )
         return Reconstruction(center, width, masked_words, hidden, nll.view(3, -1))
 
-    def _generate(
-        self, frames: Tensor, frame_lengths: Tensor, words: Tensor, word_lengths: Tensor, draws: DropoutDraws
+    def generate(
+        self,
+        frames: Tensor,
+        frame_lengths: Tensor,
+        words: Tensor,
+        word_lengths: Tensor,
+        draws: DropoutDraws,
+        *,
+        last_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Decoding 1: frames attend to words; the last frame's state gives center and width."""
+        """Decoding 1: projected frames attend to projected words; the last frame's state gives center and width.
+
+        ``last_only`` leaves out, in the last layer, what no result depends on.
+        """
         rows = word_lengths + 1
         words = self.trans.decoder2(words + self._positions(words), rows, draws)
-        states = self.trans.decoder1(frames, frame_lengths, draws, source=words, source_lengths=rows)
+        states = self.trans.decoder1(frames, frame_lengths, draws, source=Source(words, rows), last_only=last_only)
         center, width = torch.sigmoid(self.fc_mask_gen(states[:, -1])).unbind(-1)
         return center, width * self.max_width
 
@@ -171,32 +172,40 @@ class CNM(nn.Module):
         draws: DropoutDraws,
     ) -> Tensor:
         """Decoding 2: masked words attend to the Gaussian-weighted frames. [B, L, D]"""
-        frames = self.trans.decoder1(frames, frame_lengths, draws, gaussian=gaussian)
-        return self.trans.decoder2(
-            words, row_lengths, draws, source=frames, source_lengths=frame_lengths, source_gaussian=gaussian
-        )
+        frames = self.trans.decoder1(frames, frame_lengths, draws, gaussian)
+        return self.trans.decoder2(words, row_lengths, draws, source=Source(frames, frame_lengths, gaussian))
 
-    def _with_start(self, words: Tensor) -> Tensor:
-        """words with row 0 replaced by the learnt start vector."""
+    def project_inputs(self, frames: Tensor, words: Tensor, draws: DropoutDraws) -> tuple[Tensor, Tensor]:
+        """Input dropout and projection: frames [B, T, D] and words [B, L + 1, D], row 0 being the start token."""
         start = self.start_vec.to(words.dtype).expand(words.size(0), 1, -1)
-        return torch.cat([start, words[:, 1:]], dim=1)
+        words = torch.cat([start, words[:, 1:]], dim=1)
+        return self.frame_fc(draws.on_input(frames)), self.word_fc(draws.on_input(words))
+
+    def reconstructor_words(self, words: Tensor, masked_words: Tensor, word_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected words with the masked ones replaced, positions added and the last row dropped; and their lengths.
+
+        Row t predicts word t + 1, and the row after the last word predicts padding (as published).
+        """
+        words = torch.where(masked_words.unsqueeze(-1), self.word_fc(self.mask_vec), words) + self._positions(words)
+        words = words[:, :-1]  # [B, L, D]
+        return words, (word_lengths + 1).clamp(max=words.size(1))
+
+    def draws(self, seed: Tensor | None = None) -> DropoutDraws:
+        """The dropout masks of one forward pass, none in evaluation mode; without a seed one is drawn."""
+        if not self.training or self.input_dropout == self.dropout == 0:
+            return self._no_dropout()
+        if seed is None:
+            seed = torch.randint(2**63 - 1, (), device=self.mask_vec.device)
+        return DropoutDraws(self.input_dropout, self.dropout, seed)
+
+    def _no_dropout(self) -> DropoutDraws:
+        return DropoutDraws(0.0, 0.0, torch.zeros((), dtype=torch.int64, device=self.mask_vec.device))
 
     def _positions(self, words: Tensor) -> Tensor:
         if words.size(1) > self.positions.size(0):  # sentences longer than the configuration foresaw
             positions = sinusoidal_positions(words.size(1), self.positions.size(1))
             self.positions = positions.to(self.positions.device, self.positions.dtype)
         return self.positions[: words.size(1)]
-
-    def _draws(self, p: float, seed: Tensor | None) -> DropoutDraws:
-        device = self.mask_vec.device
-        if seed is None:
-            active = self.training and p > 0
-            seed = (
-                torch.randint(2**63 - 1, (), device=device)
-                if active
-                else torch.zeros((), dtype=torch.int64, device=device)
-            )
-        return DropoutDraws(p if self.training else 0.0, seed)
 
     def _check(self, frames: Tensor, frame_lengths: Tensor, words: Tensor, word_lengths: Tensor) -> None:
         check = Arguments("CNM")
@@ -211,9 +220,11 @@ class CNM(nn.Module):
             )
 
 
-def downsampled_clips(num_frames: int, device: torch.device) -> Tensor:
-    """The num_frames // 4 frames the reconstructor sees: equally spaced, truncated to whole indices. [P] int64"""
-    return torch.linspace(0, num_frames - 1, num_frames // 4, device=device).long()
+def downsample(frames: Tensor, frame_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The T // 4 frames the reconstructor sees, equally spaced, and how many of them are real: [B, P, D], [B]."""
+    T = frames.size(1)
+    index = torch.linspace(0, T - 1, T // 4, device=frames.device).long()
+    return frames[:, index], (index < frame_lengths[:, None]).sum(1)
 
 
 def sample_masked_words(mask_weights: Tensor, word_lengths: Tensor) -> Tensor:

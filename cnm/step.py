@@ -1,7 +1,12 @@
-"""The training step: two optimizers take turns on every batch."""
+"""The training step: two optimizers take turns on every batch.
+
+``PublishedStep`` computes both losses as the paper states them. ``LeanStep`` computes the same losses and gradients
+without the work whose result is never used; the trainer uses it by default.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -10,11 +15,12 @@ from torch import Tensor
 import cnm_kernels as kernels
 from cnm.config import CNMConfig
 from cnm.data.batch import Batch
-from cnm.model import CNM, Reconstruction
+from cnm.layers import DropoutDraws, Source
+from cnm.model import CNM, Reconstruction, downsample, sample_masked_words
 from cnm.optim import MAX_GRADIENT_NORM, ScheduledAdam
 
 
-class TrainingStep:
+class TrainingStep(ABC):
     """Both published updates of one batch.
 
     1. All parameters but ``fc_mask_gen`` learn to reconstruct: mean(nll_positive) + mean(nll_hard), back-propagated
@@ -36,6 +42,7 @@ class TrainingStep:
 
     @property
     def num_updates(self) -> int:
+        """Batches trained on so far."""
         return self.reconstructor.updates
 
     @property
@@ -55,17 +62,19 @@ class TrainingStep:
         Returns:
             Losses, per-branch nll and gradient norms, as 0-dim tensors on the device (nothing waits for the host).
         """
-        first = self._reconstruct(batch, masked_words[0])
-        reconstruction_loss = first.nll[0].mean() + first.nll[1].mean()
+        masks = [
+            sample_masked_words(batch.mask_weights, batch.word_lengths) if given is None else given
+            for given in masked_words
+        ]
+        reconstruction_loss = self.reconstruction_loss(batch, masks[0])
         reconstructor_norm = self._update(self.reconstructor, reconstruction_loss)
 
-        second = self._reconstruct(batch, masked_words[1])
-        contrastive_loss = kernels.intra_video_contrastive_loss(
-            *second.nll, beta_1=self.loss.beta_1, beta_2=self.loss.beta_2
-        )
+        self._reconstructor_requires_grad(False)
+        contrastive_loss, nll = self.contrastive_loss(batch, masks[1])
+        self._reconstructor_requires_grad(True)
         generator_norm = self._update(self.generator, contrastive_loss)
 
-        positive, hard, easy = second.nll.detach().mean(1)
+        positive, hard, easy = nll.detach().mean(1)
         return {
             "loss/reconstruction": reconstruction_loss.detach(),
             "loss/contrastive": contrastive_loss.detach(),
@@ -76,16 +85,17 @@ class TrainingStep:
             "grad_norm/generator": generator_norm,
         }
 
-    def _reconstruct(self, batch: Batch, masked_words: Tensor | None) -> Reconstruction:
-        return self.model.reconstruct(
-            batch.frames,
-            batch.frame_lengths,
-            batch.words,
-            batch.word_ids,
-            batch.word_lengths,
-            batch.mask_weights,
-            masked_words=masked_words,
-        )
+    @abstractmethod
+    def reconstruction_loss(self, batch: Batch, masked_words: Tensor) -> Tensor:
+        """mean(nll_positive) + mean(nll_hard), differentiable in the reconstructor's parameters."""
+
+    @abstractmethod
+    def contrastive_loss(self, batch: Batch, masked_words: Tensor) -> tuple[Tensor, Tensor]:
+        """The contrastive loss, differentiable in ``fc_mask_gen``, and the branches' nll [3, B]."""
+
+    def _reconstructor_requires_grad(self, required: bool) -> None:
+        for parameter in self.reconstructor.parameters:
+            parameter.requires_grad_(required)
 
     def _update(self, optimizer: ScheduledAdam, loss: Tensor) -> Tensor:
         """Gradients for this group alone, clip over all, update. Returns the norm before the clip."""
@@ -110,3 +120,111 @@ class TrainingStep:
         self.reconstructor.load_state_dict(state["reconstructor"])
         for parameter, gradient in zip(self.generator.parameters, state["generator_gradients"], strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.device, parameter.dtype).clone()
+
+
+class PublishedStep(TrainingStep):
+    """Both losses as the paper states them: everything computed in full, each branch by itself."""
+
+    def reconstruction_loss(self, batch: Batch, masked_words: Tensor) -> Tensor:
+        nll = self._reconstruct(batch, masked_words).nll
+        return nll[0].mean() + nll[1].mean()
+
+    def contrastive_loss(self, batch: Batch, masked_words: Tensor) -> tuple[Tensor, Tensor]:
+        nll = self._reconstruct(batch, masked_words).nll
+        loss = kernels.intra_video_contrastive_loss(*nll, beta_1=self.loss.beta_1, beta_2=self.loss.beta_2)
+        return loss, nll
+
+    def _reconstruct(self, batch: Batch, masked_words: Tensor) -> Reconstruction:
+        return self.model.reconstruct(
+            batch.frames,
+            batch.frame_lengths,
+            batch.words,
+            batch.word_ids,
+            batch.word_lengths,
+            masked_words=masked_words,
+        )
+
+
+class LeanStep(TrainingStep):
+    """The published losses and gradients without the work whose result is never used.
+
+    * Of decoding 1 only the last frame's state is read: its last layer computes that one query.
+    * The reconstruction loss never reads the easy negative: it is left out.
+    * The contrastive loss trains ``fc_mask_gen`` alone: decoding 1 and the hard negative need no graph, the other two
+      branches gradients through the Gaussian only.
+    * The branches enter both decoders with the same input: the first layers' projections are computed once, and later
+      layers run on all branches as one batch. The key weights of that batch are rows of g, ones and 1 - g.
+    """
+
+    def reconstruction_loss(self, batch: Batch, masked_words: Tensor) -> Tensor:
+        model, draws = self.model, self.model.draws()
+        frames, words = model.project_inputs(batch.frames, batch.words, draws)
+        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, draws, last_only=True)
+        inputs = _ReconstructorInputs(model, batch, frames, words, masked_words)
+        gaussian = inputs.gaussian(center, width)
+        nll = inputs.nll([gaussian, torch.ones_like(gaussian)], draws)
+        return nll[0].mean() + nll[1].mean()
+
+    def contrastive_loss(self, batch: Batch, masked_words: Tensor) -> tuple[Tensor, Tensor]:
+        model, draws = self.model, self.model.draws()
+        frames, words = model.project_inputs(batch.frames, batch.words, draws)
+        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, draws, last_only=True)
+        inputs = _ReconstructorInputs(model, batch, frames, words, masked_words)
+        gaussian = inputs.gaussian(center, width)
+        positive, easy = inputs.nll([gaussian, 1 - gaussian], draws)
+        with torch.no_grad():
+            (hard,) = inputs.nll([torch.ones_like(gaussian)], draws)
+        loss = kernels.intra_video_contrastive_loss(
+            positive, hard, easy, beta_1=self.loss.beta_1, beta_2=self.loss.beta_2
+        )
+        return loss, torch.stack([positive, hard, easy])
+
+
+class _ReconstructorInputs:
+    """What the branches of decoding 2 share: inputs, targets and the first layers' projections."""
+
+    def __init__(self, model: CNM, batch: Batch, frames: Tensor, words: Tensor, masked_words: Tensor) -> None:
+        self.model = model
+        self.frames, self.frame_lengths = downsample(frames, batch.frame_lengths)
+        self.words, self.row_lengths = model.reconstructor_words(words, masked_words, batch.word_lengths)
+        self.word_ids = batch.word_ids
+        frame_attention = model.trans.decoder1.layers[0].self_attn
+        self.frame_projections = frame_attention.project(self.frames)
+        word_attention = model.trans.decoder2.layers[0].self_attn
+        query, key, value = word_attention.project(self.words)
+        attended = word_attention.attend(query, key, value, self.row_lengths, None, causal=True)
+        self.attended_words = word_attention.out_proj(attended)
+
+    def gaussian(self, center: Tensor, width: Tensor) -> Tensor:
+        """The positive's key weights. [B, P]"""
+        return kernels.gaussian_mask(center, width, self.frames.size(1), alpha=self.model.alpha)
+
+    def nll(self, key_weights: list[Tensor], draws: DropoutDraws) -> Tensor:
+        """Reconstruction error of each branch, given its key weights [B, P]: [len(key_weights), B]."""
+        model, n = self.model, len(key_weights)
+        frame_lengths, row_lengths = self.frame_lengths.repeat(n), self.row_lengths.repeat(n)
+        weighting = torch.cat(key_weights)  # [n B, P]
+
+        first, *later = model.trans.decoder1.layers
+        attention = first.self_attn
+        query, key, value = self.frame_projections
+        attended = torch.cat(
+            [attention.attend(query, key, value, self.frame_lengths, weight, causal=True) for weight in key_weights]
+        )
+        frames = draws.add_and_norm(
+            attention.out_proj(attended), self.frames.repeat(n, 1, 1), first.self_attn_layer_norm
+        )
+        frames = first.after_self_attention(frames, draws, None)
+        for layer in later:
+            frames = layer(frames, frame_lengths, draws, weighting)
+        source = Source(frames, frame_lengths, weighting)
+
+        first, *later = model.trans.decoder2.layers
+        words = draws.add_and_norm(
+            self.attended_words.repeat(n, 1, 1), self.words.repeat(n, 1, 1), first.self_attn_layer_norm
+        )
+        words = first.after_self_attention(words, draws, source)
+        for layer in later:
+            words = layer(words, row_lengths, draws, source=source)
+        nll = kernels.linear_nll(words, model.fc_rec.weight, model.fc_rec.bias, self.word_ids.repeat(n, 1), row_lengths)
+        return nll.view(n, -1)

@@ -34,6 +34,8 @@ def _run(op: str, tensor: Tensor, *arguments: Any) -> Any:
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Matrix operands in the autocast dtype where autocast is on; float64 is left alone, as PyTorch leaves it."""
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return tensors  # the checks that follow name the culprit
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -382,7 +384,8 @@ def dropout_add_layer_norm(
     Returns:
         [..., D] in the dtype of x (the wider one, where x and residual differ).
     """
-    if isinstance(x, Tensor) and isinstance(residual, Tensor) and x.dtype != residual.dtype:
+    floating = all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in (x, residual))
+    if floating and x.dtype != residual.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     check = Arguments("dropout_add_layer_norm")

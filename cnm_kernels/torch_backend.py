@@ -119,7 +119,7 @@ def linear_nll(
     if not return_accuracy:
         return nll, None
     correct = (logits.argmax(-1) == target) & valid
-    return nll, correct.sum(-1) / count
+    return nll, correct.sum(-1).to(nll.dtype) / count
 
 
 def intra_video_contrastive_loss(positive: Tensor, hard: Tensor, easy: Tensor, beta_1: float, beta_2: float) -> Tensor:

@@ -1,0 +1,141 @@
+"""Visual features: HDF5 files in the published layouts, checked and averaged to a fixed number of clips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+
+import h5py
+import numpy as np
+
+from cnm.errors import InputError
+
+INNER_KEYS = ("c3d_features",)  # where a video is a group instead of a dataset
+
+
+class FeatureFile:
+    """An HDF5 file with one dataset [n, frame_dim] per video, or one group with such a ``c3d_features`` inside.
+
+    Raises:
+        InputError: the file is missing or is no HDF5 (truncated, for one).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        if not Path(path).is_file():
+            raise InputError(f"{path}: there is no such feature file; check dataset.feature_path")
+        try:
+            self._file = h5py.File(path, "r")
+        except OSError as error:
+            raise InputError(
+                f"{path}: is no readable HDF5 file ({error}); it may be truncated, fetch it again"
+            ) from None
+
+    def __enter__(self) -> FeatureFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def check(self, videos: Iterable[str], frame_dim: int) -> None:
+        """Names the first video that is missing or has another width, before any long work begins.
+
+        Raises:
+            InputError: as ``frames``, except for the values, which it does not read.
+        """
+        missing = [video for video in videos if video not in self._file]
+        if missing:
+            raise InputError(
+                f"{self.path}: has no features for video {missing[0]!r}"
+                + (f" (and {len(missing) - 1} others)" if len(missing) > 1 else "")
+                + "; take the feature file that belongs to the annotations"
+            )
+        for video in videos:
+            self._dataset(video, frame_dim)
+
+    def frames(self, video: str, frame_dim: int) -> np.ndarray:
+        """[n, frame_dim] float32 of one video.
+
+        Raises:
+            InputError: the video is missing, has another shape or width, holds NaN or infinity, or cannot be read.
+        """
+        dataset = self._dataset(video, frame_dim)
+        try:
+            frames = dataset[()].astype(np.float32, copy=False)
+        except OSError as error:
+            raise InputError(f"{self.path}: video {video!r} cannot be read ({error}); fetch the file again") from None
+        if not np.isfinite(frames).all():
+            raise InputError(f"{self.path}: the features of video {video!r} hold NaN or infinity; extract them again")
+        return frames
+
+    def _dataset(self, video: str, frame_dim: int) -> h5py.Dataset:
+        try:
+            item = self._file.get(video)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{self.path}: video {video!r} cannot be read ({error}); fetch the file again") from None
+        if isinstance(item, h5py.Group):
+            inner = [key for key in INNER_KEYS if key in item]
+            item = item[inner[0]] if inner else None
+        if not isinstance(item, h5py.Dataset):
+            raise InputError(f"{self.path}: has no features for video {video!r}; take the file of these annotations")
+        if item.ndim != 2 or item.shape[0] == 0 or item.dtype.kind not in "fiu":
+            raise InputError(
+                f"{self.path}: video {video!r} holds {item.dtype} of shape {list(item.shape)}, "
+                f"not numbers [frames, width]; extract them again"
+            )
+        if item.shape[1] != frame_dim:
+            raise InputError(
+                f"{self.path}: the features of video {video!r} are {item.shape[1]} wide, but {frame_dim} are expected "
+                f"(dataset.frame_dim); correct the configuration or take other features"
+            )
+        return item
+
+
+def pool(frames: np.ndarray, num_clips: int) -> np.ndarray:
+    """Averages n frames to clips: clip j is the mean of frames round(j n/T) to round((j+1) n/T), the single frame where
+    that is empty; bounds beyond the last frame are cut to it. Source: published ``_sample_frame_features``.
+
+    Args:
+        frames: [n, frame_dim], n >= 1.
+
+    Returns:
+        [num_clips, frame_dim] float32.
+    """
+    n = len(frames)
+    bounds = np.round(np.arange(num_clips + 1) / num_clips * n).astype(np.int64).clip(max=n - 1)
+    clips = np.empty((num_clips, frames.shape[1]), dtype=np.float32)
+    for j, (start, end) in enumerate(pairwise(bounds)):
+        clips[j] = frames[start] if start == end else frames[start:end].mean(axis=0)
+    return clips
+
+
+def load_features(source: str, frame_dim: int, num_clips: int) -> np.ndarray:
+    """One video's clips from ``F.npy`` ([n, frame_dim]) or from ``F.hdf5:VIDEO``. [num_clips, frame_dim] float32
+
+    Raises:
+        InputError: the file or video is missing, unreadable, of another shape, or holds NaN or infinity.
+    """
+    path, separator, video = source.rpartition(":")
+    if separator and Path(path).suffix in (".hdf5", ".h5", ".hdf"):
+        with FeatureFile(path) as file:
+            return pool(file.frames(video, frame_dim), num_clips)
+    if Path(source).suffix != ".npy":
+        raise InputError(f"{source}: features are given as FILE.npy or FILE.hdf5:VIDEO")
+    try:
+        frames = np.load(source, allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror or error}); check the path") from None
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{source}: is no array of numbers ({error}); save it with numpy.save") from None
+    if not isinstance(frames, np.ndarray) or frames.ndim != 2 or len(frames) == 0 or frames.dtype.kind not in "fiu":
+        raise InputError(f"{source}: holds {frames.dtype} of shape {list(frames.shape)}, not numbers [frames, width]")
+    if frames.shape[1] != frame_dim:
+        raise InputError(f"{source}: the features are {frames.shape[1]} wide, but the model expects {frame_dim}")
+    frames = frames.astype(np.float32)
+    if not np.isfinite(frames).all():
+        raise InputError(f"{source}: the features hold NaN or infinity; extract them again")
+    return pool(frames, num_clips)

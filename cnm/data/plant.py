@@ -1,0 +1,98 @@
+"""Planted features: for any annotation files, videos whose moments carry a signal tied to the sentence's words.
+
+They let the real annotations train without the real features, and show whether localization is learnt at all.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from cnm.data.annotations import Sample, read_annotations
+from cnm.data.tagging import tag
+from cnm.data.vocabulary import Vocabulary
+from cnm.errors import InputError
+
+MIN_FRAMES, MAX_FRAMES = 16, 1024
+DISTRACTORS = 2  # per video: other videos' sentences, planted outside the annotated moments
+
+
+def plant(
+    annotations: Sequence[str | Path],
+    vocabulary: Vocabulary,
+    output: str | Path,
+    *,
+    frame_dim: int,
+    frames_per_second: float = 2.0,
+    signal: float = 1.0,
+    seed: int = 0,
+    progress: bool = False,
+) -> int:
+    """Writes an HDF5 file of planted features for every video of the annotation files.
+
+    Each content word has a fixed random vector. The frames of a moment carry the sum of its sentence's vectors, scaled
+    to ``signal`` per feature; some other frames carry other videos' sentences; all frames have noise of strength 1.
+    Every video's features depend on its name, its sentences and the seed alone.
+
+    Args:
+        annotations: published JSON files; a video may occur in several.
+        vocabulary: whose words carry signals.
+        output: HDF5 file, written under a temporary name first; an existing one is replaced.
+        frame_dim: width of the features.
+        frames_per_second: frames per second of video (16 to 1,024 per video).
+
+    Returns:
+        The number of videos written.
+
+    Raises:
+        InputError: an annotation file is wrong, or the output cannot be written.
+    """
+    samples: dict[str, list[Sample]] = {}
+    for path in annotations:
+        for sample in read_annotations(path)[0]:
+            samples.setdefault(sample.video, []).append(sample)
+    everything = [sample for of_video in samples.values() for sample in of_video]
+    vectors = np.random.default_rng([seed, 0]).standard_normal((len(vocabulary), frame_dim)).astype(np.float32)
+    output = Path(output)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(temporary, "w") as file:
+            bar = tqdm(samples.items(), desc="planting features", unit="video", disable=not progress)
+            for video, of_video in bar:
+                rng = np.random.default_rng([seed, zlib.crc32(video.encode())])
+                duration = max(sample.duration for sample in of_video)
+                n = int(np.clip(round(duration * frames_per_second), MIN_FRAMES, MAX_FRAMES))
+                frames = rng.standard_normal((n, frame_dim), dtype=np.float32)
+                time = (np.arange(n) + 0.5) / n * duration
+                free = np.ones(n, dtype=bool)
+                for sample in of_video:
+                    during = (time >= sample.moment[0]) & (time < sample.moment[1])
+                    frames[during] += signal * _signal(sample.sentence, vocabulary, vectors)
+                    free &= ~during
+                for index in rng.integers(len(everything), size=DISTRACTORS):
+                    start = rng.uniform(0, 0.75) * duration
+                    during = (time >= start) & (time < start + duration / 4) & free
+                    frames[during] += signal * _signal(everything[index].sentence, vocabulary, vectors)
+                file.create_dataset(video, data=frames)
+        os.replace(temporary, output)
+    except OSError as error:
+        raise InputError(
+            f"{output}: cannot be written ({error.strerror or error}); make room or name another"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(samples)
+
+
+def _signal(sentence: str, vocabulary: Vocabulary, vectors: np.ndarray) -> np.ndarray:
+    """The scaled sum of the content words' vectors, of variance 1 per feature; zero without any. [frame_dim]"""
+    words = {word for word, is_content in tag(sentence) if is_content}
+    ids = sorted(index for word in words if (index := vocabulary.id(word)) is not None)
+    return vectors[ids].sum(0) / np.sqrt(max(len(ids), 1))

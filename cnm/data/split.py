@@ -1,0 +1,186 @@
+"""One split of a dataset: samples, encoded sentences and pooled features, ready to be cut into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cnm.config import DatasetConfig
+from cnm.data import cache, synthetic
+from cnm.data.annotations import Sample, read_annotations
+from cnm.data.batch import Batch
+from cnm.data.features import FeatureFile, pool
+from cnm.data.tagging import tagger_name
+from cnm.data.vocabulary import Vocabulary, mask_weights
+from cnm.errors import InputError
+
+SplitName = Literal["train", "val", "test"]
+
+
+class Split:
+    """Sentences with their videos' features.
+
+    Attributes:
+        name: ``train``, ``val`` or ``test``.
+        vocabulary: what the word ids mean.
+        samples: one per sentence, in the file's order.
+        notes: what was corrected or left out on reading, for the user.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        vocabulary: Vocabulary,
+        samples: Sequence[Sample],
+        features: np.ndarray,
+        video_rows: np.ndarray,
+        encoded: tuple[np.ndarray, np.ndarray, np.ndarray],
+        notes: list[str],
+    ) -> None:
+        self.name = name
+        self.vocabulary = vocabulary
+        self.samples = samples
+        self.notes = notes
+        self._features = features  # [videos, T, frame_dim], on disk
+        self._video_rows = video_rows  # [N], each sample's row of it
+        self._ids, self._content, self._lengths = encoded  # [N, max_num_words], same, [N]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def moments(self) -> np.ndarray:
+        """[N, 2] float64, start and end as fractions of the video. For evaluation; no batch holds them."""
+        return np.array([[time / sample.duration for time in sample.moment] for sample in self.samples])
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The samples of these indices, on the CPU; as many words as the longest of them has."""
+        indices = np.asarray(indices)
+        lengths = self._lengths[indices]
+        L = max(int(lengths.max(initial=0)), 1)
+        ids = self._ids[indices, :L]
+        frames = torch.from_numpy(np.take(self._features, self._video_rows[indices], axis=0))
+        words = np.zeros((len(indices), L + 1, self.vocabulary.vectors.shape[1]), dtype=np.float32)
+        np.take(self.vocabulary.vectors, ids, axis=0, out=words[:, 1:])
+        return Batch(
+            frames=frames,
+            frame_lengths=torch.full((len(indices),), frames.size(1)),
+            words=torch.from_numpy(words),
+            word_ids=torch.from_numpy(ids.astype(np.int64)),
+            word_lengths=torch.from_numpy(lengths.astype(np.int64)),
+            mask_weights=torch.from_numpy(mask_weights(self._content[indices, :L], lengths)),
+        )
+
+
+def load_vocabulary(config: DatasetConfig) -> Vocabulary:
+    """The vocabulary of a dataset section.
+
+    Raises:
+        InputError: the file is missing, hostile or does not fit.
+    """
+    if config.dataset == "synthetic":
+        return synthetic.vocabulary(config)
+    assert config.vocab_path is not None  # DatasetConfig refuses it
+    return Vocabulary.from_pickle(config.vocab_path, config.vocab_size, config.word_dim)
+
+
+def open_split(config: DatasetConfig, split: SplitName, *, progress: bool = False) -> Split:
+    """Reads a split; tokenizes its sentences and pools its features on first use, and finds them in the cache later.
+
+    Args:
+        config: the dataset section.
+        split: sentences without a known word are left out of ``train``; elsewhere they are kept and counted.
+        progress: show a bar while features are pooled.
+
+    Raises:
+        InputError: anything wrong with the files; the message names file, item and remedy.
+    """
+    vocabulary = load_vocabulary(config)
+    notes: list[str] = []
+    if config.dataset == "synthetic":
+        samples, features, video_rows = synthetic.generate(config, split)
+        encoded = _encode(samples, vocabulary, config.max_num_words)
+    else:
+        path = {"train": config.train_data, "val": config.val_data, "test": config.test_data}[split]
+        if path is None:
+            raise InputError(f"the configuration has no dataset.{split}_data; name a file there")
+        samples, notes = read_annotations(path)
+        encoded = _cached_encoding(config, path, samples, vocabulary)
+        videos = sorted({sample.video for sample in samples})
+        features = _cached_features(config, videos, progress)
+        row_of = {video: row for row, video in enumerate(videos)}
+        video_rows = np.array([row_of[sample.video] for sample in samples])
+    wordless = encoded[2] == 0
+    if wordless.any():
+        first = samples[int(np.argmax(wordless))].sentence
+        does = "skipped" if split == "train" else "localized all the same"
+        notes.append(f"{split}: {int(wordless.sum())} sentences hold no known word (first: {first!r}); {does}")
+        if split == "train":
+            keep = np.flatnonzero(~wordless)
+            samples, video_rows = [samples[i] for i in keep], video_rows[keep]
+            encoded = (encoded[0][keep], encoded[1][keep], encoded[2][keep])
+    if not samples:
+        raise InputError(f"{split}: no sentence holds a word of the vocabulary; vocabulary and annotations do not fit")
+    return Split(split, vocabulary, samples, features, video_rows, encoded, notes)
+
+
+def _encode(
+    samples: Sequence[Sample], vocabulary: Vocabulary, max_words: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Word ids [N, max_words] int32 (padding 0), content flags of the same shape, lengths [N] int64."""
+    ids = np.zeros((len(samples), max_words), dtype=np.int32)
+    content = np.zeros((len(samples), max_words), dtype=bool)
+    lengths = np.zeros(len(samples), dtype=np.int64)
+    for row, sample in enumerate(samples):
+        sentence = vocabulary.encode(sample.sentence, max_words)
+        n = lengths[row] = len(sentence.ids)
+        ids[row, :n], content[row, :n] = sentence.ids, sentence.content
+    return ids, content, lengths
+
+
+def _folder(config: DatasetConfig) -> Path:
+    return Path(config.cache_path) if config.cache_path else cache.default_folder()
+
+
+def _cached_encoding(
+    config: DatasetConfig, path: str, samples: Sequence[Sample], vocabulary: Vocabulary
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    names = ("ids", "content", "lengths")
+
+    def build(folder: Path) -> None:
+        for name, array in zip(names, _encode(samples, vocabulary, config.max_num_words), strict=True):
+            np.save(folder / f"{name}.npy", array)
+
+    made_from = {
+        "what": "sentences",
+        "annotations": cache.content_hash(path),
+        "vocabulary": cache.content_hash(str(config.vocab_path)),
+        "vocab_size": config.vocab_size,
+        "max_num_words": config.max_num_words,
+        "tagger": tagger_name(),
+    }
+    folder = cache.build_once(_folder(config), made_from, build)
+    ids, content, lengths = (np.load(folder / f"{name}.npy") for name in names)
+    return ids, content, lengths
+
+
+def _cached_features(config: DatasetConfig, videos: list[str], progress: bool) -> np.ndarray:
+    shape = (len(videos), config.max_num_frames, config.frame_dim)
+    source = str(config.feature_path)
+
+    def build(folder: Path) -> None:
+        with FeatureFile(source) as file:
+            file.check(videos, config.frame_dim)
+            clips = np.lib.format.open_memmap(folder / "clips.npy", mode="w+", dtype=np.float32, shape=shape)
+            for row, video in enumerate(tqdm(videos, desc="pooling features", unit="video", disable=not progress)):
+                clips[row] = pool(file.frames(video, config.frame_dim), config.max_num_frames)
+            clips.flush()
+
+    made_from = {"what": "clips", "features": cache.identity(source), "videos": videos, "shape": shape}
+    folder = cache.build_once(_folder(config), made_from, build)
+    return np.load(folder / "clips.npy", mmap_mode="r")

@@ -1,0 +1,92 @@
+"""The embedded dataset: generated videos with planted moments, and sentences made by a small grammar.
+
+Every video holds several events at different times. An event has a sentence; while it lasts, each frame carries the
+scaled sum of fixed random vectors of the sentence's content words. The other events of the video are distractors for
+it, and everything lies in noise. Nothing is downloaded; the seed decides all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cnm.config import DatasetConfig
+from cnm.data.annotations import Sample
+from cnm.data.vocabulary import PADDING, Vocabulary
+from cnm.errors import InputError
+
+ADJECTIVES = "young old tall short happy tired busy quiet".split()
+SUBJECTS = "man woman boy girl child chef teacher dancer painter runner".split()
+VERBS = "opens closes washes lifts carries throws paints cuts cleans holds pushes drops".split()
+OBJECTS = "door window box ball plate cup chair table book bag lamp towel guitar bicycle".split()
+ADVERBS = "slowly quickly carefully again loudly".split()
+FUNCTION_WORDS = ["the", "a"]
+
+SIGNAL = 1.5  # of an event in its frames, per feature; the noise has strength 1
+EVENTS = (2, 3)  # per video, fewest and most
+GAP = 0.05  # between events, fraction of the video
+MIN_LENGTH, MAX_LENGTH = 0.15, 0.4  # of an event, fraction of the video
+SECONDS = (20.0, 60.0)  # of a video
+HELD_OUT = 4  # val and test have a quarter as many videos as train
+
+
+def vocabulary(config: DatasetConfig) -> Vocabulary:
+    """All words of the grammar with random vectors of width ``word_dim``."""
+    words = [*FUNCTION_WORDS, *ADJECTIVES, *SUBJECTS, *VERBS, *OBJECTS, *ADVERBS]
+    if config.vocab_size != len(words):
+        raise InputError(f"dataset.vocab_size is {config.vocab_size}, but the synthetic grammar has {len(words)} words")
+    vectors = np.random.default_rng([config.seed, 0]).standard_normal((len(words) + 1, config.word_dim))
+    vectors[0] = 0
+    return Vocabulary([PADDING, *words], vectors)
+
+
+def generate(config: DatasetConfig, split: str) -> tuple[list[Sample], np.ndarray, np.ndarray]:
+    """Samples, features [videos, T, frame_dim] float32, and each sample's video row. The splits share no video."""
+    stream = ("train", "val", "test").index(split) + 2
+    rng = np.random.default_rng([config.seed, stream])
+    signals = _word_signals(config)
+    num_videos = config.num_videos if split == "train" else max(config.num_videos // HELD_OUT, 1)
+    T = config.max_num_frames
+    features = rng.standard_normal((num_videos, T, config.frame_dim)).astype(np.float32)
+    samples: list[Sample] = []
+    rows: list[int] = []
+    time = (np.arange(T) + 0.5) / T
+    for row in range(num_videos):
+        duration = round(float(rng.uniform(*SECONDS)), 2)
+        for start, end in _moments(rng):
+            words = _sentence(rng)
+            content = [signals[word] for word in words if word in signals]
+            during = (time >= start) & (time < end)
+            features[row, during] += SIGNAL * sum(content) / np.sqrt(len(content))
+            moment = (round(start * duration, 2), min(round(end * duration, 2), duration))
+            samples.append(Sample(f"{split}-{row:05d}", duration, moment, " ".join(words)))
+            rows.append(row)
+    return samples, features, np.array(rows)
+
+
+def _word_signals(config: DatasetConfig) -> dict[str, np.ndarray]:
+    words = [*ADJECTIVES, *SUBJECTS, *VERBS, *OBJECTS, *ADVERBS]
+    vectors = np.random.default_rng([config.seed, 1]).standard_normal((len(words), config.frame_dim))
+    return dict(zip(words, vectors.astype(np.float32), strict=True))
+
+
+def _moments(rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Disjoint moments in random places: lengths first, then the free time shared out between them."""
+    count = int(rng.integers(EVENTS[0], EVENTS[1] + 1))
+    longest = min(MAX_LENGTH, (1 - (count - 1) * GAP) / count)
+    lengths = rng.uniform(MIN_LENGTH, longest, count)
+    free = 1 - lengths.sum() - (count - 1) * GAP
+    gaps = rng.dirichlet(np.ones(count + 1)) * free
+    moments, at = [], 0.0
+    for gap, length in zip(gaps, lengths, strict=False):
+        at += gap
+        moments.append((float(at), float(at + length)))
+        at += length + GAP
+    return moments
+
+
+def _sentence(rng: np.random.Generator) -> list[str]:
+    adjective, subject, verb, thing, adverb = (
+        str(rng.choice(words)) for words in (ADJECTIVES, SUBJECTS, VERBS, OBJECTS, ADVERBS)
+    )
+    sentence = ["the", adjective, subject, verb, "a", thing]
+    return [*sentence, adverb] if rng.random() < 0.5 else sentence

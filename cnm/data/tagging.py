@@ -1,0 +1,56 @@
+"""Tokens and which of them are content words: nouns, verbs, adjectives, adverbs."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import nltk
+from nltk.tokenize import word_tokenize
+
+CONTENT_TAGS = ("NN", "VB", "JJ", "RB")  # as the published code matches them: anywhere in the tag
+
+# Used where nltk's tagger has no data: English words that are none of the above in video descriptions.
+FUNCTION_WORDS = frozenset(
+    """
+    a an the this that these those each every either neither another some any no all both half such what which whose
+    i me my mine myself you your yours yourself he him his himself she her hers herself it its itself we us our ours
+    ourselves they them their theirs themselves who whom someone somebody something anyone anybody anything everyone
+    everything one two three four five six seven eight nine ten
+    and or but nor so yet if while when where as because since until although though than whether after before
+    of in on at by for with from to into onto out off up down over under through across along around about behind
+    beside between near next toward towards against inside outside without within upon during among past per via
+    can could may might must shall should will would
+    there 's ' '' `` n't
+    """.split()
+)
+
+
+def tokenize(sentence: str) -> list[str]:
+    """Lower-cased tokens, as the published code cuts sentences (nltk's treebank rules; needs no data)."""
+    return [token.lower() for token in _tokens(sentence)]
+
+
+def _tokens(sentence: str) -> list[str]:
+    return word_tokenize(sentence, preserve_line=True)
+
+
+@cache
+def tagger_name() -> str:
+    """``nltk`` where its tagger's data is installed, else ``function-words``, the built-in list."""
+    for resource in ("taggers/averaged_perceptron_tagger_eng", "taggers/averaged_perceptron_tagger"):
+        try:
+            nltk.data.find(resource)
+            nltk.pos_tag(["word"])
+        except LookupError:
+            continue
+        return "nltk"
+    return "function-words"
+
+
+def tag(sentence: str) -> list[tuple[str, bool]]:
+    """Each lower-cased token with whether it is a content word, which is masked more often."""
+    tokens = _tokens(sentence)
+    if tagger_name() == "nltk":
+        return [(token.lower(), any(kind in pos for kind in CONTENT_TAGS)) for token, pos in nltk.pos_tag(tokens)]
+    lowered = [token.lower() for token in tokens]
+    return [(token, token not in FUNCTION_WORDS and any(map(str.isalpha, token))) for token in lowered]

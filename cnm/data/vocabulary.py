@@ -1,0 +1,127 @@
+"""The words a model knows, their vectors, and sentences in terms of them."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cnm.data.pickles import read_pickle
+from cnm.data.tagging import tag
+from cnm.errors import InputError
+
+PADDING = "<pad>"
+CONTENT_WEIGHT, FUNCTION_WEIGHT = 2.0, 1.0  # a word's chance to be masked goes with exp(weight)
+
+
+@dataclass(frozen=True)
+class EncodedSentence:
+    """A sentence's known words, in order, cut to the configured number."""
+
+    ids: np.ndarray  # [L] int64
+    content: np.ndarray  # [L] bool, nouns, verbs, adjectives and adverbs
+    unknown: list[str]  # tokens the vocabulary lacks
+
+
+class Vocabulary:
+    """Words and their vectors. Id 0 is the padding, whose vector is zero.
+
+    Attributes:
+        words: V strings; ``words[0]`` is the padding.
+        vectors: [V, word_dim] float32.
+    """
+
+    def __init__(self, words: Sequence[str], vectors: np.ndarray) -> None:
+        self.words = list(words)
+        self.vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        self._ids = {word: index for index, word in enumerate(self.words) if index > 0}
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def id(self, word: str) -> int | None:
+        """The word's id, None where it is unknown."""
+        return self._ids.get(word)
+
+    def encode(self, sentence: str, max_words: int) -> EncodedSentence:
+        """Tokenizes and tags a sentence, keeps the words known, at most ``max_words``."""
+        ids, content, unknown = [], [], []
+        for token, is_content in tag(sentence):
+            if token in self._ids:
+                ids.append(self._ids[token])
+                content.append(is_content)
+            elif any(map(str.isalnum, token)):
+                unknown.append(token)
+        return EncodedSentence(
+            np.asarray(ids[:max_words], dtype=np.int64), np.asarray(content[:max_words], dtype=bool), unknown
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that it can read sentences by itself."""
+        return {"words": self.words, "vectors": torch.from_numpy(self.vectors.copy())}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Vocabulary:
+        return cls(state["words"], state["vectors"].numpy())
+
+    @classmethod
+    def from_pickle(cls, path: str | Path, vocab_size: int, word_dim: int) -> Vocabulary:
+        """The published file: a pickle of w2id, id2vec and counter; its ``vocab_size`` most common words are kept.
+
+        Raises:
+            InputError: the file is unreadable, hostile, of another shape, or its vectors are not ``word_dim`` wide.
+        """
+        content = read_pickle(path)
+        problem = _problem(content)
+        if problem:
+            raise InputError(f"{path}: {problem}; a vocabulary holds w2id, id2vec and counter (a Counter of words)")
+        words = [word for word, _ in content["counter"].most_common(vocab_size)]
+        vectors = np.zeros((len(words) + 1, word_dim), dtype=np.float32)
+        for index, word in enumerate(words, start=1):
+            try:
+                vector = np.asarray(content["id2vec"][content["w2id"][word]], dtype=np.float32)
+            except (KeyError, IndexError, TypeError, ValueError):
+                raise InputError(f"{path}: word {word!r} is counted but has no vector; fetch the file again") from None
+            if vector.shape != (word_dim,):
+                raise InputError(
+                    f"{path}: the vector of {word!r} has shape {list(vector.shape)}, "
+                    f"but dataset.word_dim is {word_dim}; correct the configuration or the file"
+                )
+            if not np.isfinite(vector).all():
+                raise InputError(f"{path}: the vector of {word!r} holds NaN or infinity; fetch the file again")
+            vectors[index] = vector
+        return cls([PADDING, *words], vectors)
+
+
+def _problem(content: Any) -> str | None:
+    if not isinstance(content, dict):
+        return f"holds a {type(content).__name__}"
+    for name, kind in (("w2id", dict), ("id2vec", (list, tuple, dict, np.ndarray)), ("counter", collections.Counter)):
+        if name not in content:
+            return f"lacks {name!r}"
+        if not isinstance(content[name], kind):
+            return f"{name!r} is a {type(content[name]).__name__}"
+    if not all(isinstance(word, str) and isinstance(count, int) for word, count in content["counter"].items()):
+        return "'counter' does not count words"
+    return None if content["counter"] else "'counter' is empty"
+
+
+def mask_weights(content: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Each word's probability of being the first one masked: softmax of 2 for content words and 1 for the others.
+
+    Args:
+        content: [B, L] bool.
+        lengths: [B], words per sentence.
+
+    Returns:
+        [B, L] float32, 0 at padding.
+    """
+    real = np.arange(content.shape[1]) < lengths[:, None]
+    weight = np.exp(np.where(content, CONTENT_WEIGHT, FUNCTION_WEIGHT)) * real
+    total = weight.sum(1, keepdims=True)
+    return (weight / np.where(total == 0, 1, total)).astype(np.float32)

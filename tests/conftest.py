@@ -1,0 +1,16 @@
+"""Settings of the whole test run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("deterministic", deadline=None, derandomize=True, max_examples=12, database=None)
+settings.load_profile("deterministic")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """The tests' tensors are small: on a busy machine threads that wait for each other cost 100 times the work."""
+    torch.set_num_threads(1)

@@ -1,0 +1,374 @@
+"""Sample inputs of every op: the one factory behind the tests of values, gradients, determinism and dispatch.
+
+A sample is the keyword arguments of one call of the public function. Values are drawn in float64 from a seed that the
+sample's name fixes and rounded to the dtype under test, so every backend sees the same numbers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import cnm_kernels
+from cnm_kernels import registry
+
+Inputs = dict[str, Any]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DIFFERENTIABLE = {
+    "gaussian_mask": ("center", "width"),
+    "weighted_attention": ("query", "key", "value", "key_weight"),
+    "gaussian_attention": ("query", "key", "value", "center", "width"),
+    "linear_nll": ("hidden", "weight", "bias"),
+    "intra_video_contrastive_loss": ("positive", "hard", "easy"),
+    "contrastive_reconstruction_loss": ("hidden", "weight", "bias"),
+    "dropout": ("x",),
+    "dropout_add_layer_norm": ("x", "residual", "weight", "bias"),
+}
+
+
+class Draw:
+    """Seeded random tensors of one dtype on one device."""
+
+    def __init__(self, seed: str, dtype: torch.dtype, device: str) -> None:
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return self.cast(scale * torch.randn(shape, generator=self.generator, dtype=torch.float64))
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return self.cast(low + (high - low) * torch.rand(shape, generator=self.generator, dtype=torch.float64))
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator).to(self.device)
+
+    def values(self, values: Sequence[float]) -> Tensor:
+        return self.cast(torch.tensor(values, dtype=torch.float64))
+
+    def lengths(self, *lengths: int) -> Tensor:
+        return torch.tensor(lengths, dtype=torch.int64, device=self.device)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype).to(self.device)
+
+
+Builder = Callable[[Draw], Inputs]
+
+
+def attention(draw: Draw, B: int, H: int, Lq: int, Lk: int, d: int, **options: Any) -> Inputs:
+    shapes = {"query": (B, H, Lq, d), "key": (B, H, Lk, d), "value": (B, H, Lk, d)}
+    return {name: draw.normal(*shape) for name, shape in shapes.items()} | options
+
+
+def weighted(draw: Draw, B: int, H: int, Lq: int, Lk: int, d: int, **options: Any) -> Inputs:
+    return attention(draw, B, H, Lq, Lk, d, **options) | {"key_weight": draw.uniform(B, Lk)}
+
+
+def gaussian(draw: Draw, B: int, H: int, Lq: int, Lk: int, d: int, *, alpha: float = 5.5, **options: Any) -> Inputs:
+    moment = {"center": draw.uniform(B), "width": draw.uniform(B, low=0.15), "alpha": alpha}
+    return attention(draw, B, H, Lq, Lk, d, **options) | moment
+
+
+def vocabulary(
+    draw: Draw, M: int, L: int, D: int, V: int, *, lengths: Sequence[int] | None = None, **options: Any
+) -> Inputs:
+    """``hidden`` [M, L, D]; an M of 3 B with ``branches`` gives [3, B, L, D] and targets of one branch."""
+    branches = options.pop("branches", False)
+    rows = M // 3 if branches else M
+    return {
+        "hidden": draw.normal(3, rows, L, D) if branches else draw.normal(M, L, D),
+        "weight": draw.normal(V, D, scale=D**-0.5),
+        "bias": draw.normal(V),
+        "target": draw.integers(V, rows, L),
+        "valid_lengths": draw.lengths(*([L] * rows if lengths is None else lengths)),
+    } | options
+
+
+def add_and_norm(draw: Draw, *shape: int, p: float = 0.1, **options: Any) -> Inputs:
+    D = shape[-1]
+    return {
+        "x": draw.normal(*shape),
+        "residual": draw.normal(*shape),
+        "weight": draw.uniform(D, low=0.5, high=1.5),
+        "bias": draw.normal(D),
+        "p": p,
+        "seed": 1234,
+    } | options
+
+
+def three_losses(draw: Draw, B: int, **options: Any) -> Inputs:
+    return {name: draw.uniform(B, low=1, high=1.5) for name in ("positive", "hard", "easy")} | options
+
+
+def strided(inputs: Inputs) -> Inputs:
+    """Every floating tensor as every other element of a larger one that holds NaN elsewhere."""
+
+    def spread(tensor: Tensor) -> Tensor:
+        wide = torch.full((*tensor.shape[:-1], 2 * tensor.size(-1)), torch.nan, dtype=tensor.dtype).to(tensor.device)
+        wide[..., ::2] = tensor
+        return wide[..., ::2]
+
+    return _map_floating(spread, inputs)
+
+
+def misaligned(inputs: Inputs) -> Inputs:
+    """Every floating tensor contiguous, but one element past an aligned address, between NaNs."""
+
+    def shift(tensor: Tensor) -> Tensor:
+        flat = torch.full((tensor.numel() + 2,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+        flat[1:-1] = tensor.reshape(-1)
+        return flat[1:-1].view(tensor.shape)
+
+    return _map_floating(shift, inputs)
+
+
+def heads_last(inputs: Inputs) -> Inputs:
+    """query, key, value as a model hands them over: [B, L, H, d] in memory, transposed."""
+    names = ("query", "key", "value")
+    return inputs | {name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in names}
+
+
+def _map_floating(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    def is_floating(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+    return {name: function(value) if is_floating(value) else value for name, value in inputs.items()}
+
+
+def _zero_rows(inputs: Inputs) -> Inputs:
+    key_weight = inputs["key_weight"].clone()
+    key_weight[0] = 0
+    key_weight[1, ::2] = 0
+    return inputs | {"key_weight": key_weight}
+
+
+def _extreme_logits(inputs: Inputs) -> Inputs:
+    """Scores of +-1e4, from entries that float16 holds."""
+    query, key = torch.full_like(inputs["query"], 50.0), torch.full_like(inputs["key"], 50.0)
+    key[:, :, ::2] *= -1
+    key[:, :, -1] *= 0.5
+    return inputs | {"query": query, "key": key, "scale": 1e4 / (2500 * query.size(-1))}
+
+
+def _narrow(draw: Draw, inputs: Inputs) -> Inputs:
+    """Widths below, at and above the clamp (0.125 is exact in every dtype), centers in and outside the video."""
+    moment = {"center": draw.values([0.5, -0.25, 1.0, 1.5, 0.0]), "width": draw.values([0.0, 0.125, 0.0625, -1.0, 1.0])}
+    return inputs | moment | {"min_width": 0.125}
+
+
+def _extreme_vocabulary(inputs: Inputs) -> Inputs:
+    return inputs | {"hidden": 100 * inputs["hidden"].sign(), "weight": 12 * inputs["weight"].sign()}
+
+
+def _ignored_targets(inputs: Inputs) -> Inputs:
+    """Targets past the valid length are no word ids at all."""
+    L = inputs["target"].size(-1)
+    ignored = torch.arange(L, device=inputs["target"].device) >= inputs["valid_lengths"][:, None]
+    return inputs | {"target": inputs["target"].masked_fill(ignored, -100)}
+
+
+ATTENTION_SHAPES: dict[str, Callable[[Callable[..., Inputs]], Builder]] = {
+    "plain": lambda make: lambda draw: make(draw, 2, 2, 5, 7, 8),
+    "causal": lambda make: lambda draw: make(draw, 2, 4, 13, 13, 16, causal=True),
+    "causal-more-keys": lambda make: lambda draw: make(draw, 1, 2, 4, 9, 8, causal=True),
+    "causal-more-queries": lambda make: lambda draw: make(draw, 1, 2, 9, 4, 8, causal=True),
+    "lengths-0-1-odd-over": lambda make: (
+        lambda draw: make(draw, 5, 2, 6, 7, 8, key_lengths=draw.lengths(0, 1, 5, 7, 9))
+    ),
+    "causal-lengths-weights": lambda make: (
+        lambda draw: make(draw, 3, 2, 17, 17, 33, causal=True, key_lengths=draw.lengths(17, 1, 6), return_weights=True)
+    ),
+    "returned-weights": lambda make: lambda draw: make(draw, 2, 3, 5, 6, 7, return_weights=True),
+    "scale": lambda make: lambda draw: make(draw, 2, 2, 5, 7, 8, scale=0.3),
+    "all-ones": lambda make: lambda draw: make(draw, 1, 1, 1, 1, 1),
+    "one-key": lambda make: lambda draw: make(draw, 2, 2, 3, 1, 8),
+    "empty-batch": lambda make: lambda draw: make(draw, 0, 2, 3, 4, 8),
+    "no-queries": lambda make: lambda draw: make(draw, 2, 2, 0, 4, 8),
+    "no-keys": lambda make: lambda draw: make(draw, 2, 2, 3, 0, 8),
+    "frames-200": lambda make: lambda draw: make(draw, 1, 4, 200, 200, 64, causal=True, key_lengths=draw.lengths(171)),
+    "clips-50": lambda make: lambda draw: make(draw, 2, 4, 50, 50, 64, causal=True),
+    "words-20-clips-50": lambda make: lambda draw: make(draw, 2, 4, 20, 50, 64, key_lengths=draw.lengths(50, 23)),
+    "strided": lambda make: lambda draw: strided(make(draw, 2, 2, 5, 7, 8)),
+    "misaligned": lambda make: lambda draw: misaligned(make(draw, 2, 2, 5, 7, 8, causal=True)),
+    "heads-last": lambda make: lambda draw: heads_last(make(draw, 2, 2, 5, 7, 8)),
+    "extreme-logits": lambda make: lambda draw: _extreme_logits(make(draw, 2, 2, 5, 7, 8)),
+}
+
+SAMPLES: dict[str, dict[str, Builder]] = {
+    "gaussian_mask": {
+        "published-50": lambda draw: _mask(draw, (4,), 50),
+        "odd-3x5x37-complement": lambda draw: _mask(draw, (3, 5), 37, complement=True),
+        "scalar": lambda draw: _mask(draw, (), 7),
+        "empty-batch": lambda draw: _mask(draw, (0,), 8),
+        "length-0": lambda draw: _mask(draw, (3,), 0),
+        "length-1": lambda draw: _mask(draw, (3,), 1),
+        "length-200-alpha-0": lambda draw: _mask(draw, (2,), 200, alpha=0.0),
+        "narrow-and-outside": lambda draw: _narrow(draw, _mask(draw, (5,), 21)),
+        "narrow-and-outside-complement": lambda draw: _narrow(draw, _mask(draw, (5,), 21, complement=True)),
+        "strided": lambda draw: strided(_mask(draw, (3, 5), 9)),
+        "misaligned": lambda draw: misaligned(_mask(draw, (7,), 33)),
+    },
+    "weighted_attention": {
+        **{f"unweighted-{name}": make(attention) for name, make in ATTENTION_SHAPES.items()},
+        **{f"weighted-{name}": make(weighted) for name, make in ATTENTION_SHAPES.items()},
+        "zero-weights": lambda draw: _zero_rows(weighted(draw, 2, 2, 5, 7, 8)),
+        "zero-weights-extreme-logits": lambda draw: _zero_rows(_extreme_logits(weighted(draw, 2, 2, 5, 7, 8))),
+        "weights-in-float32": lambda draw: (
+            attention(draw, 2, 2, 5, 7, 8)
+            | {"key_weight": draw.uniform(2, 7).to(torch.promote_types(draw.dtype, torch.float32))}
+            if draw.dtype != torch.float64
+            else weighted(draw, 2, 2, 5, 7, 8)
+        ),
+    },
+    "gaussian_attention": {
+        **{name: make(gaussian) for name, make in ATTENTION_SHAPES.items()},
+        "complement": lambda draw: gaussian(draw, 3, 2, 5, 11, 8, complement=True, causal=True),
+        "complement-words-clips": lambda draw: gaussian(draw, 2, 4, 13, 50, 64, complement=True),
+        "narrow-and-outside": lambda draw: _narrow(draw, gaussian(draw, 5, 2, 4, 21, 8)),
+        "narrow-and-outside-complement": lambda draw: _narrow(draw, gaussian(draw, 5, 2, 4, 21, 8, complement=True)),
+    },
+    "linear_nll": {
+        "plain": lambda draw: vocabulary(draw, 3, 5, 8, 11),
+        "published-13x256x1112": lambda draw: vocabulary(draw, 4, 13, 256, 1112, lengths=(13, 4, 8, 11)),
+        "lengths-0-1-odd-over": lambda draw: vocabulary(draw, 5, 7, 16, 33, lengths=(0, 1, 5, 7, 9)),
+        "odd": lambda draw: vocabulary(draw, 3, 5, 37, 101, lengths=(5, 3, 1), return_accuracy=True),
+        "ignored-targets": lambda draw: _ignored_targets(vocabulary(draw, 3, 5, 8, 11, lengths=(2, 5, 0))),
+        "no-smoothing": lambda draw: vocabulary(draw, 3, 5, 8, 11, label_smoothing=0.0),
+        "all-smoothing": lambda draw: vocabulary(draw, 3, 5, 8, 11, label_smoothing=1.0),
+        "one-word": lambda draw: vocabulary(draw, 2, 3, 8, 1),
+        "one-token": lambda draw: vocabulary(draw, 1, 1, 1, 2),
+        "no-rows": lambda draw: vocabulary(draw, 0, 5, 8, 11),
+        "no-tokens": lambda draw: vocabulary(draw, 3, 0, 8, 11),
+        "extreme-logits": lambda draw: _extreme_vocabulary(vocabulary(draw, 3, 5, 8, 11)),
+        "strided": lambda draw: strided(vocabulary(draw, 3, 5, 8, 11, lengths=(2, 5, 1))),
+        "misaligned": lambda draw: misaligned(vocabulary(draw, 3, 5, 8, 11)),
+    },
+    "intra_video_contrastive_loss": {
+        "published-128": lambda draw: three_losses(draw, 128),
+        "odd-7": lambda draw: three_losses(draw, 7, beta_1=0.3, beta_2=0.02),
+        "one": lambda draw: three_losses(draw, 1, beta_1=1.0, beta_2=1.0),
+        "inactive": lambda draw: three_losses(draw, 5, beta_1=-1.0, beta_2=-1.0),
+        "ties": lambda draw: {
+            "positive": draw.values([1.0, 1.0, 1.0, 1.0]),
+            "hard": draw.values([1.125, 1.125, 2.0, 0.5]),
+            "easy": draw.values([1.25, 2.0, 1.25, 1.25]),
+            "beta_1": 0.125,
+            "beta_2": 0.25,
+        },
+        "empty-batch": lambda draw: three_losses(draw, 0),
+        "extreme": lambda draw: {
+            "positive": draw.values([1e4, 0.0]),
+            "hard": draw.values([0.0, 1e4]),
+            "easy": draw.values([-1e4, 1e4]),
+        },
+        "strided": lambda draw: strided(three_losses(draw, 9)),
+        "misaligned": lambda draw: misaligned(three_losses(draw, 9)),
+    },
+    "contrastive_reconstruction_loss": {
+        "plain": lambda draw: vocabulary(draw, 9, 5, 8, 11, branches=True),
+        "published-13x256x1112": lambda draw: vocabulary(
+            draw, 6, 13, 256, 1112, branches=True, lengths=(13, 6), beta_1=0.5, beta_2=0.5
+        ),
+        "lengths-0-1-odd-over": lambda draw: vocabulary(draw, 15, 7, 16, 33, branches=True, lengths=(0, 1, 5, 7, 9)),
+        "inactive": lambda draw: vocabulary(draw, 6, 5, 37, 101, branches=True, beta_1=-9.0, beta_2=-9.0),
+        "ignored-targets": lambda draw: _ignored_targets(
+            vocabulary(draw, 9, 5, 8, 11, branches=True, lengths=(2, 5, 0), label_smoothing=0.3)
+        ),
+        "one": lambda draw: vocabulary(draw, 3, 1, 1, 2, branches=True, beta_1=3.0, beta_2=3.0),
+        "empty-batch": lambda draw: vocabulary(draw, 0, 5, 8, 11, branches=True),
+        "extreme-logits": lambda draw: _extreme_vocabulary(vocabulary(draw, 9, 5, 8, 11, branches=True)),
+        "strided": lambda draw: strided(vocabulary(draw, 9, 5, 8, 11, branches=True, lengths=(2, 5, 1))),
+        "misaligned": lambda draw: misaligned(vocabulary(draw, 9, 5, 8, 11, branches=True)),
+    },
+    "dropout": {
+        "plain": lambda draw: {"x": draw.normal(3, 5, 8), "p": 0.1, "seed": 7},
+        "odd-1021": lambda draw: {"x": draw.normal(1021), "p": 0.5, "seed": 8, "offset": 3},
+        "rows-of-37": lambda draw: {"x": draw.normal(5, 37), "p": 0.3, "seed": 2**63 - 1, "offset": 2**33 + 5},
+        "negative-seed": lambda draw: {"x": draw.normal(33), "p": 0.3, "seed": -5, "offset": 0},
+        "seed-tensor": lambda draw: {"x": draw.normal(2, 65), "p": 0.2, "seed": draw.lengths(99)},
+        "p-0": lambda draw: {"x": draw.normal(3, 5), "p": 0.0, "seed": 1},
+        "p-1": lambda draw: {"x": draw.normal(3, 5), "p": 1.0, "seed": 1},
+        "scalar": lambda draw: {"x": draw.normal(), "p": 0.5, "seed": 1},
+        "empty": lambda draw: {"x": draw.normal(0, 4), "p": 0.5, "seed": 1},
+        "strided": lambda draw: strided({"x": draw.normal(3, 9), "p": 0.5, "seed": 1}),
+        "misaligned": lambda draw: misaligned({"x": draw.normal(3, 9), "p": 0.5, "seed": 1}),
+    },
+    "dropout_add_layer_norm": {
+        "published-12x256": lambda draw: add_and_norm(draw, 3, 4, 256),
+        "odd-5x37": lambda draw: add_and_norm(draw, 5, 37, p=0.5, offset=2**40 + 1, eps=1e-3),
+        "no-dropout": lambda draw: add_and_norm(draw, 2, 3, 40, p=0.0),
+        "all-dropped": lambda draw: add_and_norm(draw, 2, 3, 40, p=1.0),
+        "one-row-of-17": lambda draw: add_and_norm(draw, 17),
+        "one-column": lambda draw: add_and_norm(draw, 4, 1, eps=1e-2),
+        "no-rows": lambda draw: add_and_norm(draw, 0, 8),
+        "thousand-columns": lambda draw: add_and_norm(draw, 3, 1000),
+        "constant-rows": lambda draw: (
+            add_and_norm(draw, 3, 16, p=0.0)
+            | {"x": draw.normal(3, 1).expand(3, 16).contiguous(), "residual": draw.cast(torch.zeros(3, 16))}
+        ),
+        "large": lambda draw: add_and_norm(draw, 3, 24) | {"residual": draw.normal(3, 24, scale=1e4)},
+        "float32-parameters": lambda draw: (
+            add_and_norm(draw, 3, 24)
+            | {name: draw.normal(24).to(torch.promote_types(draw.dtype, torch.float32)) for name in ("weight", "bias")}
+        ),
+        "strided": lambda draw: strided(add_and_norm(draw, 3, 5, 12)),
+        "misaligned": lambda draw: misaligned(add_and_norm(draw, 3, 5, 13)),
+    },
+}
+
+
+def _mask(draw: Draw, shape: tuple[int, ...], length: int, *, alpha: float = 5.5, **options: Any) -> Inputs:
+    moment = {"center": draw.uniform(*shape), "width": draw.uniform(*shape, low=0.15)}
+    return moment | {"length": length, "alpha": alpha} | options
+
+
+def sample(op: str, name: str, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    """Fresh keyword arguments for one call of ``op``."""
+    return SAMPLES[op][name](Draw(f"{op} {name}", dtype, device))
+
+
+def targets(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Any]:
+    """pytest parameters (backend, device, dtype): everything that can run ``op`` in this process."""
+    return [
+        pytest.param(backend, device, dtype, id=name, marks=marks)
+        for backend, device, dtype, name, marks in _targets(op, dtypes)
+    ] + _missing_devices(3)
+
+
+def cases(names: dict[str, Sequence[str]], dtypes: Sequence[torch.dtype] = DTYPES) -> list[Any]:
+    """pytest parameters (op, name, backend, device, dtype): these samples on everything that can run them."""
+    return [
+        pytest.param(op, name, backend, device, dtype, id=f"{op}-{name}-{target}", marks=marks)
+        for op, samples in names.items()
+        for backend, device, dtype, target, marks in _targets(op, dtypes)
+        for name in samples
+    ] + _missing_devices(5)
+
+
+def _targets(op: str, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, str, torch.dtype, str, list[Any]]]:
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for backend in registry.BACKENDS:
+            for dtype in dtypes:
+                if registry.unavailable(op, backend, device, dtype) is None:
+                    name = f"{backend}-{device}-{str(dtype).removeprefix('torch.')}"
+                    yield backend, device, dtype, name, [pytest.mark.gpu] if device == "cuda" else []
+
+
+def _missing_devices(arguments: int) -> list[Any]:
+    """One visibly skipped parameter where there is no GPU."""
+    if torch.cuda.is_available():
+        return []
+    marks = [pytest.mark.gpu, pytest.mark.skip(reason="needs an NVIDIA GPU")]
+    return [pytest.param(*[None] * arguments, id="cuda", marks=marks)]
+
+
+def run(op: str, inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
+    """The public function's outputs, as a tuple."""
+    with cnm_kernels.use_backend(backend):
+        outputs = getattr(cnm_kernels, op)(**inputs)
+    return outputs if isinstance(outputs, tuple) else (outputs,)

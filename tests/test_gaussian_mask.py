@@ -1,0 +1,60 @@
+"""gaussian_mask: the clamp, the ends of the video, any shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_checks import check_gradients, check_values
+from samples import Draw, run, sample, targets
+
+OP = "gaussian_mask"
+on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))
+
+
+@on_every_float32
+def test_published_values(backend: str, device: str, dtype: torch.dtype) -> None:
+    """At the center 1; one width off exp(-alpha); a width below 0.1 counts as 0.1."""
+    inputs = {"center": torch.tensor([0.5, 0.0], device=device), "width": torch.tensor([0.5, 0.01], device=device)}
+    (mask,) = run(OP, inputs | {"length": 11, "alpha": 5.0}, backend)
+    e = torch.tensor(5.0).neg().exp().item()
+    assert mask[0, [0, 5, 10]].tolist() == pytest.approx([e, 1.0, e], rel=1e-5)
+    assert mask[1, :2].tolist() == pytest.approx([1.0, e], rel=1e-5)
+    (rest,) = run(OP, inputs | {"length": 11, "alpha": 5.0, "complement": True}, backend)
+    torch.testing.assert_close(mask + rest, torch.ones_like(mask))
+
+
+@on_every_float32
+def test_the_clamp_passes_the_gradient_at_equality_and_above(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = sample(OP, "narrow-and-outside", dtype, device)  # widths 0, 1/8, 1/16, -1, 1 at a clamp of 1/8
+    width = inputs["width"].requires_grad_()
+    run(OP, inputs, backend)[0].sum().backward()
+    assert (width.grad != 0).tolist() == [False, True, False, False, True]
+
+
+@on_every_float32
+@given(
+    rows=st.integers(0, 5),
+    length=st.integers(1, 70),
+    alpha=st.floats(0.0, 20.0),
+    center=st.floats(-2, 2, width=32),
+    width=st.floats(-1, 3, width=32),
+    complement=st.booleans(),
+)
+def test_any_shape_and_moment(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    rows: int,
+    length: int,
+    alpha: float,
+    center: float,
+    width: float,
+    complement: bool,
+) -> None:
+    draw = Draw("any", dtype, device)
+    inputs = {"center": draw.values([center] * rows), "width": draw.values([width] * rows)}
+    inputs |= {"length": length, "alpha": alpha, "complement": complement}
+    check_values(OP, inputs, backend)
+    check_gradients(OP, inputs, backend)

@@ -1,0 +1,85 @@
+"""linear_nll: padding, non-constant upstream gradients, frozen weights, any shape."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_checks import check_gradients, check_values
+from samples import Draw, run, sample, targets, vocabulary
+
+OP = "linear_nll"
+on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))
+
+
+@on_every_float32
+def test_published_values(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Uniform logits give log V whatever the smoothing; the accuracy counts valid tokens only."""
+    zeros = {"hidden": torch.zeros(2, 3, 4), "weight": torch.zeros(7, 4), "bias": torch.zeros(7)}
+    inputs = {name: tensor.to(device) for name, tensor in zeros.items()}
+    inputs |= {
+        "target": torch.tensor([[0, 0, 1], [2, 0, 0]], device=device),
+        "valid_lengths": torch.tensor([3, 1], device=device),
+        "return_accuracy": True,
+    }
+    nll, accuracy = run(OP, inputs, backend)
+    assert nll.tolist() == pytest.approx([math.log(7)] * 2)
+    assert accuracy.tolist() == pytest.approx([2 / 3, 0.0])  # argmax of equal logits is word 0
+
+
+@on_every_float32
+def test_rows_of_length_zero_give_zero_and_no_gradient(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = sample(OP, "lengths-0-1-odd-over", dtype, device)  # the first length is 0
+    hidden = inputs["hidden"].requires_grad_()
+    (nll,) = run(OP, inputs, backend)
+    assert nll[0] == 0
+    nll.sum().backward()
+    assert not hidden.grad[0].any()
+    assert not hidden.grad[1, 1:].any()
+    assert hidden.grad[1, 0].any()
+
+
+@on_every_float32
+def test_padding_is_never_read(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = sample(OP, "lengths-0-1-odd-over", dtype, device)
+    clean = run(OP, inputs, backend)[0]
+    padding = torch.arange(7, device=device) >= inputs["valid_lengths"][:, None]
+    inputs["hidden"] = inputs["hidden"].masked_fill(padding[:, :, None], 1e4)
+    assert torch.equal(run(OP, inputs, backend)[0], clean)
+
+
+@on_every_float32
+def test_each_row_has_its_own_upstream_gradient(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Rows whose upstream gradient is zero get none, and rows scale with theirs."""
+    inputs = sample(OP, "odd", dtype, device) | {"return_accuracy": False}
+    hidden = inputs["hidden"].requires_grad_()
+    (nll,) = run(OP, inputs, backend)
+    (ones,) = torch.autograd.grad(nll, hidden, torch.ones_like(nll), retain_graph=True)
+    (mixed,) = torch.autograd.grad(nll, hidden, torch.tensor([0.0, 2.0, -0.5], device=device))
+    assert not mixed[0].any()
+    torch.testing.assert_close(mixed[1], 2 * ones[1])
+    torch.testing.assert_close(mixed[2], -0.5 * ones[2])
+
+
+@on_every_float32
+@given(
+    sizes=st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 40), st.integers(1, 70)),
+    seed=st.integers(0, 999),
+    label_smoothing=st.sampled_from([0.0, 0.1, 0.7]),
+)
+def test_any_shape(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+    seed: int,
+    label_smoothing: float,
+) -> None:
+    draw = Draw(f"{sizes} {seed}", dtype, device)
+    lengths = draw.integers(sizes[1] + 2, sizes[0]).tolist()
+    inputs = vocabulary(draw, *sizes, lengths=lengths, label_smoothing=label_smoothing, return_accuracy=True)
+    check_values(OP, inputs, backend)
+    check_gradients(OP, inputs, backend)

@@ -1,0 +1,106 @@
+"""weighted_attention: its identities, its edges, any shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from op_checks import check_gradients, check_values
+from samples import Draw, attention, run, sample, targets
+
+OP = "weighted_attention"
+on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))
+
+
+@on_every_float32
+def test_without_weights_it_is_scaled_dot_product_attention(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = sample(OP, "unweighted-causal", dtype, device)
+    expected = F.scaled_dot_product_attention(inputs["query"], inputs["key"], inputs["value"], is_causal=True)
+    torch.testing.assert_close(run(OP, inputs, backend)[0], expected)
+
+
+@on_every_float32
+@pytest.mark.parametrize("weight", [0.0, 1.0, 123.0])
+def test_equal_weights_change_nothing(backend: str, device: str, dtype: torch.dtype, weight: float) -> None:
+    inputs = sample(OP, "weighted-causal-lengths-weights", dtype, device)
+    inputs["key_weight"] = torch.full_like(inputs["key_weight"], weight)
+    actual = run(OP, inputs, backend)
+    expected = run(OP, inputs | {"key_weight": None}, backend)
+    for tensor, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(tensor, wanted)
+
+
+@on_every_float32
+def test_a_weight_of_zero_keeps_a_trace(backend: str, device: str, dtype: torch.dtype) -> None:
+    """1e-10 stays: a key of weight 0 beside keys of weight 1 gets 1e-10 of their share, not nothing."""
+    query = key = torch.zeros(1, 1, 1, 4, device=device)
+    key = key.expand(1, 1, 2, 4)
+    value = torch.tensor([[[[1.0] * 4, [0.0] * 4]]], device=device)
+    inputs = {"query": query, "key": key, "value": value, "key_weight": torch.tensor([[0.0, 1.0]], device=device)}
+    assert run(OP, inputs, backend)[0].flatten().tolist() == pytest.approx([1e-10] * 4, rel=1e-4)
+
+
+@on_every_float32
+def test_a_query_without_any_key_gives_zeros_and_no_gradient(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = sample(OP, "weighted-lengths-0-1-odd-over", dtype, device)  # the first length is 0
+    leaves = {name: inputs[name].requires_grad_() for name in ("query", "key", "value", "key_weight")}
+    (out,) = run(OP, inputs, backend)
+    assert not out[0].any()
+    out.sum().backward()
+    for name, leaf in leaves.items():
+        assert not leaf.grad[0].any(), name
+        assert leaf.grad.isfinite().all(), name
+
+
+@on_every_float32
+def test_padded_keys_are_never_read(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Whatever stands behind the length changes no bit of the output and gets no gradient."""
+    inputs = sample(OP, "weighted-lengths-0-1-odd-over", dtype, device)
+    clean = run(OP, inputs, backend)[0]
+    padding = torch.arange(7, device=device) >= inputs["key_lengths"][:, None]
+    for name in ("key", "value"):
+        inputs[name] = inputs[name].masked_fill(padding[:, None, :, None], 1e4).requires_grad_()
+    out = run(OP, inputs, backend)[0]
+    assert torch.equal(out, clean)
+    out.sum().backward()
+    for name in ("key", "value"):
+        assert not inputs[name].grad[padding[:, None].expand(5, 2, 7)].any(), name
+
+
+@on_every_float32
+def test_returned_weights_sum_to_one(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = sample(OP, "weighted-causal-lengths-weights", dtype, device)
+    weights = run(OP, inputs, backend)[1]
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    assert not weights.triu(1).any()
+
+
+@on_every_float32
+@given(
+    sizes=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(0, 20), st.integers(1, 20), st.integers(1, 40)),
+    causal=st.booleans(),
+    lengths=st.booleans(),
+    weights=st.booleans(),
+    return_weights=st.booleans(),
+)
+def test_any_shape(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int, int],
+    causal: bool,
+    lengths: bool,
+    weights: bool,
+    return_weights: bool,
+) -> None:
+    draw = Draw(str(sizes), dtype, device)
+    B, _, _, Lk, _ = sizes
+    inputs = attention(draw, *sizes, causal=causal, return_weights=return_weights)
+    if lengths:
+        inputs["key_lengths"] = draw.integers(Lk + 2, B)
+    if weights:
+        inputs["key_weight"] = draw.uniform(B, Lk)
+    check_values(OP, inputs, backend)
+    check_gradients(OP, inputs, backend)
