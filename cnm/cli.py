@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from dataclasses import asdict
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +26,8 @@ from cnm.model import CNM
 from cnm.run_folder import RunFolder
 from cnm.trainer import Interrupted, Result, Trainer
 from cnm_kernels import BackendUnavailable, registry
+
+ALL_WORDS = 1_000_000  # more than any vocabulary file counts
 
 
 class _Commands(TyperGroup):
@@ -63,7 +64,13 @@ app = typer.Typer(
 )
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes the GPU where there is one.")]
-CheckpointOption = Annotated[Path, typer.Option(help="A checkpoint: of a run (last.pt, best.pt), or a published one.")]
+CheckpointOption = Annotated[
+    Path, typer.Option("--checkpoint", help="A checkpoint: of a run (last.pt, best.pt), or a published one.")
+]
+ChangesOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Changes a field of the configuration; may be repeated."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -126,7 +133,9 @@ def demo(
     plot_path = out / "pictures" / "example.png"
     replace_file(plot_path, picture(found, model.alpha, sample.duration, sample.moment))
     start, end = sample.moment
-    typer.echo(f'\n"{sample.sentence}"\n  found: {_moment(found, sample.duration)}\n  true:  {start:.1f} s to {end:.1f} s')
+    typer.echo(
+        f'\n"{sample.sentence}"\n  found: {_moment(found, sample.duration)}\n  true:  {start:.1f} s to {end:.1f} s'
+    )
     command = ["cnm", "localize", "--checkpoint", str(result.checkpoint), "--features", str(out / "example.npy")]
     command += ["--query", sample.sentence, "--duration", f"{sample.duration:g}"]
     typer.echo(f"\nThe same from the command line:\n  {shlex.join(command)}\nPictures: {out / 'pictures'}")
@@ -139,15 +148,13 @@ def train(
         typer.Option(help=f"A JSON file in the published layout, or a packaged name: {', '.join(configs.names())}."),
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(help="A new folder for the run; otherwise train.model_saved_path of the configuration.")
+        Path | None,
+        typer.Option(help="A new folder for the run; otherwise train.model_saved_path of the configuration."),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Folder of an interrupted run to continue; --config is then not needed.")
     ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Changes a field of the configuration; may be repeated."),
-    ] = None,
+    changes: ChangesOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Short for --set train.seed=SEED.")] = None,
     device: DeviceOption = Device.auto,
 ) -> None:
@@ -181,16 +188,13 @@ def train(
 
 @app.command("evaluate")
 def evaluate_command(
-    checkpoint_path: Annotated[CheckpointOption, typer.Option("--checkpoint")],
+    checkpoint_path: CheckpointOption,
     config: Annotated[
         str | None,
         typer.Option(help="A JSON file or packaged name: where the data is; otherwise as stored in the checkpoint."),
     ] = None,
     split: Annotated[SplitName, typer.Option(help="Which sentences to localize.")] = SplitName.test,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Changes a field of the configuration; may be repeated."),
-    ] = None,
+    changes: ChangesOption = None,
     device: DeviceOption = Device.auto,
     as_json: JsonOption = False,
 ) -> None:
@@ -200,13 +204,14 @@ def evaluate_command(
     Example:
       cnm evaluate --checkpoint runs/first/best.pt --config charades_i3d
     """
-    model, stored = _load(checkpoint_path, _device(device), vocabulary_needed=False)
+    model = CNM.from_checkpoint(checkpoint_path, _device(device))
     if config is not None:
         chosen = configs.resolve(config, changes or [])
     else:
         chosen = configs.change(model.config.to_dict(), changes or [], str(checkpoint_path))
     data = open_split(chosen.dataset, split.value, progress=not as_json)
-    check_vocabulary(model, data.vocabulary.words, None if stored is None else stored.words)
+    stored = checkpoint.load(checkpoint_path).get("vocabulary", {}).get("words")
+    check_vocabulary(model, data.vocabulary.words, stored)
     found = evaluate(model, data, chosen.train.batch_size)
     baselines = metrics.baselines(data.moments)
     if as_json:
@@ -220,13 +225,13 @@ def evaluate_command(
         }
         typer.echo(json.dumps(content))
         return
-    _print_notes(data.name, data.notes)
+    _print_notes(data.notes)
     _print_scores(f"{split.value} split, {len(data):,} sentences", {str(checkpoint_path): found.scores} | baselines)
 
 
 @app.command()
 def localize(
-    checkpoint_path: Annotated[CheckpointOption, typer.Option("--checkpoint")],
+    checkpoint_path: CheckpointOption,
     features: Annotated[
         str, typer.Option(metavar="F.npy|F.hdf5:ID", help="The video's features, [frames, frame_dim].")
     ],
@@ -250,13 +255,13 @@ def localize(
         raise InputError(f"--duration: must be more than 0 seconds, got {duration:g}")
     model, vocabulary = _load(checkpoint_path, _device(device), vocab=vocab)
     dataset = model.config.dataset
-    found = localize_query(
-        model, vocabulary, load_features(features, dataset.frame_dim, dataset.max_num_frames), query
-    )
+    found = localize_query(model, vocabulary, load_features(features, dataset.frame_dim, dataset.max_num_frames), query)
     if plot is not None:
         replace_file(plot, picture(found, model.alpha, duration))
     if as_json:
-        seconds = {} if duration is None else {"start_seconds": found.start * duration, "end_seconds": found.end * duration}
+        seconds = (
+            {} if duration is None else {"start_seconds": found.start * duration, "end_seconds": found.end * duration}
+        )
         typer.echo(json.dumps(asdict(found) | seconds))
         return
     if found.unknown:
@@ -269,7 +274,9 @@ def plant_command(
     annotations: Annotated[list[Path], typer.Option(help="An annotation file; repeat for train and test.")],
     vocab: Annotated[Path, typer.Option(help="Word vectors in the published format (glove.pkl).")],
     output: Annotated[Path, typer.Option(help="The HDF5 file to write; must not exist.")],
-    frame_dim: Annotated[int, typer.Option(min=1, help="Width of a feature; the configuration's dataset.frame_dim.")] = 256,
+    frame_dim: Annotated[int, typer.Option(min=1, help="Width of a feature, as in dataset.frame_dim.")] = 256,
+    word_dim: Annotated[int, typer.Option(min=1, help="Width of a word vector, as in dataset.word_dim.")] = 300,
+    signal: Annotated[float, typer.Option(min=0, help="Strength of the signal; the noise has strength 1.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the random vectors and the noise.")] = 0,
 ) -> None:
     """Writes made-up features in which real annotations can be found: for training without the real features.
@@ -281,8 +288,14 @@ def plant_command(
       cnm plant --annotations train.json --annotations test.json --vocab glove.pkl --output planted.hdf5
       cnm train --config charades_i3d --set dataset.feature_path=planted.hdf5 --set dataset.frame_dim=256
     """
-    plant(annotations, vocab, output, frame_dim=frame_dim, seed=seed, progress=True)
-    typer.echo(f"wrote {output}; train on it with --set dataset.feature_path={output} --set dataset.frame_dim={frame_dim}")
+    if output.exists():
+        raise InputError(f"{output}: exists and is not written over; choose another --output")
+    vocabulary = Vocabulary.from_pickle(vocab, ALL_WORDS, word_dim)
+    count = plant(annotations, vocabulary, output, frame_dim=frame_dim, signal=signal, seed=seed, progress=True)
+    typer.echo(
+        f"{output}: features of {count:,} videos; train on them with --set dataset.feature_path={output} "
+        f"--set dataset.frame_dim={frame_dim}"
+    )
 
 
 def _resumed(folder: Path, config: str | None, changes: list[str]) -> CNMConfig | None:
@@ -303,7 +316,7 @@ def _train(trainer: Trainer) -> Result:
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     echo(f"sentences: {sizes}; vocabulary {len(trainer.train_split.vocabulary):,}; parameters {parameters:,}")
     for split in trainer.splits:
-        _print_notes(split.name, split.notes)
+        _print_notes(split.notes)
     if trainer.val_split is None:
         echo("no validation split is configured: the last epoch is the result")
     elif not trainer.chooses_best:
@@ -314,9 +327,9 @@ def _train(trainer: Trainer) -> Result:
     return result
 
 
-def _print_notes(split: str, notes: list[str]) -> None:
+def _print_notes(notes: list[str]) -> None:
     for note in notes:
-        typer.echo(f"note: {split} split: {note}", err=True)
+        typer.echo(f"note: {note}", err=True)
 
 
 def _print_scores(title: str, rows: dict[str, dict[str, float]]) -> None:
@@ -350,14 +363,15 @@ def _machine(device: torch.device) -> str:
     return f"device: {name}; kernels: {most}{rest}"
 
 
-def _load(
-    path: Path, device: torch.device, *, vocab: Path | None = None, vocabulary_needed: bool = True
-) -> tuple[CNM, Vocabulary]:
-    """A checkpoint's model, and its vocabulary: stored with it, or read from ``vocab`` or where its configuration says."""
+def _load(path: Path, device: torch.device, *, vocab: Path | None = None) -> tuple[CNM, Vocabulary]:
+    """A checkpoint's model, and its vocabulary: stored with it, or else in ``vocab`` or its configuration."""
     model = CNM.from_checkpoint(path, device)
     content = checkpoint.load(path)
     if vocab is None and "vocabulary" in content:
-        vocabulary = Vocabulary.from_state(content["vocabulary"])
+        try:
+            vocabulary = Vocabulary.from_state(content["vocabulary"])
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(f"{path}: its vocabulary cannot be read; write the checkpoint anew") from None
     else:
         dataset = model.config.dataset
         if vocab is not None:

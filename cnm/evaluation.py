@@ -28,9 +28,7 @@ class Evaluation:
     scores: dict[str, float]
 
 
-def evaluate(
-    model: CNM, split: Split, batch_size: int, *, check: Callable[[], None] | None = None
-) -> Evaluation:
+def evaluate(model: CNM, split: Split, batch_size: int, *, check: Callable[[], None] | None = None) -> Evaluation:
     """Localizes every sentence of ``split`` and scores the moments. The model is put back in the mode it was in.
 
     Args:
@@ -54,9 +52,9 @@ def evaluate(
                 check()
     finally:
         model.train(training)
-    center, width = (torch.cat(parts).double().cpu().numpy() for parts in (centers, widths))
-    ious = metrics.iou(metrics.moments_from_gaussian(center, width), split.moments)
-    return Evaluation(center, width, metrics.summary(ious))
+    found_center, found_width = (torch.cat(parts).double().cpu().numpy() for parts in (centers, widths))
+    ious = metrics.iou(metrics.moments_from_gaussian(found_center, found_width), split.moments)
+    return Evaluation(found_center, found_width, metrics.summary(ious))
 
 
 def check_fits(model: CNM, split: Split) -> None:

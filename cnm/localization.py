@@ -46,7 +46,7 @@ def localize_query(model: CNM, vocabulary: Vocabulary, features: np.ndarray, que
     encoded = vocabulary.encode(query, model.config.dataset.max_num_words)
     if len(encoded.ids) == 0:
         raise InputError(
-            f"--query {query!r}: has no word of the model's vocabulary ({len(vocabulary) - 1} words); say it in other words"
+            f"--query {query!r}: has no word the model knows ({len(vocabulary) - 1} words); say it in other words"
         )
     device = model.fc_rec.weight.device
     ids = torch.as_tensor(np.asarray(encoded.ids, np.int64))

@@ -61,7 +61,7 @@ def summary(ious: ArrayLike) -> dict[str, float]:
 
 
 def best_constant_moment(true: ArrayLike, grid: int = CONSTANT_GRID) -> Array:
-    """The moment [s, e] with the highest mIoU when it is predicted for every sentence; s < e are multiples of 1/grid."""
+    """The moment [s, e] with the highest mIoU when predicted for every sentence; s < e are multiples of 1/grid."""
     true = np.asarray(true, np.float64)
     edges = np.arange(grid + 1) / grid
     best, best_score = np.array([0.0, 1.0]), -1.0

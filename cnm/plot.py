@@ -88,7 +88,10 @@ def _localization(axes: Axes, item: Localization) -> None:
     title = axes.set_title("\n".join(textwrap.wrap(item.query, 68)[:3]), fontsize=10)
     title.set_parse_math(False)  # a dollar sign in a query is a dollar sign
     axes.set(
-        xlim=(0, scale), ylim=(-0.34, 1.05), yticks=[0, 0.5, 1], xlabel="seconds" if item.duration else "part of the video"
+        xlim=(0, scale),
+        ylim=(-0.34, 1.05),
+        yticks=[0, 0.5, 1],
+        xlabel="seconds" if item.duration else "part of the video",
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -34,10 +34,7 @@ class RunFolder:
 
     def check_new(self) -> None:
         """Raises ``InputError`` where something is already there: a run is never written over."""
-        if self.path.is_dir():
-            occupied = any(self.path.iterdir())
-        else:
-            occupied = self.path.exists()
+        occupied = any(self.path.iterdir()) if self.path.is_dir() else self.path.exists()
         if occupied:
             resume = f", or continue it with --resume {self.path}" if self.last.exists() else ""
             raise InputError(f"{self.path}: exists and is not written over; choose another folder for the run{resume}")

@@ -26,7 +26,7 @@ from cnm.files import replace_file
 from cnm.model import CNM
 from cnm.progress import Progress
 from cnm.run_folder import RunFolder
-from cnm.step import TrainingStep
+from cnm.step import LeanStep
 
 LOG_EVERY = 20  # updates per metrics row; only then does the host wait for the device
 SAVE_SECONDS = 300.0  # between two checkpoints within an epoch
@@ -66,7 +66,7 @@ class Trainer:
     Charades-STA files validate on the test file) nothing is chosen: the last epoch is the result.
 
     Args:
-        config: what to train; with ``resume`` None means as stored in the run, and only ``RESUMABLE_CHANGES`` may differ.
+        config: what to train; with ``resume`` None means as stored, and only ``RESUMABLE_CHANGES`` may differ.
         folder: where the run's files go: a new folder, or with ``resume`` the run to continue.
         device: where to train.
         log_every: updates per metrics row.
@@ -113,7 +113,7 @@ class Trainer:
         train = self.config.train
         torch.manual_seed(train.seed)
         self.model = CNM(self.config).to(self.device)
-        self.step = TrainingStep(self.model, self.config)
+        self.step = LeanStep(self.model, self.config)
         self.loader = BatchLoader(self.train_split, train.batch_size, shuffle=True, seed=train.seed)
         self.epoch = 0  # the one under way, counted from 0
         self.batch = 0  # batches of it that are done; all of them: its evaluation is due
@@ -306,7 +306,9 @@ class Trainer:
             self.pending = [values.to(self.device) for values in training["pending"]]
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             detail = " ".join(str(error).split())[:200]
-            raise InputError(f"{self.run.last}: its training state does not fit this version of cnm ({detail})") from None
+            raise InputError(
+                f"{self.run.last}: its training state does not fit this version of cnm ({detail})"
+            ) from None
 
     def _restore_random_state(self, random: dict[str, Any]) -> None:
         torch.set_rng_state(random["torch"])
@@ -318,7 +320,9 @@ class Trainer:
         if dataset.dataset != "synthetic":
             if dataset.val_data is None:
                 return None
-            if dataset.test_data is not None and os.path.realpath(dataset.val_data) == os.path.realpath(dataset.test_data):
+            if dataset.test_data is not None and os.path.realpath(dataset.val_data) == os.path.realpath(
+                dataset.test_data
+            ):
                 return self.test_split
         return open_split(dataset, "val", progress=progress)
 
@@ -355,7 +359,9 @@ class Trainer:
             with FileLock(self.run.lock, timeout=0):
                 yield
         except Timeout:
-            raise InputError(f"{self.run.path}: another process is training in this folder; wait for it or stop it") from None
+            raise InputError(
+                f"{self.run.path}: another process is training in this folder; wait for it or stop it"
+            ) from None
 
 
 def _with_vocabulary_size(config: CNMConfig, size: int) -> CNMConfig:
@@ -366,7 +372,7 @@ def _with_vocabulary_size(config: CNMConfig, size: int) -> CNMConfig:
 
 
 def _resumed_config(stored: CNMConfig, given: CNMConfig) -> CNMConfig:
-    """The configuration given for a resumed run, which may differ from the stored one in ``RESUMABLE_CHANGES`` alone."""
+    """The configuration given for a resumed run; it may differ from the stored one in ``RESUMABLE_CHANGES`` alone."""
     given = _with_vocabulary_size(given, stored.model.config.vocab_size or 0)
     old, new = _flat(stored.to_dict()), _flat(given.to_dict())
     for name in sorted(old.keys() | new.keys()):
