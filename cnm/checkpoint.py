@@ -2,12 +2,80 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import re
+import warnings
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from cnm.errors import InputError
+from cnm.files import replace_file
+
+PUBLISHED_KEYS = {"num_updates": int, "config": dict, "model_parameters": dict}  # what every checkpoint holds
+_REMEDY = "give a file written by `cnm train` or a published CNM checkpoint"
+
+
+def save(path: str | Path, content: dict[str, Any]) -> None:
+    """Writes a checkpoint whole or not at all.
+
+    Args:
+        content: the published keys ``num_updates``, ``config`` (published layout) and ``model_parameters``, and ours on
+            top; tensors and plain values only, so that ``load`` takes them back.
+
+    Raises:
+        InputError: the file cannot be written, because the disk is full for one; a checkpoint of that name stays as it
+            was.
+    """
+    buffer = io.BytesIO()  # whole in memory first: torch's own writer hides why the disk refused
+    torch.save(content, buffer)
+    replace_file(path, buffer.getbuffer())
+
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file; nothing in it is executed."""
-    return torch.load(path, weights_only=True)
+    """The content of a checkpoint file, ours or a published one, on the CPU; nothing in it is executed.
+
+    Raises:
+        InputError: the file is missing, damaged, no checkpoint, or holds what could run code.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = _read(path, file)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is no checkpoint, it holds a {type(content).__name__}; {_REMEDY}")
+    for key, kind in PUBLISHED_KEYS.items():
+        if key not in content:
+            raise InputError(f"{path}: is no CNM checkpoint, it has no {key!r}; {_REMEDY}")
+        if not isinstance(content[key], kind):
+            found = type(content[key]).__name__
+            raise InputError(f"{path}: is no CNM checkpoint, {key!r} is a {found}, not a {kind.__name__}; {_REMEDY}")
+    for name, value in content["model_parameters"].items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{path}: is no CNM checkpoint, parameter {name!r} is no tensor; {_REMEDY}")
+    return content
+
+
+def _read(path: str | Path, file: IO[bytes]) -> Any:
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch.load would not notice a changed byte
+            if damaged is not None:
+                raise InputError(f"{path}: is damaged ({damaged} does not match its checksum); copy it again")
+        file.seek(0)
+        with warnings.catch_warnings():  # torch warns of unusual pickle protocols
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"refused, it asks for {unsafe[1]}, which could run code" if unsafe else "is no checkpoint"
+        raise InputError(f"{path}: {reason}; {_REMEDY}") from None
+    except InputError:
+        raise
+    except Exception:  # whatever torch's reader stumbles over, the file is to blame
+        raise InputError(f"{path}: is no checkpoint, or is cut short; {_REMEDY}") from None

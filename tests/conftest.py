@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -14,3 +17,12 @@ settings.load_profile("deterministic")
 def _one_thread() -> None:
     """The tests' tensors are small: on a busy machine threads that wait for each other cost 100 times the work."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real annotation files; tests over it are skipped where it is absent."""
+    folder = Path(os.environ.get("CNM_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real annotation files at {folder}")
+    return folder

@@ -1,0 +1,96 @@
+"""Localizing every sentence of a split, and the scores of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cnm import metrics
+from cnm.data import Split
+from cnm.errors import InputError
+from cnm.model import CNM
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model predicts for the N sentences of a split.
+
+    Attributes:
+        center, width: [N] float64, fractions of the video.
+        scores: R@1 and mIoU, keyed by ``cnm.metrics.SCORES``.
+    """
+
+    center: metrics.Array
+    width: metrics.Array
+    scores: dict[str, float]
+
+
+def evaluate(model: CNM, split: Split, batch_size: int, *, check: Callable[[], None] | None = None) -> Evaluation:
+    """Localizes every sentence of ``split`` and scores the moments. The model is put back in the mode it was in.
+
+    Args:
+        check: called after each batch; what it raises ends the evaluation.
+
+    Raises:
+        InputError: the split's features or word vectors do not have the model's sizes.
+    """
+    check_fits(model, split)
+    device = model.fc_rec.weight.device
+    centers, widths = [], []
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(split), batch_size):
+            batch = split.batch(np.arange(start, min(start + batch_size, len(split)))).to(device, non_blocking=True)
+            center, width = model.localize(batch.frames, batch.frame_lengths, batch.words, batch.word_lengths)
+            centers.append(center)
+            widths.append(width)
+            if check is not None:
+                check()
+    finally:
+        model.train(training)
+    found_center, found_width = (torch.cat(parts).double().cpu().numpy() for parts in (centers, widths))
+    ious = metrics.iou(metrics.moments_from_gaussian(found_center, found_width), split.moments)
+    return Evaluation(found_center, found_width, metrics.summary(ious))
+
+
+def check_fits(model: CNM, split: Split) -> None:
+    """Raises ``InputError`` where a split cannot be fed to a model: sizes differ, or there is nothing in it."""
+    if len(split) == 0:
+        raise InputError(f"{split.name} split: no sentence left to use; check the annotation file")
+    config = model.config.dataset
+    batch = split.batch(np.arange(1))
+    for name, found, expected in (
+        ("frame_dim", batch.frames.size(-1), config.frame_dim),
+        ("word_dim", batch.words.size(-1), config.word_dim),
+    ):
+        if found != expected:
+            raise InputError(
+                f"dataset.{name} is {found}, but the model was made for {expected}; use the configuration it was "
+                f"trained with"
+            )
+    check_vocabulary(model, split.vocabulary.words)
+
+
+def check_vocabulary(model: CNM, words: list[str], stored: list[str] | None = None) -> None:
+    """Raises ``InputError`` where a vocabulary is not the one a model learnt.
+
+    Args:
+        words: the vocabulary, ``words[0]`` the padding.
+        stored: the vocabulary in the model's checkpoint, if it has one.
+    """
+    expected = model.fc_rec.out_features
+    if len(words) != expected:
+        raise InputError(
+            f"vocabulary of {len(words)} words (padding included) does not fit the model, which has {expected}; check "
+            f"dataset.vocab_path and dataset.vocab_size"
+        )
+    if stored is not None and stored != words:
+        index = next(index for index, (ours, theirs) in enumerate(zip(words, stored, strict=True)) if ours != theirs)
+        raise InputError(
+            f"vocabulary does not fit the checkpoint: word {index} is {words[index]!r}, but the model learnt it as "
+            f"{stored[index]!r}; check dataset.vocab_path"
+        )

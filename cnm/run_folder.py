@@ -1,0 +1,77 @@
+"""The folder of one training run: what is where, and metrics as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cnm.config import CNMConfig
+from cnm.errors import InputError
+from cnm.files import append_line, cannot_write, replace_file
+
+
+class RunFolder:
+    """Paths of a run, and its ``metrics.jsonl``: one JSON object a line, ``kind`` train, eval or result.
+
+    Attributes:
+        config: the configuration as JSON.
+        last: the checkpoint to resume from.
+        best: the model that did best on the validation split; absent where there is no such split.
+        pictures: a folder of PNG files.
+        events: a folder of TensorBoard events.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.last = self.path / "last.pt"
+        self.best = self.path / "best.pt"
+        self.lock = self.path / ".lock"
+        self.pictures = self.path / "pictures"
+        self.events = self.path / "tensorboard"
+
+    def check_new(self) -> None:
+        """Raises ``InputError`` where something is already there: a run is never written over."""
+        occupied = any(self.path.iterdir()) if self.path.is_dir() else self.path.exists()
+        if occupied:
+            resume = f", or continue it with --resume {self.path}" if self.last.exists() else ""
+            raise InputError(f"{self.path}: exists and is not written over; choose another folder for the run{resume}")
+
+    def check_resumable(self) -> None:
+        """Raises ``InputError`` where there is no checkpoint to resume from."""
+        if not self.last.is_file():
+            raise InputError(f"{self.path}: no run to resume, it has no {self.last.name}; give the folder of a run")
+
+    def create(self, config: CNMConfig) -> None:
+        """Makes the folder and writes the configuration."""
+        try:
+            self.pictures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        self.write_config(config)
+
+    def write_config(self, config: CNMConfig) -> None:
+        replace_file(self.config, json.dumps(config.to_dict(), indent=2).encode() + b"\n")
+
+    def append(self, row: dict[str, Any]) -> None:
+        append_line(self.metrics, json.dumps(row))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What ``metrics.jsonl`` holds so far; a last line cut short by a crash is left out."""
+        if not self.metrics.exists():
+            return []
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def keep_rows(self, count: int) -> None:
+        """Drops the rows written after the checkpoint that knew ``count`` of them."""
+        rows = self.rows()
+        if len(rows) > count or not self.metrics.exists():
+            replace_file(self.metrics, "".join(f"{json.dumps(row)}\n" for row in rows[:count]).encode())

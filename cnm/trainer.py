@@ -1,0 +1,400 @@
+"""Training runs: epochs, evaluation, checkpoints, interruption and bit-exact resume."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from cnm import checkpoint, metrics, plot
+from cnm.config import CNMConfig
+from cnm.data import BatchLoader, Split, open_split
+from cnm.errors import InputError
+from cnm.evaluation import Evaluation, check_vocabulary, evaluate
+from cnm.files import replace_file
+from cnm.model import CNM
+from cnm.progress import Progress
+from cnm.run_folder import RunFolder
+from cnm.step import LeanStep
+
+LOG_EVERY = 20  # updates per metrics row; only then does the host wait for the device
+SAVE_SECONDS = 300.0  # between two checkpoints within an epoch
+PICTURED_SENTENCES = 6  # of the test split, in the picture refreshed after each epoch
+RESUMABLE_CHANGES = {"train.max_num_epochs", "train.model_saved_path", "dataset.cache_path"}  # need no new run
+
+
+class Interrupted(Exception):
+    """A signal ended the run after its state was saved."""
+
+    def __init__(self, signum: int, saved: Path) -> None:
+        super().__init__(f"interrupted; continue with --resume {saved.parent}")
+        self.signum = signum
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ends with: scores of the chosen checkpoint on the test split, and what needs no video.
+
+    Attributes:
+        checkpoint: the file that was scored.
+        epoch: its epoch, counted from 1.
+        scores: keyed by ``cnm.metrics.SCORES``.
+        baselines: scores by name of the baseline.
+    """
+
+    checkpoint: Path
+    epoch: int
+    scores: dict[str, float]
+    baselines: dict[str, dict[str, float]]
+
+
+class Trainer:
+    """One training run in one folder.
+
+    The best checkpoint is chosen on a validation split that is not the test split. Where there is none (the published
+    Charades-STA files validate on the test file) nothing is chosen: the last epoch is the result.
+
+    Args:
+        config: what to train; with ``resume`` None means as stored, and only ``RESUMABLE_CHANGES`` may differ.
+        folder: where the run's files go: a new folder, or with ``resume`` the run to continue.
+        device: where to train.
+        log_every: updates per metrics row.
+        quiet: show no progress.
+
+    Raises:
+        InputError: a file or value is wrong; nothing has been written then.
+    """
+
+    def __init__(
+        self,
+        config: CNMConfig | None,
+        folder: str | Path,
+        *,
+        resume: bool = False,
+        device: torch.device | str = "cpu",
+        log_every: int = LOG_EVERY,
+        quiet: bool = False,
+    ) -> None:
+        self.run = RunFolder(folder)
+        self.device = torch.device(device)
+        self.log_every = log_every
+        self.quiet = quiet
+        self.saved: dict[str, Any] | None = None
+        if resume:
+            self.run.check_resumable()
+            self.saved = checkpoint.load(self.run.last)
+            if "training" not in self.saved or "vocabulary" not in self.saved:
+                raise InputError(f"{self.run.last}: holds a model alone, not the state of a run; it cannot be resumed")
+            stored = CNMConfig.from_json(self.saved["config"])
+            config = stored if config is None else _resumed_config(stored, config)
+        elif config is None:
+            raise TypeError("Trainer: config is needed for a new run")
+        else:
+            self.run.check_new()
+
+        progress = not quiet
+        self.train_split = open_split(config.dataset, "train", progress=progress)
+        self.test_split = open_split(config.dataset, "test", progress=progress)
+        self.val_split = self._open_val(config, progress)
+        self.chooses_best = self.val_split is not None and self.val_split is not self.test_split
+
+        self.config = config if resume else _with_vocabulary_size(config, len(self.train_split.vocabulary))
+        train = self.config.train
+        torch.manual_seed(train.seed)
+        self.model = CNM(self.config).to(self.device)
+        self.step = LeanStep(self.model, self.config)
+        self.loader = BatchLoader(self.train_split, train.batch_size, shuffle=True, seed=train.seed)
+        self.epoch = 0  # the one under way, counted from 0
+        self.batch = 0  # batches of it that are done; all of them: its evaluation is due
+        self.seconds = 0.0  # of training so far
+        self.best: dict[str, Any] = {}  # epoch and score of best.pt
+        self.rows = 0  # in metrics.jsonl
+        self.metric_names: list[str] = []
+        self.pending: list[torch.Tensor] = []  # metrics of updates since the last row
+        self.stop: int | None = None  # the signal that asked to stop
+        if self.saved is not None:
+            self._restore(self.saved)
+
+    @property
+    def splits(self) -> list[Split]:
+        """The splits in use, each once."""
+        splits = [self.train_split, self.test_split]
+        return splits if not self.chooses_best or self.val_split is None else [splits[0], self.val_split, splits[1]]
+
+    def train(self) -> Result:
+        """Trains to the last epoch and scores the result on the test split.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the run is saved. A second signal raises KeyboardInterrupt at once.
+            InputError: a checkpoint or metrics row could not be written, or the loss is no longer finite.
+        """
+        epochs = self.config.train.max_num_epochs
+        if self.saved is None:
+            self.run.create(self.config)
+        with self._locked():
+            if self.saved is not None:
+                self.run.keep_rows(self.rows)
+                self.run.write_config(self.config)
+                self._restore_random_state(self.saved["training"]["random"])
+                self.saved = None
+            self.progress = Progress(epochs * len(self.loader), self.step.num_updates, quiet=self.quiet)
+            self.events = _event_writer(self.run.events, self.step.num_updates)
+            self.last_save = time.monotonic()
+            try:
+                with self._signals():
+                    while self.epoch < epochs:
+                        self._train_epoch()
+                        self._finish_epoch()
+                    return self._result()
+            finally:
+                self.progress.close()
+                if self.events is not None:
+                    self.events.close()
+
+    def _train_epoch(self) -> None:
+        self.model.train()
+        name = f"epoch {self.epoch + 1}/{self.config.train.max_num_epochs}"
+        self.row_started, self.row_samples = time.monotonic(), 0
+        for indices, batch in self.loader.epoch(self.epoch, self.batch):
+            rate = self.step.learning_rate
+            found = self.step(batch.to(self.device, non_blocking=True))
+            self.metric_names = list(found)
+            self.pending.append(torch.stack([value.float() for value in found.values()]))
+            self.row_samples += len(indices)
+            self.batch += 1
+            figures = None
+            if self.step.num_updates % self.log_every == 0 or self.batch == len(self.loader):
+                figures = self._log(rate)
+            self.progress.advance(name, figures)
+            if time.monotonic() - self.last_save > SAVE_SECONDS:
+                self._save()
+            self._check_stop()
+
+    def _log(self, rate: float) -> dict[str, str]:
+        """One metrics row: means over the updates since the last one. Returns the figures for the progress display."""
+        values = torch.stack(self.pending).mean(0).tolist()  # the host waits for the device here, and only here
+        self.pending.clear()
+        losses = dict(zip(self.metric_names, values, strict=True))
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise InputError(
+                    f"{self.run.path}: {name} became {value} by update {self.step.num_updates}; lower "
+                    f"train.reconstructor.lr and train.generator.lr, or lengthen their warmup_updates"
+                )
+        now = time.monotonic()
+        elapsed, self.row_started = now - self.row_started, now
+        self.seconds += elapsed
+        speed = self.row_samples / max(elapsed, 1e-9)
+        self.row_samples = 0
+        self._append(
+            "train", losses | {"learning_rate": rate, "samples_per_second": round(speed, 2)}, time=self.seconds
+        )
+        return {
+            "loss": f"{losses['loss/reconstruction']:.3f}",
+            "contrastive": f"{losses['loss/contrastive']:.3f}",
+            "lr": f"{rate:.1e}",
+            "samples/s": f"{speed:.0f}",
+        }
+
+    def _finish_epoch(self) -> None:
+        """Evaluation, checkpoints and pictures after an epoch's last update."""
+        score = None
+        if self.val_split is not None:
+            scores = self._evaluate(self.val_split).scores
+            score = scores["mIoU"]
+            self._append("eval", scores, split=self.val_split.name)
+            self.progress.say(
+                f"epoch {self.epoch + 1}: {self.val_split.name} mIoU {score:.4f}, "
+                f"R@1 {' / '.join(f'{scores[name]:.4f}' for name in metrics.SCORES[1:4])} at IoU 0.3 / 0.5 / 0.7"
+            )
+        if self.chooses_best and score is not None and score > self.best.get("mIoU", -1.0):
+            self.best = {"epoch": self.epoch + 1, "mIoU": score}
+            checkpoint.save(self.run.best, self._model_state())
+        self.epoch += 1
+        self.batch = 0
+        self._save()
+        self._draw()
+
+    def _result(self) -> Result:
+        """Scores of the best checkpoint, or the last where none is chosen, on the test split."""
+        path, epoch = self.run.last, self.epoch
+        if self.chooses_best and self.best:
+            path, epoch = self.run.best, self.best["epoch"]
+            self.model.load_state_dict(checkpoint.load(path)["model_parameters"])
+        scores = self._evaluate(self.test_split).scores
+        self._append("result", {"checkpoint": path.name, **scores}, split=self.test_split.name, epoch=epoch)
+        self._draw()
+        return Result(path, epoch, scores, metrics.baselines(self.test_split.moments))
+
+    def _evaluate(self, split: Split) -> Evaluation:
+        return evaluate(self.model, split, self.config.train.batch_size, check=self._check_stop)
+
+    def _append(self, kind: str, values: dict[str, Any], *, epoch: int | None = None, **also: Any) -> None:
+        """Adds a row to metrics.jsonl and, where tensorboard is installed, to its events."""
+        place = {"kind": kind, "epoch": epoch or self.epoch + 1, "update": self.step.num_updates}
+        self.run.append(place | also | values)
+        self.rows += 1
+        if self.events is not None:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self.events.add_scalar(f"{also.get('split', kind)}/{name}", value, self.step.num_updates)
+
+    def _draw(self) -> None:
+        """Refreshes the run's pictures."""
+        replace_file(self.run.pictures / "learning_curves.png", plot.learning_curves(self.run.rows()))
+        split = self.test_split
+        count = min(PICTURED_SENTENCES, len(split))
+        indices = np.linspace(0, len(split) - 1, count).astype(int)
+        batch = split.batch(indices).to(self.device)
+        self.model.eval()
+        center, width = self.model.localize(batch.frames, batch.frame_lengths, batch.words, batch.word_lengths)
+        items = [
+            plot.Localization(
+                sample.sentence, float(center[row]), float(width[row]), self.model.alpha, sample.duration, sample.moment
+            )
+            for row, sample in enumerate(split.samples[int(index)] for index in indices)
+        ]
+        replace_file(self.run.pictures / "localizations.png", plot.localizations(items))
+
+    def _model_state(self) -> dict[str, Any]:
+        return {
+            "num_updates": self.step.num_updates,
+            "config": self.config.to_dict(),
+            "model_parameters": self.model.state_dict(),
+            "vocabulary": self.train_split.vocabulary.state(),
+        }
+
+    def _save(self) -> None:
+        random: dict[str, Any] = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        training = {
+            "step": self.step.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "seconds": self.seconds,
+            "best": self.best,
+            "rows": self.rows,
+            "metric_names": self.metric_names,
+            "pending": [values.cpu() for values in self.pending],
+            "random": random,
+        }
+        checkpoint.save(self.run.last, self._model_state() | {"training": training})
+        self.last_save = time.monotonic()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        words = self.train_split.vocabulary.words
+        stored = type(self.train_split.vocabulary).from_state(saved["vocabulary"]).words
+        check_vocabulary(self.model, words, stored)
+        try:
+            training = saved["training"]
+            self.model.load_state_dict(saved["model_parameters"])
+            self.step.load_state_dict(training["step"])
+            self.epoch, self.batch, self.seconds = training["epoch"], training["batch"], training["seconds"]
+            self.best, self.rows, self.metric_names = training["best"], training["rows"], training["metric_names"]
+            self.pending = [values.to(self.device) for values in training["pending"]]
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{self.run.last}: its training state does not fit this version of cnm ({detail})"
+            ) from None
+
+    def _restore_random_state(self, random: dict[str, Any]) -> None:
+        torch.set_rng_state(random["torch"])
+        if self.device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], self.device)
+
+    def _open_val(self, config: CNMConfig, progress: bool) -> Split | None:
+        dataset = config.dataset
+        if dataset.dataset != "synthetic":
+            if dataset.val_data is None:
+                return None
+            if dataset.test_data is not None and os.path.realpath(dataset.val_data) == os.path.realpath(
+                dataset.test_data
+            ):
+                return self.test_split
+        return open_split(dataset, "val", progress=progress)
+
+    def _check_stop(self) -> None:
+        if self.stop is not None:
+            self._save()
+            raise Interrupted(self.stop, self.run.last)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a stop after the current update; the second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(signum: int, _frame: object) -> None:
+            if self.stop is not None:
+                raise KeyboardInterrupt
+            self.stop = signum
+            if not self.quiet:  # not through print: the signal may have come in the middle of one
+                os.write(2, b"\nsaving after this update; a second signal stops at once without saving\n")
+
+        previous = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time trains in a folder."""
+        try:
+            with FileLock(self.run.lock, timeout=0):
+                yield
+        except Timeout:
+            raise InputError(
+                f"{self.run.path}: another process is training in this folder; wait for it or stop it"
+            ) from None
+
+
+def _with_vocabulary_size(config: CNMConfig, size: int) -> CNMConfig:
+    """As published, the model's vocabulary is what the data has, which may be less than dataset.vocab_size."""
+    content = config.to_dict()
+    content["model"]["config"]["vocab_size"] = size
+    return CNMConfig.from_json(content)
+
+
+def _resumed_config(stored: CNMConfig, given: CNMConfig) -> CNMConfig:
+    """The configuration given for a resumed run; it may differ from the stored one in ``RESUMABLE_CHANGES`` alone."""
+    given = _with_vocabulary_size(given, stored.model.config.vocab_size or 0)
+    old, new = _flat(stored.to_dict()), _flat(given.to_dict())
+    for name in sorted(old.keys() | new.keys()):
+        if name not in RESUMABLE_CHANGES and old.get(name) != new.get(name):
+            raise InputError(
+                f"--resume: the run was started with {name} = {old.get(name)!r}, not {new.get(name)!r}; leave it as it "
+                f"was or start a new run"
+            )
+    return given
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _event_writer(folder: Path, updates: int) -> Any:
+    """TensorBoard's writer, events after ``updates`` dropped; None where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=updates + 1)
