@@ -52,7 +52,7 @@ class BuildKernels(build_ext):
 
     def run(self) -> None:
         if NATIVE == "0":
-            self.extensions = []
+            self.extensions: list[Extension] = []
             return
         try:
             super().run()
@@ -63,7 +63,7 @@ class BuildKernels(build_ext):
             reason = " ".join(str(error).split())
             print(
                 f"\ncnm-kernels: the native CPU kernels were NOT built: {reason}\n"
-                f"cnm-kernels: the package works all the same, on PyTorch's operators. To get the kernels, install a C++20 "
+                f"cnm-kernels: the package works all the same, on PyTorch's operators. To get them, install a C++20 "
                 f"compiler (Debian, Ubuntu: apt install g++) and torch >= 2.11, then install again with "
                 f"CNM_KERNELS_NATIVE=1, which shows the whole error.\n",
                 file=sys.stderr,

@@ -31,7 +31,7 @@ LOAD_ERROR: str | None = None
 EXPECTED_WORD_SHARE = 20
 
 try:
-    from cnm_kernels import _C_cpu  # registers torch.ops.cnm_kernels
+    from cnm_kernels import _C_cpu  # type: ignore[attr-defined]  # registers torch.ops.cnm_kernels
 except ImportError as error:
     LOAD_ERROR = f"the compiled kernels are not there ({error}); reinstall with CNM_KERNELS_NATIVE=1 to see why"
 else:
