@@ -37,6 +37,13 @@ def _scalar(dtype: Any, data: Any = None) -> Any:
     return np.frombuffer(data, dtype, count=1)[0]
 
 
+def _array(buffer: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    """Stands in for numpy's ``_frombuffer``, which pickles of protocol 5 use."""
+    if not isinstance(buffer, (bytes, bytearray)) or not isinstance(dtype, np.dtype) or dtype.hasobject:
+        raise pickle.UnpicklingError("an array that holds no numbers")
+    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
+
+
 _ADMITTED = {
     ("collections", "Counter"): collections.Counter,
     ("numpy", "ndarray"): np.ndarray,
@@ -46,6 +53,8 @@ _ADMITTED = {
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
     _ADMITTED[_module, "_reconstruct"] = _empty_array
     _ADMITTED[_module, "scalar"] = _scalar
+for _module in ("numpy.core.numeric", "numpy._core.numeric"):
+    _ADMITTED[_module, "_frombuffer"] = _array
 
 
 class _Unpickler(pickle.Unpickler):

@@ -5,6 +5,7 @@ They let the real annotations train without the real features, and show whether 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def plant(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(temporary, "w") as file:
-            bar = tqdm(samples.items(), desc="planting features", unit="video", disable=not progress)
+            bar = tqdm(samples.items(), desc="planting features", unit="video", disable=None if progress else True)
             for video, of_video in bar:
                 rng = np.random.default_rng([seed, zlib.crc32(video.encode())])
                 duration = max(sample.duration for sample in of_video)
@@ -87,7 +88,8 @@ def plant(
             f"{output}: cannot be written ({error.strerror or error}); make room or name another"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return len(samples)
 
 

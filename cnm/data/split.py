@@ -177,7 +177,8 @@ def _cached_features(config: DatasetConfig, videos: list[str], progress: bool) -
         with FeatureFile(source) as file:
             file.check(videos, config.frame_dim)
             clips = np.lib.format.open_memmap(folder / "clips.npy", mode="w+", dtype=np.float32, shape=shape)
-            for row, video in enumerate(tqdm(videos, desc="pooling features", unit="video", disable=not progress)):
+            bar = tqdm(videos, desc="pooling features", unit="video", disable=None if progress else True)
+            for row, video in enumerate(bar):
                 clips[row] = pool(file.frames(video, config.frame_dim), config.max_num_frames)
             clips.flush()
 

@@ -1,0 +1,80 @@
+"""Annotation rows in the published format, and what is wrong with those that are not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cnm.data import read_annotations
+from cnm.errors import InputError
+
+GOOD = ["AO8RW", 33.67, [0.0, 6.9], "a person is putting a book on a shelf."]
+
+
+def write(path: Path, rows: Any) -> Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_rows_are_read(tmp_path: Path) -> None:
+    (sample,), notes = read_annotations(write(tmp_path / "a.json", [GOOD]))
+    assert (sample.video, sample.duration, sample.moment, sample.sentence) == ("AO8RW", 33.67, (0.0, 6.9), GOOD[3])
+    assert notes == []
+
+
+def test_moments_past_the_end_are_clipped_and_counted(tmp_path: Path) -> None:
+    rows = [GOOD, ["v", 10, [5, 10.04], "text"], ["v", 10, [5, 99], "text"]]
+    samples, notes = read_annotations(write(tmp_path / "a.json", rows))
+    assert [sample.moment for sample in samples[1:]] == [(5.0, 10.0)] * 2
+    assert notes == [f"{tmp_path / 'a.json'}: 2 moments end after their video; clipped to its end"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("text", "is 'text', not"),
+        (["v", 10, [1, 2]], "not [video, seconds, [start, end], sentence]"),
+        ([7, 10, [1, 2], "text"], "video is 7, not a name"),
+        (["v", "10", [1, 2], "text"], "(v): duration is '10', not seconds above 0"),
+        (["v", 0, [0, 2], "text"], "(v): duration is 0, not seconds above 0"),
+        (["v", float("nan"), [0, 2], "text"], "duration is nan"),
+        (["v", True, [0, 1], "text"], "duration is True"),
+        (["v", 10, [1], "text"], "moment is [1], not [start, end]"),
+        (["v", 10, [1, None], "text"], "moment is [1, None], not [start, end]"),
+        (["v", 10, [2, 2], "text"], "moment [2, 2] must have 0 <= start < end"),
+        (["v", 10, [5, 2], "text"], "moment [5, 2] must have 0 <= start < end"),
+        (["v", 10, [-1, 2], "text"], "must have 0 <= start < end"),
+        (["v", 10, [11, 12], "text"], "starts after the video's 10 seconds"),
+        (["v", 10, [1, 2], "  "], "the sentence is '  '"),
+        (["v", 10, [1, 2], None], "the sentence is None"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, row: Any, message: str) -> None:
+    path = write(tmp_path / "a.json", [GOOD, row])
+    with pytest.raises(InputError) as caught:
+        read_annotations(path)
+    assert str(caught.value).startswith(f"{path}: row 1")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("[[1,", "line 1 column 5 is no JSON"), ("{}", "holds a dict"), ("[]", "holds no rows")]
+)
+def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=rf"a\.json: .*{message}"):
+        read_annotations(tmp_path / "a.json")
+
+
+def test_real_annotation_files(shared_data: Path) -> None:
+    counts = {"charades/train": (10602, 0), "charades/test": (3158, 0), "activitynet/val_data": (17505, 134)}
+    for name, (rows, clipped) in counts.items():
+        samples, notes = read_annotations(shared_data / f"{name}.json")
+        assert len(samples) == rows
+        assert all(0 <= s.moment[0] < s.moment[1] <= s.duration for s in samples)
+        assert len(notes) == (clipped > 0)
+        assert not clipped or f"{clipped} moments" in notes[0]

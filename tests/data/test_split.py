@@ -1,0 +1,185 @@
+"""Splits, batches, loader, the synthetic source and planted features."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from small_runs import SENTENCES, synthetic_config, write_files
+
+from cnm.config import CNMConfig
+from cnm.data import BatchLoader, Split, open_split, plant, read_annotations
+from cnm.data.synthetic import GAP, MIN_LENGTH
+from cnm.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return open_split(synthetic_config(dataset__num_videos=20).dataset, "train")
+
+
+def test_a_batch_holds_what_its_fields_promise(split: Split) -> None:
+    indices = [3, 0, 7]
+    batch = split.batch(indices)
+    L = int(batch.word_lengths.max())
+    T, frame_dim = batch.frames.shape[1:]
+    assert batch.frames.shape == (3, T, frame_dim)
+    assert batch.frames.dtype == batch.words.dtype == batch.mask_weights.dtype == torch.float32
+    assert batch.frame_lengths.tolist() == [T] * 3
+    assert batch.word_ids.shape == (3, L)
+    assert batch.words.shape[:2] == (3, L + 1)
+    assert (batch.words[:, 0] == 0).all()
+    for row, index in enumerate(indices):
+        words = split.samples[index].sentence.split()
+        n = len(words)
+        assert batch.word_lengths[row] == n
+        assert [split.vocabulary.words[i] for i in batch.word_ids[row, :n]] == words
+        assert (batch.word_ids[row, n:] == 0).all()
+        vectors = split.vocabulary.vectors[batch.word_ids[row, :n].numpy()]
+        np.testing.assert_array_equal(batch.words[row, 1 : n + 1], vectors)
+        assert (batch.words[row, n + 1 :] == 0).all()
+        assert batch.mask_weights[row].sum() == pytest.approx(1)
+        assert (batch.mask_weights[row, n:] == 0).all()
+
+
+def test_no_batch_holds_a_timestamp(split: Split) -> None:
+    names = {field.name for field in dataclasses.fields(split.batch([0]))}
+    assert names == {"frames", "frame_lengths", "words", "word_ids", "word_lengths", "mask_weights"}
+
+
+def test_an_epoch_visits_every_sample_once_in_an_order_of_its_own(split: Split) -> None:
+    loader = BatchLoader(split, 8, shuffle=True, seed=1)
+    orders = [[int(i) for indices, _ in loader.epoch(epoch) for i in indices] for epoch in (0, 1, 0)]
+    assert sorted(orders[0]) == list(range(len(split)))
+    assert orders[0] == orders[2]
+    assert orders[0] != orders[1]
+    assert orders[0] != [int(i) for i in BatchLoader(split, 8, shuffle=True, seed=2).order(0)]
+    assert len(loader) == len(list(loader.epoch(0))) == -(-len(split) // 8)
+
+
+def test_an_epoch_goes_on_where_it_was_left(split: Split) -> None:
+    loader = BatchLoader(split, 8, shuffle=True, seed=1)
+    whole = list(loader.epoch(3))
+    rest = list(loader.epoch(3, start=2))
+    assert len(rest) == len(whole) - 2
+    for (a, batch_a), (b, batch_b) in zip(whole[2:], rest, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert torch.equal(batch_a.frames, batch_b.frames)
+
+
+def test_an_abandoned_epoch_stops_its_thread(split: Split) -> None:
+    epoch = BatchLoader(split, 4, shuffle=False).epoch()
+    next(epoch)
+    epoch.close()
+
+
+def test_an_error_while_preparing_reaches_the_consumer(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "batch", lambda indices: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(BatchLoader(split, 4, shuffle=False).epoch())
+
+
+def test_the_synthetic_source_depends_on_its_seed_alone() -> None:
+    def features(seed: int) -> torch.Tensor:
+        return open_split(synthetic_config(dataset__seed=seed).dataset, "test").batch([0, 1]).frames
+
+    assert torch.equal(features(1), features(1))
+    assert not torch.equal(features(1), features(2))
+
+
+def test_synthetic_moments_are_disjoint_and_their_frames_alike() -> None:
+    config = synthetic_config(dataset__num_videos=40, dataset__max_num_frames=64, dataset__frame_dim=256)
+    split = open_split(config.dataset, "train")
+    moments = split.moments
+    by_video: dict[str, list[int]] = {}
+    for index, sample in enumerate(split.samples):
+        by_video.setdefault(sample.video, []).append(index)
+    assert all(2 <= len(indices) <= 3 for indices in by_video.values())
+    time = (np.arange(64) + 0.5) / 64
+    for indices in list(by_video.values())[:10]:
+        for before, after in pairwise(indices):
+            assert moments[after, 0] - moments[before, 1] > GAP - 0.01
+        for index in indices:
+            start, end = moments[index]
+            assert end - start > MIN_LENGTH - 0.01
+            frames = split.batch([index]).frames[0]
+            during = torch.from_numpy((time >= start + 0.02) & (time < end - 0.02))
+            signal = frames[during].mean(0)
+            assert (frames[during] @ signal).mean() > 2 * (frames[~during] @ signal).mean().abs()
+
+
+def test_train_and_test_share_no_video() -> None:
+    config = synthetic_config().dataset
+    videos = [{sample.video for sample in open_split(config, name).samples} for name in ("train", "val", "test")]
+    assert not (videos[0] & videos[1] | videos[0] & videos[2] | videos[1] & videos[2])
+
+
+def test_sentences_without_a_known_word(tmp_path: Path) -> None:
+    config = CNMConfig.from_json(write_files(tmp_path))
+    for name in ("train", "test"):
+        path = Path(str(getattr(config.dataset, f"{name}_data")))
+        rows = json.loads(path.read_text())
+        rows[1][3] = "zebras gallop"
+        path.write_text(json.dumps(rows))
+    train, test = (open_split(config.dataset, name) for name in ("train", "test"))  # type: ignore[arg-type]
+    assert len(train) == 9
+    assert train.notes == ["train: 1 sentences hold no known word (first: 'zebras gallop'); skipped"]
+    assert len(test) == 10
+    assert "localized all the same" in test.notes[0]
+    assert test.batch([1]).word_lengths.tolist() == [0]
+
+
+def test_a_split_that_is_not_configured(tmp_path: Path) -> None:
+    config = CNMConfig.from_json(write_files(tmp_path)).dataset.model_copy(update={"val_data": None})
+    with pytest.raises(InputError, match=r"no dataset\.val_data"):
+        open_split(config, "val")
+
+
+def test_planted_moments_carry_their_sentence(tmp_path: Path) -> None:
+    config = CNMConfig.from_json(write_files(tmp_path))
+    split = open_split(config.dataset, "train")
+    annotations = tmp_path / "train.json"
+    outputs = [tmp_path / f"{name}.hdf5" for name in ("a", "b")]
+    for output in outputs:
+        assert plant([annotations], split.vocabulary, output, frame_dim=256, seed=3) == 10
+    assert not list(tmp_path.glob(".*hdf5*"))
+    samples = read_annotations(annotations)[0]
+    with h5py.File(outputs[0]) as first, h5py.File(outputs[1]) as second:
+        signals: dict[str, list[np.ndarray]] = {sentence: [] for sentence in SENTENCES}
+        for sample in samples:
+            frames = first[sample.video][()]
+            np.testing.assert_array_equal(frames, second[sample.video][()])
+            time = (np.arange(len(frames)) + 0.5) / len(frames) * sample.duration
+            during = (time >= sample.moment[0]) & (time < sample.moment[1])
+            signals[sample.sentence.rstrip(".")].append(frames[during].mean(0))
+        for sentence, means in signals.items():
+            others = [mean for other, of_other in signals.items() if other != sentence for mean in of_other]
+            same = np.mean([means[0] @ mean for mean in means[1:]])
+            assert same > 3 * abs(np.mean([means[0] @ mean for mean in others])), sentence
+
+
+def test_a_plant_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    config = CNMConfig.from_json(write_files(tmp_path))
+    vocabulary = open_split(config.dataset, "train").vocabulary
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        plant([tmp_path / "train.json"], vocabulary, tmp_path / "file" / "f.hdf5", frame_dim=8)
+
+
+def test_real_charades_sentences(shared_data: Path, tmp_path: Path) -> None:
+    """Every sentence holds known words, and none is longer than published."""
+    from cnm.data import Vocabulary
+
+    vocabulary = Vocabulary.from_pickle(shared_data / "charades" / "glove.pkl", 1111, 300)
+    lengths = [
+        len(vocabulary.encode(sample.sentence, 20).ids)
+        for sample in read_annotations(shared_data / "charades" / "test.json")[0]
+    ]
+    assert min(lengths) >= 1
+    assert max(lengths) <= 13
