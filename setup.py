@@ -51,15 +51,12 @@ class BuildKernels(build_ext):
     """Compiles the kernels once per instruction set, side by side, then links them with the bindings."""
 
     def run(self) -> None:
-        if NATIVE == "0":
-            self.extensions: list[Extension] = []
-            return
         try:
             super().run()
         except Exception as error:
             if NATIVE == "1":
                 raise
-            self.extensions = []
+            self.extensions: list[Extension] = []
             reason = " ".join(str(error).split())
             print(
                 f"\ncnm-kernels: the native CPU kernels were NOT built: {reason}\n"
@@ -97,18 +94,20 @@ class BuildKernels(build_ext):
         return str(built)
 
 
-setup(
-    ext_modules=[
-        Extension(
-            "cnm_kernels._C_cpu",
-            sources=["csrc/ops.cpp", "csrc/cpu/dispatch.cpp"],
-            define_macros=MACROS,
-            extra_compile_args=COMPILE_FLAGS,
-            py_limited_api=True,
-            depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()],
-            language="c++",
-        )
-    ],
-    cmdclass={"build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+extension = Extension(
+    "cnm_kernels._C_cpu",
+    sources=["csrc/ops.cpp", "csrc/cpu/dispatch.cpp"],
+    define_macros=MACROS,
+    extra_compile_args=COMPILE_FLAGS,
+    py_limited_api=True,
+    depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()],
+    language="c++",
 )
+if NATIVE == "0":
+    setup()
+else:
+    setup(
+        ext_modules=[extension],
+        cmdclass={"build_ext": BuildKernels},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
