@@ -17,6 +17,10 @@ NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
+# Sizes of the network that follow from the dataset section.
+DERIVED_SIZES = {"max_num_words": "max_num_words", "frames_input_size": "frame_dim", "words_input_size": "word_dim"}
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -131,13 +135,8 @@ class CNMConfig(_Section):
     def _fill_sizes(self) -> CNMConfig:
         """The network's input sizes follow from the dataset section; where both are given they must agree."""
         network, dataset = self.model.config, self.dataset
-        derived = {
-            "max_num_words": dataset.max_num_words,
-            "frames_input_size": dataset.frame_dim,
-            "words_input_size": dataset.word_dim,
-        }
-        for name, size in derived.items():
-            given = getattr(network, name)
+        for name, source in DERIVED_SIZES.items():
+            given, size = getattr(network, name), getattr(dataset, source)
             if given is None:
                 setattr(network, name, size)
             elif given != size:
@@ -162,8 +161,8 @@ class CNMConfig(_Section):
             raise InputError(f"{name}: {'; '.join(_describe(item) for item in error.errors())}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The published layout, as plain JSON values; ``from_json`` takes it back."""
-        return self.model_dump(exclude_none=True)
+        """The published layout, as plain JSON values; ``from_json`` takes it back and derives the input sizes anew."""
+        return self.model_dump(exclude_none=True, exclude={"model": {"config": set(DERIVED_SIZES)}})
 
 
 def read_json(path: str | Path) -> Any:
