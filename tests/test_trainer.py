@@ -196,7 +196,7 @@ def test_an_existing_folder_is_not_written_over(straight: Path, tmp_path: Path) 
     with pytest.raises(InputError, match=rf"{straight}: exists and is not written over; .*--resume"):
         start(synthetic_config(), straight)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="choose another folder for the run$"):
+    with pytest.raises(InputError, match=r"choose another folder for the run$"):
         start(synthetic_config(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -219,7 +219,7 @@ def test_a_vocabulary_that_does_not_fit_the_checkpoint(straight: Path, tmp_path:
     content = checkpoint.load(straight / "last.pt")
     content["vocabulary"]["words"][3] = "unheard"
     checkpoint.save(tmp_path / "last.pt", content)
-    with pytest.raises(InputError, match="word 3 is .* but the model learnt it as 'unheard'"):
+    with pytest.raises(InputError, match=r"word 3 is .* but the model learnt it as 'unheard'"):
         resume(tmp_path)
 
 

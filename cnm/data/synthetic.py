@@ -2,7 +2,9 @@
 
 Every video holds several events at different times. An event has a sentence; while it lasts, each frame carries the
 scaled sum of fixed random vectors of the sentence's content words. The other events of the video are distractors for
-it, and everything lies in noise. Nothing is downloaded; the seed decides all.
+it, and everything lies in noise. The scene drifts slowly in the course of each video, as light and camera do: frames
+carry no positions in CNM, so without a drift nothing would tell early from late. Nothing is downloaded; the seed
+decides all.
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ from cnm.data.annotations import Sample
 from cnm.data.vocabulary import PADDING, Vocabulary
 from cnm.errors import InputError
 
-ADJECTIVES = "young old tall short happy tired busy quiet".split()
-SUBJECTS = "man woman boy girl child chef teacher dancer painter runner".split()
-VERBS = "opens closes washes lifts carries throws paints cuts cleans holds pushes drops".split()
-OBJECTS = "door window box ball plate cup chair table book bag lamp towel guitar bicycle".split()
-ADVERBS = "slowly quickly carefully again loudly".split()
+ADJECTIVES = "young old tall short happy tired".split()
+SUBJECTS = "man woman boy girl chef dancer".split()
+VERBS = "opens closes washes lifts carries throws paints cleans".split()
+OBJECTS = "door window box plate cup chair lamp guitar bicycle book".split()
+ADVERBS = "slowly quickly carefully again".split()
 FUNCTION_WORDS = ["the", "a"]
 
-SIGNAL = 1.5  # of an event in its frames, per feature; the noise has strength 1
+SIGNAL = 3.0  # of an event in its frames, per feature; the noise has strength 1
+DRIFT = 1.0  # of each wave of the drift, per feature
+DRIFT_WAVES = 3  # half periods of the cosine over a video: 1, 2, 3
 EVENTS = (2, 3)  # per video, fewest and most
 GAP = 0.05  # between events, fraction of the video
 MIN_LENGTH, MAX_LENGTH = 0.15, 0.4  # of an event, fraction of the video
@@ -46,10 +50,10 @@ def generate(config: DatasetConfig, split: str) -> tuple[list[Sample], np.ndarra
     signals = _word_signals(config)
     num_videos = config.num_videos if split == "train" else max(config.num_videos // HELD_OUT, 1)
     T = config.max_num_frames
-    features = rng.standard_normal((num_videos, T, config.frame_dim)).astype(np.float32)
+    time = (np.arange(T) + 0.5) / T
+    features = rng.standard_normal((num_videos, T, config.frame_dim)).astype(np.float32) + _drift(config, time)
     samples: list[Sample] = []
     rows: list[int] = []
-    time = (np.arange(T) + 0.5) / T
     for row in range(num_videos):
         duration = round(float(rng.uniform(*SECONDS)), 2)
         for start, end in _moments(rng):
@@ -67,6 +71,13 @@ def _word_signals(config: DatasetConfig) -> dict[str, np.ndarray]:
     words = [*ADJECTIVES, *SUBJECTS, *VERBS, *OBJECTS, *ADVERBS]
     vectors = np.random.default_rng([config.seed, 1]).standard_normal((len(words), config.frame_dim))
     return dict(zip(words, vectors.astype(np.float32), strict=True))
+
+
+def _drift(config: DatasetConfig, time: np.ndarray) -> np.ndarray:
+    """What every video carries at the times [T], fractions of the video: [T, frame_dim] float32."""
+    waves = np.random.default_rng([config.seed, 5]).standard_normal((DRIFT_WAVES, config.frame_dim))
+    phases = np.pi * time[:, None] * np.arange(1, DRIFT_WAVES + 1)
+    return (DRIFT * np.cos(phases) @ waves).astype(np.float32)
 
 
 def _moments(rng: np.random.Generator) -> list[tuple[float, float]]:
