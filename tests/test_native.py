@@ -17,9 +17,10 @@ ISAS = ["portable", "avx2", "avx512", "avx512bf16"]  # worst to best
 pytestmark = pytest.mark.skipif(native.LOAD_ERROR is not None, reason=f"native backend: {native.LOAD_ERROR}")
 
 
+# Run in the tests folder: the checkout itself would hide an installed package.
 def run(*command: str, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, *command], env=os.environ | environment, cwd=TESTS.parent, capture_output=True, text=True
+        [sys.executable, *command], env=os.environ | environment, cwd=TESTS, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
