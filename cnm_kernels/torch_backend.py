@@ -37,7 +37,8 @@ def gaussian_mask(
 ) -> Tensor:
     """g_j = exp(-alpha (x_j - c)^2 / max(w, min_width)^2), x = linspace(0, 1, length); 1 - g for the complement."""
     c = _wide(center).unsqueeze(-1)  # [..., 1]
-    w = _wide(width).unsqueeze(-1).clamp_min(min_width)
+    w = _wide(width).unsqueeze(-1)
+    w = torch.where(w < min_width, min_width, w)  # clamp's gradient at equality changed between versions of torch
     x = torch.linspace(0, 1, length, dtype=c.dtype, device=c.device)
     g = torch.exp(-alpha * (x - c).square() / w.square())  # [..., length]
     return (1 - g if complement else g).to(center.dtype)

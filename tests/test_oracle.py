@@ -385,11 +385,12 @@ def test_a_published_checkpoint_loads(tmp_path) -> None:
     """Three keys, the sizes inside model.config as the published trainer leaves them, nothing of ours."""
     oracle = make_oracle(RAGGED)
     config = make_config(RAGGED).to_dict()
+    sizes = {"frames_input_size": RAGGED.frame_dim, "words_input_size": RAGGED.word_dim}
+    config["model"]["config"] |= sizes | {"max_num_words": config["dataset"]["max_num_words"]}
     path = tmp_path / "model-best.pt"
     state = {name: tensor.float() for name, tensor in oracle.state_dict().items()}
     torch.save({"num_updates": 7, "config": config, "model_parameters": state}, path)
     assert config["model"]["config"]["vocab_size"] == RAGGED.vocab_size
-    assert config["model"]["config"]["frames_input_size"] == RAGGED.frame_dim
     model = CNM.from_checkpoint(path)
     assert not model.training
     batch = make_batch(RAGGED, torch.float32)
