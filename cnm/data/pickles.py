@@ -1,13 +1,18 @@
 """Reading the published vocabulary pickle without running what a pickle can run.
 
-A pickle may name any importable function and call it. This reader admits only what such a file holds (dictionaries,
-lists, strings, numbers, ``collections.Counter`` and numpy arrays) and refuses the rest by name.
+A pickle may call any importable function, set attributes of any object it can name, and hand numpy a dtype whose
+fields lie outside the array's memory. So nothing real is ever handed to it: each of the few names that such a file
+holds (``collections.Counter`` and what numpy arrays of numbers are made of) resolves to a stand-in, which only notes
+what it is called with and is checked before an array or a Counter is made of it. Every other name is refused.
 """
 
 from __future__ import annotations
 
 import collections
+import math
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +20,129 @@ import numpy as np
 
 from cnm.errors import InputError
 
-
-def _empty_array(subtype: Any, shape: Any, dtype: Any) -> np.ndarray:
-    """Stands in for numpy's ``_reconstruct``: an empty array that the pickle's state then fills."""
-    if subtype is not np.ndarray or shape != (0,):
-        raise pickle.UnpicklingError("an array with an unusual layout")
-    return np.ndarray((0,), dtype)
+_NUMBER = re.compile(r"[<>=|]?([fiu][1248]|b1)")  # the dtypes admitted, as numpy spells them
+_MAX_NESTING = 16
+_EMPTY = (0,)  # the shape that numpy's _reconstruct is called with
 
 
-def _latin1(text: Any, encoding: Any) -> bytes:
-    """Stands in for ``_codecs.encode``, which old pickles use for the bytes of an array."""
+class _StandIn:
+    """What a name in the pickle stands for: it can be called, and nothing else can be done to it."""
+
+    __slots__ = ("_call",)
+    _call: Callable[..., Any]
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_call", call)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError("it changes what a name stands for")
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it changes what a name stands for")
+
+
+class _DType:
+    """A dtype of numbers; the pickle's state may set its byte order and nothing else."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, text: Any, align: Any = False, copy: Any = True) -> None:
+        text = text.decode("latin1") if isinstance(text, bytes) else text
+        if not isinstance(text, str) or not _NUMBER.fullmatch(text):
+            raise pickle.UnpicklingError(f"it holds an array of {_short(text)}, not of numbers")
+        self.value = np.dtype(text)
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1] if isinstance(state, tuple) and len(state) >= 8 and state[2:5] == (None,) * 3 else None
+        order = order.decode("latin1") if isinstance(order, bytes) else order
+        if not isinstance(order, str) or order not in ("<", ">", "=", "|"):
+            raise pickle.UnpicklingError("it holds an array with an unusual dtype")
+        self.value = np.dtype(order + self.value.str[1:])
+
+
+class _Array:
+    """An array to be: numpy's ``_reconstruct`` makes an empty one, which the pickle's state then fills."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, subtype: Any, shape: Any, dtype: Any) -> None:
+        if subtype is not _NDARRAY or shape != _EMPTY:
+            raise pickle.UnpicklingError("it holds an array of an unusual kind")
+        self.value: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[1], tuple):
+            raise pickle.UnpicklingError("it holds an array with an unusual state")
+        _, shape, dtype, fortran, data = state
+        self.value = _numbers(data, dtype, shape, "F" if fortran else "C")
+
+
+def _refuse_call(*arguments: Any) -> Any:
+    raise pickle.UnpicklingError("it makes an array in an unusual way")
+
+
+def _numbers(data: Any, dtype: Any, shape: tuple[Any, ...], order: Any) -> np.ndarray:
+    if not isinstance(dtype, _DType) or not isinstance(data, (bytes, bytearray)) or order not in ("C", "F"):
+        raise pickle.UnpicklingError("it holds an array that is not of numbers")
+    if not all(type(size) is int and size >= 0 for size in shape) or (
+        math.prod(shape) * dtype.value.itemsize != len(data)
+    ):
+        raise pickle.UnpicklingError(f"it holds an array of shape {_short(shape)} in {len(data)} bytes")
+    return np.frombuffer(data, dtype.value).reshape(shape, order=order)
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    """In place of numpy's ``_frombuffer``, which pickles of protocol 5 use."""
+    return _numbers(data, dtype, shape if isinstance(shape, tuple) else (shape,), order)
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    """In place of numpy's ``scalar``: one number."""
+    return _numbers(data, dtype, (), "C")[()]
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    """In place of ``_codecs.encode``, with which pickles before protocol 3 hold bytes."""
     if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError(f"text encoded as {encoding!r}")
+        raise pickle.UnpicklingError(f"it holds text encoded as {_short(encoding)}")
     return text.encode("latin1")
 
 
-def _scalar(dtype: Any, data: Any = None) -> Any:
-    """Stands in for numpy's ``scalar``: one number."""
-    if not isinstance(dtype, np.dtype) or dtype.hasobject or not isinstance(data, bytes):
-        raise pickle.UnpicklingError("a scalar that is no number")
-    return np.frombuffer(data, dtype, count=1)[0]
+def _bytes(*arguments: Any) -> bytes:
+    """In place of ``bytes``, with which pickles before protocol 3 hold the empty one."""
+    if arguments:
+        raise pickle.UnpicklingError("it holds bytes in an unusual way")
+    return b""
 
 
-def _array(buffer: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    """Stands in for numpy's ``_frombuffer``, which pickles of protocol 5 use."""
-    if not isinstance(buffer, (bytes, bytearray)) or not isinstance(dtype, np.dtype) or dtype.hasobject:
-        raise pickle.UnpicklingError("an array that holds no numbers")
-    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
+def _counter(counts: Any = None) -> collections.Counter[Any]:
+    if counts is not None and type(counts) is not dict:
+        raise pickle.UnpicklingError("it holds a Counter made of something other than counts")
+    return collections.Counter(counts)
 
 
-_ADMITTED = {
-    ("collections", "Counter"): collections.Counter,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _latin1,
+_NDARRAY = _StandIn(_refuse_call)
+_NAMES = {
+    ("collections", "Counter"): _StandIn(_counter),
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _StandIn(_DType),
+    ("_codecs", "encode"): _StandIn(_encode),
+    ("builtins", "bytes"): _StandIn(_bytes),
+    ("__builtin__", "bytes"): _StandIn(_bytes),
 }
-for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    _ADMITTED[_module, "_reconstruct"] = _empty_array
-    _ADMITTED[_module, "scalar"] = _scalar
-for _module in ("numpy.core.numeric", "numpy._core.numeric"):
-    _ADMITTED[_module, "_frombuffer"] = _array
+for _package in ("numpy.core", "numpy._core"):
+    _NAMES[f"{_package}.multiarray", "_reconstruct"] = _StandIn(_Array)
+    _NAMES[f"{_package}.multiarray", "scalar"] = _StandIn(_scalar)
+    _NAMES[f"{_package}.numeric", "_frombuffer"] = _StandIn(_from_buffer)
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ADMITTED[module, name]
+            return _NAMES[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which a vocabulary never does") from None
 
@@ -68,15 +150,67 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to an object outside the file")
 
 
+def _finished(value: Any, done: dict[int, Any], nesting: int = 0) -> Any:
+    """The same content with every stand-in replaced by what it stands for, all of it plain data.
+
+    ``done`` holds what each object met before became: a pickle can name one list a billion times in a few lines.
+    """
+    if nesting > _MAX_NESTING:
+        raise pickle.UnpicklingError(f"it is nested more than {_MAX_NESTING} deep")
+    if id(value) not in done:
+        done[id(value)] = _plain(value, done, nesting)
+    return done[id(value)]
+
+
+def _plain(value: Any, done: dict[int, Any], nesting: int) -> Any:
+    if isinstance(value, _Array):
+        if value.value is None:
+            raise pickle.UnpicklingError("it holds an array without content")
+        return value.value
+    if isinstance(value, (_StandIn, _DType)):
+        raise pickle.UnpicklingError("it holds a function or a type, not data")
+    if type(value) is collections.Counter:
+        return _plain_counter(value)
+    if type(value) is dict:
+        return {_plain_key(key): _finished(item, done, nesting + 1) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_finished(item, done, nesting + 1) for item in value)
+    if value is None or isinstance(value, (str, bytes, int, float, np.ndarray, np.generic)):
+        return value
+    raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")
+
+
+def _plain_counter(value: collections.Counter[Any]) -> collections.Counter[Any]:
+    """A fresh Counter: the pickle may have hung attributes on the one it made."""
+    if not all(isinstance(count, int) for count in value.values()):
+        raise pickle.UnpicklingError("it holds a Counter whose counts are no numbers")
+    return collections.Counter({_plain_key(key): count for key, count in value.items()})
+
+
+def _plain_key(key: Any) -> Any:
+    if not isinstance(key, (str, int)):
+        raise pickle.UnpicklingError(f"it holds a {type(key).__name__} as a key")
+    return key
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def read_pickle(path: str | Path) -> Any:
     """The content of a pickle of plain data; nothing in it is executed.
 
+    Returns:
+        Dictionaries, lists, tuples, strings, bytes, numbers, None, ``collections.Counter`` and read-only numpy arrays
+        of numbers.
+
     Raises:
-        InputError: the file cannot be read, is no pickle, or holds more than plain data.
+        InputError: the file cannot be read, is no pickle, or holds anything else.
     """
     try:
         with open(path, "rb") as file:
-            return _Unpickler(file).load()
+            return _finished(_Unpickler(file).load(), {})
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except pickle.UnpicklingError as error:
