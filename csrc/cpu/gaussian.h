@@ -1,0 +1,55 @@
+// The Gaussian over time, in registers: g(x) = exp(-alpha (x - c)^2 / w^2), w = max(width, min_width), or 1 - g.
+#pragma once
+
+#include "simd.h"
+
+namespace cnm::CNM_ISA {
+
+struct Gaussian {
+    float center, width, alpha;
+    bool complement;
+    bool width_passes;  // whether the clamp lets the gradient through to the width
+
+    Gaussian(float center, float width, float alpha, float min_width, bool complement)
+        : center(center),
+          width(width < min_width ? min_width : width),
+          alpha(alpha),
+          complement(complement),
+          width_passes(width >= min_width) {}
+
+    Vec value(Vec x) const {
+        const Vec g = bell(x);
+        return complement ? set1(1.0f) - g : g;
+    }
+
+    // Adds upstream . dg/dcenter and upstream . dg/dwidth, lane by lane, with the clamp not yet applied:
+    // dg/dc = g 2 alpha (x - c) / w^2, dg/dw = g 2 alpha (x - c)^2 / w^3.
+    void add_gradient(Vec x, Vec upstream, Vec& d_center, Vec& d_width) const {
+        const float slope = (complement ? -2.0f : 2.0f) * alpha / width;
+        const Vec u = (x - set1(center)) / set1(width);
+        const Vec common = upstream * bell(x) * set1(slope) * u;
+        d_center += common;
+        d_width = fma(common, u, d_width);
+    }
+
+   private:
+    Vec bell(Vec x) const {
+        const Vec distance = x - set1(center);
+        return exp(set1(-alpha) * (distance * distance) / set1(width * width));
+    }
+};
+
+// Positions j to j + W of linspace(0, 1, length), counted from the nearer end as torch.linspace does.
+inline Vec positions(int64_t j, int64_t length) {
+    const float step = length > 1 ? 1.0f / static_cast<float>(length - 1) : 0.0f;
+    float lanes[W];
+    for (int i = 0; i < W; ++i) {
+        const int64_t index = j + i;
+        lanes[i] = index < length / 2 || length == 1
+                       ? step * static_cast<float>(index)
+                       : 1.0f - step * static_cast<float>(length - 1 - index);
+    }
+    return load(lanes);
+}
+
+}  // namespace cnm::CNM_ISA

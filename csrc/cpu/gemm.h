@@ -1,0 +1,74 @@
+// Matrix products of operands that fit the caches, the building block of attention and of the loss.
+//
+// C[M, N] = A[M, K] B[K, N], or C += A B, in float32, on one thread. A is read one element at a time and takes any
+// strides (a transposed A costs nothing); B is read along its rows, so B^T has to be packed first. Sums run over k in
+// order, in one float32 accumulator per element of C: a result depends on the shapes alone.
+//
+// Elements are float, or pairs of bf16 that are neighbours along K (K then counts pairs), where PAIRS says that the
+// processor multiplies them as such. Other bf16 and all f16 operands are converted to float when they are packed. Code
+// that serves both writes its operands with pack_rows and pack_transposed into Operand<T>, and calls gemm on that.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "simd.h"
+#include "types.h"
+
+namespace cnm::CNM_ISA {
+
+#if defined(__AVX512BF16__)
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
+
+// Two bf16 neighbours along K, the lower k in the lower half; beyond an odd K the upper half is 0.
+struct pair {
+    uint32_t bits;
+};
+
+// What operands of element type T are packed as.
+template <class T>
+using Operand = std::conditional_t<PAIRS && std::is_same_v<T, bf16>, pair, float>;
+
+// How many elements of Operand<T> hold K elements of T.
+template <class T>
+constexpr int64_t packed_k(int64_t K) {
+    return std::is_same_v<Operand<T>, pair> ? (K + 1) / 2 : K;
+}
+
+// A(i, k) = a[i * a_m + k * a_k], B(k, j) = b[k * ldb + j], C(i, j) = c[i * ldc + j].
+void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, int64_t a_k, const float* b, int64_t ldb,
+          float* c, int64_t ldc, bool accumulate);
+#if defined(__AVX512BF16__)
+void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
+          float* c, int64_t ldc, bool accumulate);
+#endif
+
+// Packs X[K, N] = src[k * ld + n] for use as B (or, with strides a_m = 1 and a_k = ldd, as A = X^T):
+// to float dst[k * ldd + n], or to pairs dst[k / 2 * ldd + n]. S is T, or float where T is a narrower type.
+void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd);
+void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd);
+void pack_rows(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd);
+void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd);
+void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, pair* dst, int64_t ldd);
+
+// Packs X[K, N] = src[n * ld + k], the transpose of what lies in memory, into the same form.
+void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd);
+void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd);
+void pack_transposed(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd);
+void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd);
+void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, pair* dst, int64_t ldd);
+
+// Packs A[M, K] = src[i * ld + k] row by row: to float dst[i * ldd + k], or to pairs dst[i * ldd + k / 2]. A row-major
+// operand that is float already, or bf16 with even K and ld, needs no packing: use it (as_pairs) where it lies.
+void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, float* dst, int64_t ldd);
+void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, float* dst, int64_t ldd);
+void pack_a(int64_t M, int64_t K, const f16* src, int64_t ld, float* dst, int64_t ldd);
+void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, pair* dst, int64_t ldd);
+void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, pair* dst, int64_t ldd);
+
+inline const pair* as_pairs(const bf16* p) { return reinterpret_cast<const pair*>(p); }
+
+}  // namespace cnm::CNM_ISA
