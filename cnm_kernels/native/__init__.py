@@ -1,7 +1,7 @@
 """The C++ backend: loads the compiled module and hands each op to it.
 
-The module registers the operators ``cnm_kernels::<op>`` and ``cnm_kernels::<op>_backward`` with PyTorch; the files of this
-package add what only Python can: fake kernels, so that ``torch.compile`` knows the shapes, and the autograd formula.
+The module registers the operators ``cnm_kernels::<op>`` and ``cnm_kernels::<op>_backward`` with PyTorch; the files of
+this package add what only Python can: fake kernels, so that ``torch.compile`` knows the shapes, and the autograd formula.
 """
 
 from __future__ import annotations

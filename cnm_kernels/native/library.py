@@ -20,8 +20,8 @@ def register_autograd(
 ) -> None:
     """``setup_context(ctx, inputs, output)`` saves what ``backward(ctx, *d_outputs)`` reads; as in torch.library.
 
-    Outputs ``not_differentiable`` are there for the backward alone. Upstream gradients that are zero come as None. A second
-    derivative is refused aloud.
+    Outputs ``not_differentiable`` are there for the backward alone. Upstream gradients that are zero come as None. A
+    second derivative is refused aloud.
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -10,7 +10,10 @@ namespace cnm::CNM_ISA {
 namespace {
 
 // Rows of a tile that is nv vectors wide: what the registers hold, less B's vectors and one broadcast.
-constexpr int tile_rows(int nv) { return VECTOR_REGISTERS == 32 ? (nv == 1 ? 12 : nv == 2 ? 12 : nv == 3 ? 8 : 6) : (nv == 1 ? 8 : 6); }
+constexpr int tile_rows(int nv) {
+    if (VECTOR_REGISTERS == 16) return nv == 1 ? 8 : 6;
+    return nv <= 2 ? 12 : nv == 3 ? 8 : 6;
+}
 constexpr int MAX_NV = VECTOR_REGISTERS == 32 ? 4 : 2;
 
 inline Vec broadcast(const float* p) { return set1(*p); }
@@ -205,12 +208,24 @@ void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, int64_t 
     blocked(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
 }
 
-void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd) { rows_to_float(K, N, src, ld, dst, ldd); }
-void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd) { rows_to_float(K, N, src, ld, dst, ldd); }
-void pack_rows(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd) { rows_to_float(K, N, src, ld, dst, ldd); }
-void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd) { transposed_to_float(K, N, src, ld, dst, ldd); }
-void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd) { transposed_to_float(K, N, src, ld, dst, ldd); }
-void pack_transposed(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd) { transposed_to_float(K, N, src, ld, dst, ldd); }
+void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd) {
+    rows_to_float(K, N, src, ld, dst, ldd);
+}
+void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd) {
+    rows_to_float(K, N, src, ld, dst, ldd);
+}
+void pack_rows(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd) {
+    rows_to_float(K, N, src, ld, dst, ldd);
+}
+void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd) {
+    transposed_to_float(K, N, src, ld, dst, ldd);
+}
+void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd) {
+    transposed_to_float(K, N, src, ld, dst, ldd);
+}
+void pack_transposed(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd) {
+    transposed_to_float(K, N, src, ld, dst, ldd);
+}
 
 #if defined(__AVX512BF16__)
 void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
@@ -218,12 +233,24 @@ void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a
     blocked(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
 }
 
-void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd) { rows_to_pairs(K, N, src, ld, dst, ldd); }
-void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, pair* dst, int64_t ldd) { rows_to_pairs(K, N, src, ld, dst, ldd); }
-void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd) { transposed_to_pairs(K, N, src, ld, dst, ldd); }
-void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, pair* dst, int64_t ldd) { transposed_to_pairs(K, N, src, ld, dst, ldd); }
-void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, pair* dst, int64_t ldd) { a_to_pairs(M, K, src, ld, dst, ldd); }
-void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, pair* dst, int64_t ldd) { a_to_pairs(M, K, src, ld, dst, ldd); }
+void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd) {
+    rows_to_pairs(K, N, src, ld, dst, ldd);
+}
+void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, pair* dst, int64_t ldd) {
+    rows_to_pairs(K, N, src, ld, dst, ldd);
+}
+void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd) {
+    transposed_to_pairs(K, N, src, ld, dst, ldd);
+}
+void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, pair* dst, int64_t ldd) {
+    transposed_to_pairs(K, N, src, ld, dst, ldd);
+}
+void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, pair* dst, int64_t ldd) {
+    a_to_pairs(M, K, src, ld, dst, ldd);
+}
+void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, pair* dst, int64_t ldd) {
+    a_to_pairs(M, K, src, ld, dst, ldd);
+}
 #endif
 
 }  // namespace cnm::CNM_ISA

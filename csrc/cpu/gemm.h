@@ -63,9 +63,10 @@ void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, pair* ds
 
 // Packs A[M, K] = src[i * ld + k] row by row: to float dst[i * ldd + k], or to pairs dst[i * ldd + k / 2]. A row-major
 // operand that is float already, or bf16 with even K and ld, needs no packing: use it (as_pairs) where it lies.
-void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, float* dst, int64_t ldd);
-void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, float* dst, int64_t ldd);
-void pack_a(int64_t M, int64_t K, const f16* src, int64_t ld, float* dst, int64_t ldd);
+template <class T>
+inline void pack_a(int64_t M, int64_t K, const T* src, int64_t ld, float* dst, int64_t ldd) {
+    pack_rows(M, K, src, ld, dst, ldd);
+}
 void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, pair* dst, int64_t ldd);
 void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, pair* dst, int64_t ldd);
 
