@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("csrc")
 REASON_FILE = "native_skipped.txt"  # beside native/: why the C++ module is missing, for `python -m cnm_kernels`
@@ -48,17 +50,30 @@ class BuildNative(build_ext):
     """Compiles every kernel once per instruction set, and the rest once; leaves the module out where that fails."""
 
     def build_extension(self, ext: Extension) -> None:
-        reason_file = Path(self.get_ext_fullpath(ext.name)).with_name(REASON_FILE)
+        module = Path(self.get_ext_fullpath(ext.name))
+        reason_file = module.with_name(REASON_FILE)
         reason_file.unlink(missing_ok=True)
         try:
             self._compile(ext)
         except Exception as error:
             if os.environ.get("CNM_KERNELS_NATIVE") == "1":
                 raise
-            reason = f"{ext.name} was not built: {type(error).__name__}: {error}"
+            reason = f"{ext.name} was not built: {error}"
             print(f"\nWARNING: {reason}\ncnm-kernels works without it, on PyTorch's own operations.\n")
+            module.unlink(missing_ok=True)
             reason_file.parent.mkdir(parents=True, exist_ok=True)
             reason_file.write_text(reason + "\n", encoding="utf-8")
+
+    def copy_extensions_to_source(self) -> None:
+        """For editable installs: the module as just built, or the reason, and nothing of an earlier build."""
+        package = Path(self.get_finalized_command("build_py").get_package_dir("cnm_kernels"))
+        for ext in self.extensions:
+            module = Path(self.get_ext_fullpath(ext.name))
+            for stale in (package / module.name, package / REASON_FILE):
+                stale.unlink(missing_ok=True)
+            if module.with_name(REASON_FILE).exists():
+                self.copy_file(str(module.with_name(REASON_FILE)), str(package))
+        super().copy_extensions_to_source()
 
     def _compile(self, ext: Extension) -> None:
         try:
@@ -70,6 +85,9 @@ class BuildNative(build_ext):
             ) from error
         if self.compiler.compiler_type != "unix":
             raise RuntimeError(f"the kernels need GCC or Clang, found a compiler of type {self.compiler.compiler_type}")
+        compiler = self.compiler.compiler_so_cxx[0] if hasattr(self.compiler, "compiler_so_cxx") else "c++"
+        if shutil.which(compiler) is None:
+            raise RuntimeError(f"no C++ compiler: {compiler} is not on the PATH (CXX names another)")
         self.torch_headers = [flag for path in include_paths() for flag in ("-isystem", path)]
         ext.library_dirs += library_paths()
         # Objects without special instructions come first: the linker keeps the first copy of an inline function.
@@ -99,13 +117,18 @@ class BuildNative(build_ext):
             target = output / Path(source).with_suffix(".o")
             stale = max(newest_header, Path(source).stat().st_mtime)
             if self.force or not target.exists() or target.stat().st_mtime < stale:
-                self.compiler.compile(
-                    [source],
-                    output_dir=str(output),
-                    include_dirs=ext.include_dirs,
-                    macros=ext.define_macros,
-                    extra_postargs=[*FLAGS, *self.torch_headers, *flags],
-                )
+                try:
+                    self.compiler.compile(
+                        [source],
+                        output_dir=str(output),
+                        include_dirs=ext.include_dirs,
+                        macros=ext.define_macros,
+                        extra_postargs=[*FLAGS, *self.torch_headers, *flags],
+                    )
+                except CompileError as error:
+                    raise RuntimeError(
+                        f"the compiler failed on {source} for {folder}; `pip install -v .` shows what it said"
+                    ) from error
             return str(target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -11,9 +11,26 @@
 #include "cpu/isa.h"
 
 STABLE_TORCH_LIBRARY(cnm_kernels, m) {
-    m.def("gaussian_mask(Tensor center, Tensor width, int length, float alpha, float min_width, bool complement) -> Tensor");
-    m.def("gaussian_mask_backward(Tensor d_out, Tensor center, Tensor width, float alpha, float min_width, bool complement) "
-          "-> (Tensor, Tensor)");
+    m.def(
+        "gaussian_mask(Tensor center, Tensor width, int length, float alpha, float min_width, bool complement) "
+        "-> Tensor");
+    m.def(
+        "gaussian_mask_backward(Tensor d_out, Tensor center, Tensor width, float alpha, float min_width, "
+        "bool complement) -> (Tensor, Tensor)");
+    m.def(
+        "intra_video_contrastive_loss(Tensor positive, Tensor hard, Tensor easy, float beta_1, float beta_2) "
+        "-> Tensor");
+    m.def(
+        "intra_video_contrastive_loss_backward(Tensor d_loss, Tensor positive, Tensor hard, Tensor easy, "
+        "float beta_1, float beta_2) -> (Tensor, Tensor, Tensor)");
+    m.def("dropout(Tensor x, float p, Tensor seed, int offset) -> Tensor");
+    m.def(
+        "dropout_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float p, Tensor seed, "
+        "int offset, float eps) -> (Tensor, Tensor)");
+    m.def(
+        "dropout_add_layer_norm_backward(Tensor d_out, Tensor x, Tensor residual, Tensor weight, Tensor stats, "
+        "float p, Tensor seed, int offset, bool need_x, bool need_residual, bool need_weights) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 namespace {
@@ -36,7 +53,8 @@ PyObject* set_isa(PyObject*, PyObject* argument) {
     Py_DECREF(bytes);
     if (found < 0) {
         return PyErr_Format(PyExc_ValueError,
-                            "unknown instruction set %R; choose one of portable, avx2, avx512, avx512bf16, amx", argument);
+                            "unknown instruction set %R; choose one of portable, avx2, avx512, avx512bf16, amx",
+                            argument);
     }
     if (static_cast<cnm::Isa>(found) > cnm::best_isa()) {
         return PyErr_Format(PyExc_ValueError, "this machine cannot run %R; the best it can is %s", argument,

@@ -1,7 +1,7 @@
 """The C++ backend: loads the compiled module and hands each op to it.
 
 The module registers the operators ``cnm_kernels::<op>`` and ``cnm_kernels::<op>_backward`` with PyTorch; the files of
-this package add what only Python can: fake kernels, so that ``torch.compile`` knows the shapes, and the autograd formula.
+this package add what only Python can: fake kernels, which tell ``torch.compile`` the shapes, and the autograd formula.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ def _load() -> str | None:
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOAD_ERROR = _load()
-OPS: tuple[str, ...] = ("gaussian_mask",)
+OPS = ("gaussian_mask", "intra_video_contrastive_loss", "dropout", "dropout_add_layer_norm")
 
 if LOAD_ERROR is None:
+    from cnm_kernels.native.dropout import dropout as dropout
+    from cnm_kernels.native.dropout_add_layer_norm import dropout_add_layer_norm as dropout_add_layer_norm
     from cnm_kernels.native.gaussian_mask import gaussian_mask as gaussian_mask
+    from cnm_kernels.native.intra_video_contrastive_loss import (
+        intra_video_contrastive_loss as intra_video_contrastive_loss,
+    )

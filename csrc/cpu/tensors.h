@@ -63,4 +63,12 @@ inline Tensor packed(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// In another dtype; the tensor itself if it has that dtype.
+inline Tensor as_type(const Tensor& tensor, ScalarType type) {
+    return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+// Contiguous float32, for the small operands that kernels take in one dtype only.
+inline Tensor floats(const Tensor& tensor) { return packed(as_type(tensor, ScalarType::Float)); }
+
 }  // namespace cnm
