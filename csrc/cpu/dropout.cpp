@@ -19,6 +19,7 @@ void run(const DropoutParams& p) {
     const Vec scale = set1(dropout.scale), zero = set1(0);
     const T* x = static_cast<const T*>(p.x);
     T* out = static_cast<T*>(p.out);
+    const Output<T> write(p.numel);
     parallel_for((p.numel + CHUNK - 1) / CHUNK, [&](int64_t chunk) {
         const int64_t end = std::min(p.numel, (chunk + 1) * CHUNK);
         for (int64_t start = chunk * CHUNK; start < end; start += BLOCK) {
@@ -27,9 +28,10 @@ void run(const DropoutParams& p) {
             const KeepBits keep(dropout, start, count, memory);
             for (int64_t i = 0; i < count; i += W) {
                 const Vec kept = select(keep.lanes(i), load_tail(x + start + i, count - i) * scale, zero);
-                store_tail(out + start + i, kept, count - i);
+                write(out + start + i, kept, count - i);
             }
         }
+        write.finish();
     });
 }
 

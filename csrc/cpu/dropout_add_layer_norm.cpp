@@ -70,6 +70,7 @@ void forward(const DropoutAddLayerNormParams& p) {
     const Dropout dropout(p.p, p.seed, p.offset);
     const Vec scale = set1(dropout.scale);
     const float count = static_cast<float>(D);
+    const Output<T> write(p.rows * D);
     parallel_for(layer_norm_chunks(p.rows, D), [&](int64_t chunk) {
         const int64_t first = chunk * chunk_rows, end = std::min(p.rows, first + chunk_rows);
         const Scratch scratch(chunk_rows, D);
@@ -93,11 +94,12 @@ void forward(const DropoutAddLayerNormParams& p) {
             T* out = static_cast<T*>(p.out) + row * D;
             for_each_vector(D, [&](int64_t j, int64_t n, int) {
                 const Vec normal = (load_tail(t + j, n) - set1(mean)) * set1(inverse);
-                store_tail(out + j, fma(normal, load_tail(p.weight + j, n), load_tail(p.bias + j, n)), n);
+                write(out + j, fma(normal, load_tail(p.weight + j, n), load_tail(p.bias + j, n)), n);
             });
             p.stats[2 * row] = mean;
             p.stats[2 * row + 1] = inverse;
         }
+        write.finish();
     });
 }
 
@@ -107,6 +109,7 @@ void backward(const DropoutAddLayerNormBackwardParams& p) {
     const Dropout dropout(p.p, p.seed, p.offset);
     const Vec scale = set1(dropout.scale);
     const float count = static_cast<float>(D);
+    const Output<T> write(p.rows * D);
     parallel_for(chunks, [&](int64_t chunk) {
         const int64_t first = chunk * chunk_rows, end = std::min(p.rows, first + chunk_rows);
         const Scratch scratch(chunk_rows, D);
@@ -139,12 +142,13 @@ void backward(const DropoutAddLayerNormBackwardParams& p) {
             for_each_vector(D, [&](int64_t j, int64_t n, int) {
                 const Vec centered = load_tail(g + j, n) - mean_g;
                 const Vec d = fnma(load_tail(normal + j, n), mean_gn, centered) * inverse;
-                if (p.d_residual != nullptr) store_tail(static_cast<T*>(p.d_residual) + row * D + j, d, n);
+                if (p.d_residual != nullptr) write(static_cast<T*>(p.d_residual) + row * D + j, d, n);
                 if (p.d_x == nullptr) return;
                 const Vec kept = DROP ? select(keep.lanes((row - first) * D + j), d * scale, set1(0)) : d;
-                store_tail(static_cast<T*>(p.d_x) + row * D + j, kept, n);
+                write(static_cast<T*>(p.d_x) + row * D + j, kept, n);
             });
         }
+        write.finish();
     });
     if (p.partial == nullptr) return;
     for (int64_t j = 0; j < D; j += W) {

@@ -10,6 +10,7 @@
 //   hsum, hmax                        over the lanes, in one fixed order
 //   exp(v)                            within 1 ulp everywhere: 0, denormals and infinity included; NaN stays
 //   transpose(rows)                   of a W x W block in registers
+//   Output<T>                         store or stream, by the size of the result
 #pragma once
 
 #include <cstdint>
@@ -77,5 +78,29 @@ inline void store_tail(T* p, Vec v, int64_t n) {
         store_n(p, v, static_cast<int>(n));
     }
 }
+
+// Writes a result of `count` elements: around the caches where it would not stay in them anyway, which spares reading
+// every line before it is overwritten.
+template <class T>
+class Output {
+   public:
+    explicit Output(int64_t count) : streams_(count * static_cast<int64_t>(sizeof(T)) >= STREAM_BYTES) {}
+
+    void operator()(T* p, Vec v, int64_t n) const {
+        if (streams_ && n >= W) {
+            stream(p, v);
+        } else {
+            store_tail(p, v, n);
+        }
+    }
+    // Once per thread's share, before others read it.
+    void finish() const {
+        if (streams_) stream_fence();
+    }
+
+   private:
+    static constexpr int64_t STREAM_BYTES = 8 << 20;
+    bool streams_;
+};
 
 }  // namespace cnm::CNM_ISA
