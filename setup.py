@@ -32,7 +32,8 @@ FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
     "-Wextra",
-    "-Wno-maybe-uninitialized",  # GCC 12 reports its own AVX-512 headers
+    "-Wno-uninitialized",  # GCC 12 reports its own AVX-512 headers
+    "-Wno-maybe-uninitialized",
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]

@@ -19,7 +19,7 @@ def _load() -> str | None:
     try:
         from cnm_kernels import _C_cpu
     except ImportError as error:
-        reason = Path(__file__).parent.with_name("cnm_kernels") / "native_skipped.txt"
+        reason = Path(__file__).parents[1] / "native_skipped.txt"
         if reason.exists():
             return reason.read_text(encoding="utf-8").strip()
         if isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error):

@@ -7,7 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """The identity, standing behind a gradient: differentiating it would need a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, op: str) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError(f"cnm_kernels::{ctx.op} is differentiable once; its gradient is not")
 
 
 def register_fake(op: str, function: Callable[..., Any]) -> None:
@@ -30,7 +42,14 @@ def register_autograd(
             ctx.mark_non_differentiable(*(output[i] for i in not_differentiable))
         setup_context(ctx, inputs, output)
 
-    torch.library.register_autograd(f"cnm_kernels::{op}", once_differentiable(backward), setup_context=setup)
+    def differentiate(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *d_outputs)
+        if not torch.is_grad_enabled():  # nobody will differentiate these again
+            return gradients
+        return tuple(d if d is None else _OnlyOnce.apply(d.detach().requires_grad_(), op) for d in gradients)
+
+    torch.library.register_autograd(f"cnm_kernels::{op}", differentiate, setup_context=setup)
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 // g_j = exp(-alpha (x_j - c)^2 / max(w, min_width)^2) or 1 - g_j, and its gradient to c and w.
 //
-// A chunk is a number of rows; a row is one pass over its positions, its two gradients summed in float32 lanes in order.
+// A chunk is a number of rows; a row is one pass over its positions, both gradients summed in float32 lanes in order.
 #include "gaussian_mask.h"
 
 #include <algorithm>

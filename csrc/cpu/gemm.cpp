@@ -1,8 +1,14 @@
-// gemm.h. C is cut into tiles that stay in registers over all of K: NV vectors wide, MR rows high, MR NV accumulators and
-// NV vectors of B beside one broadcast of A. Wide panels first, so that a panel of B is read from L1 by all rows of A.
+// gemm.h. C is cut into tiles that stay in registers over all of K: NV vectors wide, MR rows high, MR NV accumulators
+// and NV vectors of B beside one broadcast of A. A panel of B is read from L1 by all rows of A.
 #include "gemm.h"
 
 #include <algorithm>
+
+#include "transpose.h"
+
+#if defined(__AMX_TILE__) || defined(CNM_AMX_HEADER)
+#include "gemm_amx.h"
+#endif
 
 #define CNM_UNROLL _Pragma("GCC unroll 16")  // or the accumulators end up in memory
 
@@ -112,25 +118,10 @@ void blocked(int64_t M, int64_t N, int64_t K, const E* a, int64_t a_m, int64_t a
     }
 }
 
-// The transpose, block by block in registers. `read(n, k, count)` gives elements k to k + count of row n.
-template <class Read, class Write>
-void transpose_blocks(int64_t K, int64_t N, const Read& read, const Write& write) {
-    for (int64_t n = 0; n < N; n += W) {
-        const int columns = static_cast<int>(std::min<int64_t>(W, N - n));
-        for (int64_t k = 0; k < K; k += W) {
-            const int depth = static_cast<int>(std::min<int64_t>(W, K - k));
-            Vec block[W];
-            for (int i = 0; i < W; ++i) block[i] = i < columns ? read(n + i, k, depth) : set1(0);
-            transpose(block);
-            for (int i = 0; i < depth; ++i) write(k + i, n, block[i], columns);
-        }
-    }
-}
-
 template <class T>
 void transposed_to_float(int64_t K, int64_t N, const T* src, int64_t ld, float* dst, int64_t ldd) {
     transpose_blocks(
-        K, N, [&](int64_t n, int64_t k, int count) { return load_tail(src + n * ld + k, count); },
+        N, K, [&](int64_t n, int64_t k, int count) { return load_tail(src + n * ld + k, count); },
         [&](int64_t k, int64_t n, Vec v, int count) { store_tail(dst + k * ldd + n, v, count); });
 }
 
@@ -186,7 +177,7 @@ template <class T>
 void transposed_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, pair* dst, int64_t ldd) {
     float* out = reinterpret_cast<float*>(dst);
     transpose_blocks(
-        (K + 1) / 2, N, [&](int64_t n, int64_t k, int) { return row_pairs(src + n * ld + 2 * k, K - 2 * k); },
+        N, (K + 1) / 2, [&](int64_t n, int64_t k, int) { return row_pairs(src + n * ld + 2 * k, K - 2 * k); },
         [&](int64_t k, int64_t n, Vec v, int count) { store_tail(out + k * ldd + n, v, count); });
 }
 
@@ -230,7 +221,11 @@ void pack_transposed(int64_t K, int64_t N, const f16* src, int64_t ld, float* ds
 #if defined(__AVX512BF16__)
 void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
           float* c, int64_t ldc, bool accumulate) {
+#if defined(__AMX_TILE__) || defined(CNM_AMX_HEADER)
+    gemm_tiles(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
+#else
     blocked(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
+#endif
 }
 
 void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd) {

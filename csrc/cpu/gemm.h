@@ -1,8 +1,8 @@
 // Matrix products of operands that fit the caches, the building block of attention and of the loss.
 //
-// C[M, N] = A[M, K] B[K, N], or C += A B, in float32, on one thread. A is read one element at a time and takes any
-// strides (a transposed A costs nothing); B is read along its rows, so B^T has to be packed first. Sums run over k in
-// order, in one float32 accumulator per element of C: a result depends on the shapes alone.
+// C[M, N] = A[M, K] B[K, N], or C += A B, in float32, on one thread. A is read one element at a time, so a transposed A
+// costs nothing (on AMX a transpose in registers); B is read along its rows, so B^T has to be packed first. Sums run
+// over k in order, in one float32 accumulator per element of C: a result depends on the shapes alone.
 //
 // Elements are float, or pairs of bf16 that are neighbours along K (K then counts pairs), where PAIRS says that the
 // processor multiplies them as such. Other bf16 and all f16 operands are converted to float when they are packed. Code
@@ -38,7 +38,7 @@ constexpr int64_t packed_k(int64_t K) {
     return std::is_same_v<Operand<T>, pair> ? (K + 1) / 2 : K;
 }
 
-// A(i, k) = a[i * a_m + k * a_k], B(k, j) = b[k * ldb + j], C(i, j) = c[i * ldc + j].
+// A(i, k) = a[i * a_m + k * a_k], B(k, j) = b[k * ldb + j], C(i, j) = c[i * ldc + j]. One of a_m and a_k is 1.
 void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, int64_t a_k, const float* b, int64_t ldb,
           float* c, int64_t ldc, bool accumulate);
 #if defined(__AVX512BF16__)

@@ -1,8 +1,8 @@
 // Which instruction set the kernels run on, and how one kernel source becomes one function per instruction set.
 //
-// setup.py compiles every kernel source once per instruction set, with -DCNM_ISA=<name> and that set's flags; the source
-// puts its code into namespace cnm::CNM_ISA. CNM_KERNEL(name, Params) declares them all, and cnm::name, which calls the
-// one the processor can run. A set is a fixed list of features, so kernels ask nothing at run time.
+// setup.py compiles every kernel source once per instruction set, with -DCNM_ISA=<name> and that set's flags; the
+// source puts its code into namespace cnm::CNM_ISA. CNM_KERNEL(name, Params) declares them all, and cnm::name, which
+// calls the one the processor can run. A set is a fixed list of features, so kernels ask nothing at run time.
 #pragma once
 
 namespace cnm {

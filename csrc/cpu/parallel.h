@@ -1,7 +1,7 @@
 // Work sharing among threads, and scratch memory that outlives a call.
 //
-// A kernel cuts its work into chunks that depend on the problem alone, never on the number of threads, and a chunk writes
-// only what is its own. Threads take chunks as they become free, so results do not depend on who took which.
+// A kernel cuts its work into chunks that depend on the problem alone, never on the number of threads, and a chunk
+// writes only what is its own. Threads take chunks as they become free, so results do not depend on who took which.
 #pragma once
 
 #include <cstddef>

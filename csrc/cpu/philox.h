@@ -1,7 +1,7 @@
 // Dropout's masks: Philox4x32-10 (Salmon et al., SC 2011) drawn in vector registers.
 //
 // Elements 8i to 8i + 7 take, in order, the low and high halves of the four words of the counter (i low, i high, offset
-// low, offset high) under the key (seed low, seed high); an element is kept where its 16 bits are at least the threshold.
+// low, offset high) under the key (seed low, seed high); an element is kept where its 16 bits reach the threshold.
 // A 32 x 32 -> 64 bit product is all a vector unit offers, so a counter's four words live in the low halves of 64-bit
 // lanes; what is left in the high halves never reaches a product.
 #pragma once
@@ -41,8 +41,8 @@ struct Dropout {
 
 namespace CNM_ISA {
 
-// The state of Philox in 64-bit lanes, a vector of counters for each of CHAINS: a round is a chain of a product, a shift
-// and an exclusive or, and several in step hide each other's latency.
+// The state of Philox in 64-bit lanes, a vector of counters for each of CHAINS: a round is a product, a shift and an
+// exclusive or, each waiting for the one before, and several chains in step fill the gaps.
 #if defined(__AVX512F__)
 constexpr int CHAINS = 6, CHAIN_COUNTERS = 8;
 using Words = __m512i;

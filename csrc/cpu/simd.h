@@ -1,7 +1,8 @@
 // Vectors of W float32 lanes: one interface over the instruction sets of isa.h.
 //
 //   Vec                               W lanes; + - * / and unary -
-//   load, load_n(p, n), store, store_n(p, v, n)   from and to float, bf16, f16 (unaligned; n in [0, W], lanes beyond are 0)
+//   load, load_n(p, n)                from float, bf16, f16, unaligned; n in [0, W], lanes beyond are 0
+//   store, store_n(p, v, n)           to the same, rounded to nearest even
 //   stream(p, v)                      store past the caches where p is aligned; needs stream_fence() at the end
 //   fma(a, b, c), fnma(a, b, c)       a b + c, c - a b
 //   vmax, vmin(a, b)                  b where either is NaN
