@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_library = torch.library.Library("cnm_kernels", "IMPL")
+
 
 class _OnlyOnce(torch.autograd.Function):
     """The identity, standing behind a gradient: differentiating it would need a second derivative."""
@@ -34,22 +36,41 @@ def register_autograd(
 
     Outputs ``not_differentiable`` are there for the backward alone. Upstream gradients that are zero come as None. A
     second derivative is refused aloud.
-    """
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    This is what ``torch.library.register_autograd`` does, less its inspection of the schema on every call, whose cost
+    grows with the square of the number of arguments (16 of 27 us at eight, and these schemas have no defaults to fill).
+    """
+    overload = getattr(torch.ops.cnm_kernels, op).default
+
+    def below_autograd(keyset: Any, inputs: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        *inputs, keyset = arguments
+        output = below_autograd(keyset, tuple(inputs))
         ctx.set_materialize_grads(False)
         if not_differentiable:
             ctx.mark_non_differentiable(*(output[i] for i in not_differentiable))
         setup_context(ctx, inputs, output)
+        return output
 
     def differentiate(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             gradients = backward(ctx, *d_outputs)
-        if not torch.is_grad_enabled():  # nobody will differentiate these again
-            return gradients
-        return tuple(d if d is None else _OnlyOnce.apply(d.detach().requires_grad_(), op) for d in gradients)
+        if torch.is_grad_enabled():  # somebody may differentiate these again
+            gradients = (d if d is None else _OnlyOnce.apply(d.detach().requires_grad_(), op) for d in gradients)
+        return (*gradients, None)
 
-    torch.library.register_autograd(f"cnm_kernels::{op}", differentiate, setup_context=setup)
+    body = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    formula: Any = type(op, (torch.autograd.Function,), body)
+
+    def dispatch(keyset: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return formula.apply(*inputs, keyset)
+        return below_autograd(keyset, inputs)
+
+    _library.impl(op, dispatch, "Autograd", with_keyset=True)
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

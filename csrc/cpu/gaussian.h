@@ -41,15 +41,12 @@ struct Gaussian {
 
 // Positions j to j + W of linspace(0, 1, length), counted from the nearer end as torch.linspace does.
 inline Vec positions(int64_t j, int64_t length) {
-    const float step = length > 1 ? 1.0f / static_cast<float>(length - 1) : 0.0f;
-    float lanes[W];
-    for (int i = 0; i < W; ++i) {
-        const int64_t index = j + i;
-        lanes[i] = index < length / 2 || length == 1
-                       ? step * static_cast<float>(index)
-                       : 1.0f - step * static_cast<float>(length - 1 - index);
-    }
-    return load(lanes);
+    constexpr float LANES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Vec index = set1(static_cast<float>(j)) + load(LANES);
+    const Vec step = set1(length > 1 ? 1.0f / static_cast<float>(length - 1) : 0.0f);
+    const Vec from_the_end = fnma(step, set1(static_cast<float>(length - 1)) - index, set1(1.0f));
+    const Vec half = set1(length > 1 ? static_cast<float>(length / 2) : 1.0f);
+    return select(less(index, half), step * index, from_the_end);
 }
 
 }  // namespace cnm::CNM_ISA

@@ -1,7 +1,7 @@
 // The bf16 product of gemm.h on AMX tiles: C in 2 x 2 tiles of 16 x 16, which stay in registers over a block of K.
 //
-// A tile of B takes packed pairs as they are. A tile of A wants the pairs of a row next to each other: a transposed A is
-// turned into such rows first, a block of 32 rows at a time. Tiles at the edge of C are
+// A tile of B takes packed pairs as they are. A tile of A wants the pairs of a row next to each other: a transposed A
+// is turned into such rows first, a block of 32 rows at a time. Tiles at the edge of C are
 // configured smaller; what is missing of the last 16 pairs of K is filled with zeros, since a new configuration would
 // clear the tiles.
 #pragma once

@@ -80,7 +80,9 @@ void check_conversion(const char* name, bool flushes_denormals) {
         };
         const double own = distance(rounded);
         const bool infinite = std::isinf(to_float(rounded));
-        const auto nearer_than = [&](T y) { return own < distance(y) || (own == distance(y) && rounded.bits % 2 == 0); };
+        const auto nearer_than = [&](T y) {
+            return own < distance(y) || (own == distance(y) && rounded.bits % 2 == 0);
+        };
         expect((infinite || nearer_than(above)) && (rounded.bits == 0 || nearer_than(below)), name, x);
     }
 }
