@@ -1,30 +1,44 @@
-// Dropout by itself: out = x * factor, the factor drawn from Philox in registers. Its backward is the same kernel on the
-// gradient. Blocks of elements are independent; which are kept depends on (seed, offset, element) alone.
-
+// x scale where the mask keeps, else 0; the gradient is the same op on the upstream gradient.
+//
+// A chunk is a run of elements; its mask is drawn into a kilobyte and read back from L1.
 #include "dropout.h"
 
-#include "convert.h"
+#include <algorithm>
+
+#include "parallel.h"
 #include "philox.h"
 
-namespace cnm {
-namespace CNM_ISA {
+namespace cnm::CNM_ISA {
+namespace {
 
-void dropout(const ElementwiseDropoutParams& p, ParallelFor parallel_for) {
-  constexpr std::int64_t kBlock = 2048;  // elements: 8 KiB of float32
-  const Dropout dropout{{p.dropout.seed, p.dropout.offset}, std::uint32_t(p.dropout.threshold), p.dropout.scale};
-  const std::ptrdiff_t size = element_size(p.dtype);
-  parallel_for((p.count + kBlock - 1) / kBlock, [&](std::int64_t begin, std::int64_t end) {
-    alignas(64) float x[kBlock], factor[kBlock + 2 * kDraws];
-    for (std::int64_t block = begin; block < end; ++block) {
-      const std::int64_t first = block * kBlock;
-      const int n = int(p.count - first < kBlock ? p.count - first : kBlock);
-      load_as(static_cast<const char*>(p.x) + first * size, p.dtype, n, x);
-      const float* keep = dropout.factors(std::uint64_t(first), n, factor);
-      for (int i = 0; i < n; ++i) x[i] = keep[i] == 0 ? 0.f : x[i] * keep[i];
-      store_as(static_cast<char*>(p.out) + first * size, p.dtype, x, n, 1.f);
-    }
-  });
+constexpr int64_t CHUNK = 32768, BLOCK = 4096;  // elements
+
+template <class T>
+void run(const DropoutParams& p) {
+    const Dropout dropout(p.p, p.seed, p.offset);
+    const Vec scale = set1(dropout.scale), zero = set1(0);
+    const T* x = static_cast<const T*>(p.x);
+    T* out = static_cast<T*>(p.out);
+    const Output<T> write(p.numel);
+    parallel_for((p.numel + CHUNK - 1) / CHUNK, [&](int64_t chunk) {
+        const int64_t end = std::min(p.numel, (chunk + 1) * CHUNK);
+        for (int64_t start = chunk * CHUNK; start < end; start += BLOCK) {
+            const int64_t count = std::min(BLOCK, end - start);
+            uint8_t memory[KeepBits::bytes(BLOCK)];
+            const KeepBits keep(dropout, start, count, memory);
+            for (int64_t i = 0; i < count; i += W) {
+                const Vec kept = select(keep.lanes(i), load_tail(x + start + i, count - i) * scale, zero);
+                write(out + start + i, kept, count - i);
+            }
+        }
+        write.finish();
+    });
 }
 
-}  // namespace CNM_ISA
-}  // namespace cnm
+}  // namespace
+
+void dropout(const DropoutParams& p) {
+    with_type(p.dtype, [&](auto* type) { run<std::remove_pointer_t<decltype(type)>>(p); });
+}
+
+}  // namespace cnm::CNM_ISA

@@ -1,142 +1,176 @@
-// LayerNorm(residual + dropout(x)), forward and backward, one pass over memory each.
+// out = (t - mean) / std weight + bias with t = residual + dropout(x), one row after the other, and its gradients.
 //
-//   t = residual + dropout(x), mean, r = 1 / sqrt(var + eps), out = (t - mean) r w + b
-//   g = dout w, n = (t - mean) r, dt = r (g - mean(g) - n mean(g n)); dresidual = dt, dx = dropout(dt)
+// With n = (t - mean) / std and g = d_out weight: d_residual = (g - mean(g) - n mean(g n)) / std, d_x the same through
+// the mask, d_weight = sum d_out n, d_bias = sum d_out. The backward computes t again from x and residual: that reads
+// as many bytes as a stored t would cost to write and read, and needs no memory. The mask is drawn again too.
 //
-// A row stays in the first-level cache. The backward draws the mask again and recomputes t rather than read a stored
-// copy. Weight and bias gradients are summed over blocks of 128 rows, whatever the number of threads; the caller adds the
-// blocks up in order.
+// A chunk is a number of rows that depends on D alone; its masks are drawn in one go. Each chunk sums its own d_weight
+// and d_bias over its rows in order, and the chunks' sums are added in order at the end.
+#include "dropout_add_layer_norm.h"
 
+#include <algorithm>
 #include <cmath>
 
-#include "convert.h"
-#include "dropout.h"
+#include "parallel.h"
 #include "philox.h"
-#include "scratch.h"
 
-namespace cnm {
-namespace CNM_ISA {
+namespace cnm::CNM_ISA {
 namespace {
 
-// Rows of the problem, widened to float32 and padded to whole vectors with zeros.
-class Rows {
- public:
-  Rows(const LayerNormParams& p, Scratch& scratch)
-      : weight(scratch.take<float>(round_up(p.D, kLanes))),
-        bias(scratch.take<float>(round_up(p.D, kLanes))),
-        total(scratch.take<float>(round_up(p.D, kLanes))),
-        gradient(scratch.take<float>(round_up(p.D, kLanes))),
-        p_(p),
-        x_(scratch.take<float>(round_up(p.D, kLanes))),
-        factor_(scratch.take<float>(p.D + 2 * kDraws + kLanes)),
-        dropout_{{p.dropout.seed, p.dropout.offset}, std::uint32_t(p.dropout.threshold), p.dropout.scale} {
-    load(p.weight, p.weight_dtype, 0, weight);
-    if (p.bias != nullptr) load(p.bias, p.weight_dtype, 0, bias);
-    for (int i = 0; i < round_up(p.D, kLanes); ++i) total[i] = gradient[i] = x_[i] = 0;
-  }
-
-  void load(const void* rows, DType dtype, std::int64_t row, float* out) const {
-    load_as(static_cast<const char*>(rows) + row * p_.D * element_size(dtype), dtype, p_.D, out);
-    for (int i = p_.D; i < round_up(p_.D, kLanes); ++i) out[i] = 0;
-  }
-
-  void store(void* rows, std::int64_t row, const float* values) const {
-    store_as(static_cast<char*>(rows) + row * p_.D * element_size(p_.dtype), p_.dtype, values, p_.D, 1.f);
-  }
-
-  // total <- residual + dropout(x) of a row; returns the dropout's factors, or null where there is none.
-  const float* load_total(std::int64_t row) {
-    load(p_.x, p_.dtype, row, x_);
-    load(p_.residual, p_.dtype, row, total);
-    if (p_.dropout.threshold == 0) {
-      for (int i = 0; i < p_.D; ++i) total[i] += x_[i];
-      return nullptr;
+// Calls body(j, n, slot) for the vectors of a row: n >= W lanes are there, n < W for the last. Slots 0 to 3 in turn
+// let a sum run in four registers.
+template <class Body>
+inline void for_each_vector(int64_t D, const Body& body) {
+    int64_t j = 0;
+    for (; j + 4 * W <= D; j += 4 * W) {
+        body(j, int64_t{W}, 0);
+        body(j + W, int64_t{W}, 1);
+        body(j + 2 * W, int64_t{W}, 2);
+        body(j + 3 * W, int64_t{W}, 3);
     }
-    const float* keep = dropout_.factors(std::uint64_t(row) * p_.D, p_.D, factor_);
-    for (int i = 0; i < p_.D; ++i) total[i] += keep[i] == 0 ? 0.f : x_[i] * keep[i];
-    return keep;
-  }
+    for (; j < D; j += W) body(j, D - j, 0);
+}
 
-  float *weight, *bias, *total, *gradient;
-
- private:
-  const LayerNormParams& p_;
-  float *x_, *factor_;
-  const Dropout dropout_;
+struct Sum {
+    Vec parts[4] = {set1(0), set1(0), set1(0), set1(0)};
+    float total() const { return hsum((parts[0] + parts[1]) + (parts[2] + parts[3])); }
 };
 
-// sum of f(i) over vectors i of a row, in a fixed order
-template <class F>
-inline float row_sum(int D, const F& f) {
-  Vec sums = {};
-  for (int i = 0; i < D; i += kLanes) sums += i + kLanes <= D ? f(i) : select(lanes_below(D - i), f(i), Vec{});
-  return sum(sums);
+// A chunk's scratch: masks, and rows in float.
+struct Scratch {
+    uint8_t* bits;
+    float* rows[2];
+
+    Scratch(int64_t chunk_rows, int64_t D) {
+        const int64_t row_bytes = (D + W) / W * W * static_cast<int64_t>(sizeof(float));
+        char* memory = static_cast<char*>(
+            thread_scratch(static_cast<size_t>(2 * row_bytes + KeepBits::bytes(chunk_rows * D))));
+        rows[0] = reinterpret_cast<float*>(memory);
+        rows[1] = reinterpret_cast<float*>(memory + row_bytes);
+        bits = reinterpret_cast<uint8_t*>(memory + 2 * row_bytes);
+    }
+};
+
+// Element j of a row of t = residual + dropout(x); `keep` counts from the chunk's first row.
+template <bool DROP, class T>
+inline Vec sum_of(const T* x, const T* residual, const KeepBits& keep, Vec scale, int64_t base, int64_t j, int64_t n) {
+    Vec dropped = load_tail(x + j, n);
+    if (DROP) dropped = select(keep.lanes(base + j), dropped * scale, set1(0));
+    return load_tail(residual + j, n) + dropped;
+}
+
+template <bool DROP, class T>
+void forward(const DropoutAddLayerNormParams& p) {
+    const int64_t D = p.D, chunk_rows = layer_norm_rows(D);
+    const Dropout dropout(p.p, p.seed, p.offset);
+    const Vec scale = set1(dropout.scale);
+    const float count = static_cast<float>(D);
+    const Output<T> write(p.rows * D);
+    parallel_for(layer_norm_chunks(p.rows, D), [&](int64_t chunk) {
+        const int64_t first = chunk * chunk_rows, end = std::min(p.rows, first + chunk_rows);
+        const Scratch scratch(chunk_rows, D);
+        float* t = scratch.rows[0];
+        const KeepBits keep(dropout, first * D, DROP ? (end - first) * D : 0, scratch.bits);
+        for (int64_t row = first; row < end; ++row) {
+            const T* x = static_cast<const T*>(p.x) + row * D;
+            const T* residual = static_cast<const T*>(p.residual) + row * D;
+            Sum sum, squares;
+            for_each_vector(D, [&](int64_t j, int64_t n, int slot) {
+                const Vec v = sum_of<DROP>(x, residual, keep, scale, (row - first) * D, j, n);
+                store_tail(t + j, v, n);
+                sum.parts[slot] += within(v, n);
+            });
+            const float mean = sum.total() / count;
+            for_each_vector(D, [&](int64_t j, int64_t n, int slot) {
+                const Vec centered = within(load_tail(t + j, n) - set1(mean), n);
+                squares.parts[slot] = fma(centered, centered, squares.parts[slot]);
+            });
+            const float inverse = 1.0f / std::sqrt(squares.total() / count + p.eps);
+            T* out = static_cast<T*>(p.out) + row * D;
+            for_each_vector(D, [&](int64_t j, int64_t n, int) {
+                const Vec normal = (load_tail(t + j, n) - set1(mean)) * set1(inverse);
+                write(out + j, fma(normal, load_tail(p.weight + j, n), load_tail(p.bias + j, n)), n);
+            });
+            p.stats[2 * row] = mean;
+            p.stats[2 * row + 1] = inverse;
+        }
+        write.finish();
+    });
+}
+
+template <bool DROP, class T>
+void backward(const DropoutAddLayerNormBackwardParams& p) {
+    const int64_t D = p.D, chunk_rows = layer_norm_rows(D), chunks = layer_norm_chunks(p.rows, D);
+    const Dropout dropout(p.p, p.seed, p.offset);
+    const Vec scale = set1(dropout.scale);
+    const float count = static_cast<float>(D);
+    const Output<T> write(p.rows * D);
+    parallel_for(chunks, [&](int64_t chunk) {
+        const int64_t first = chunk * chunk_rows, end = std::min(p.rows, first + chunk_rows);
+        const Scratch scratch(chunk_rows, D);
+        float *normal = scratch.rows[0], *g = scratch.rows[1];
+        const KeepBits keep(dropout, first * D, DROP ? (end - first) * D : 0, scratch.bits);
+        float* d_weight = p.partial == nullptr ? nullptr : p.partial + chunk * 2 * D;
+        float* d_bias = d_weight + D;
+        if (d_weight != nullptr) std::fill(d_weight, d_weight + 2 * D, 0.0f);
+        for (int64_t row = first; row < end; ++row) {
+            const T* x = static_cast<const T*>(p.x) + row * D;
+            const T* residual = static_cast<const T*>(p.residual) + row * D;
+            const T* d_out = static_cast<const T*>(p.d_out) + row * D;
+            const Vec mean = set1(p.stats[2 * row]), inverse = set1(p.stats[2 * row + 1]);
+            Sum sum_g, sum_gn;
+            for_each_vector(D, [&](int64_t j, int64_t n, int slot) {
+                const Vec t = sum_of<DROP>(x, residual, keep, scale, (row - first) * D, j, n);
+                const Vec normalized = (t - mean) * inverse;
+                const Vec upstream = load_tail(d_out + j, n);
+                const Vec product = upstream * load_tail(p.weight + j, n);  // 0 beyond the row
+                store_tail(normal + j, normalized, n);
+                store_tail(g + j, product, n);
+                sum_g.parts[slot] += product;
+                sum_gn.parts[slot] = fma(product, within(normalized, n), sum_gn.parts[slot]);
+                if (d_weight != nullptr) {
+                    store_tail(d_weight + j, fma(upstream, normalized, load_tail(d_weight + j, n)), n);
+                    store_tail(d_bias + j, upstream + load_tail(d_bias + j, n), n);
+                }
+            });
+            const Vec mean_g = set1(sum_g.total() / count), mean_gn = set1(sum_gn.total() / count);
+            for_each_vector(D, [&](int64_t j, int64_t n, int) {
+                const Vec centered = load_tail(g + j, n) - mean_g;
+                const Vec d = fnma(load_tail(normal + j, n), mean_gn, centered) * inverse;
+                if (p.d_residual != nullptr) write(static_cast<T*>(p.d_residual) + row * D + j, d, n);
+                if (p.d_x == nullptr) return;
+                const Vec kept = DROP ? select(keep.lanes((row - first) * D + j), d * scale, set1(0)) : d;
+                write(static_cast<T*>(p.d_x) + row * D + j, kept, n);
+            });
+        }
+        write.finish();
+    });
+    if (p.partial == nullptr) return;
+    for (int64_t j = 0; j < D; j += W) {
+        Vec d_weight = set1(0), d_bias = set1(0);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            d_weight += load_tail(p.partial + 2 * chunk * D + j, D - j);
+            d_bias += load_tail(p.partial + (2 * chunk + 1) * D + j, D - j);
+        }
+        store_tail(p.d_weight + j, d_weight, D - j);
+        store_tail(p.d_bias + j, d_bias, D - j);
+    }
 }
 
 }  // namespace
 
-void dropout_add_layer_norm_forward(const LayerNormParams& p, ParallelFor parallel_for) {
-  parallel_for((p.N + kLayerNormRows - 1) / kLayerNormRows, [&](std::int64_t begin, std::int64_t end) {
-    static thread_local Scratch scratch;
-    scratch.reset();
-    Rows rows(p, scratch);
-    const std::int64_t last = end * kLayerNormRows < p.N ? end * kLayerNormRows : p.N;
-    for (std::int64_t row = begin * kLayerNormRows; row < last; ++row) {
-      rows.load_total(row);
-      float* t = rows.total;
-      const float mean = row_sum(p.D, [&](int i) { return load(t + i); }) / float(p.D);
-      const float variance = row_sum(p.D, [&](int i) {
-                               const Vec centered = load(t + i) - mean;
-                               return centered * centered;
-                             }) / float(p.D);
-      const float r = 1 / std::sqrt(variance + p.eps);
-      for (int i = 0; i < p.D; i += kLanes)
-        store(t + i, (load(t + i) - mean) * r * load(rows.weight + i) + load(rows.bias + i));
-      rows.store(p.out, row, t);
-      p.stats[2 * row] = mean;
-      p.stats[2 * row + 1] = r;
-    }
-  });
+void dropout_add_layer_norm(const DropoutAddLayerNormParams& p) {
+    with_type(p.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        p.p > 0 ? forward<true, T>(p) : forward<false, T>(p);
+    });
 }
 
-void dropout_add_layer_norm_backward(const LayerNormParams& p, ParallelFor parallel_for) {
-  parallel_for((p.N + kLayerNormRows - 1) / kLayerNormRows, [&](std::int64_t begin, std::int64_t end) {
-    static thread_local Scratch scratch;
-    scratch.reset();
-    Rows rows(p, scratch);
-    float* sums = scratch.take<float>(2 * std::size_t(round_up(p.D, kLanes)));
-    float *to_weight = sums, *to_bias = sums + round_up(p.D, kLanes);
-    for (std::int64_t block = begin; block < end; ++block) {
-      std::memset(sums, 0, 2 * std::size_t(round_up(p.D, kLanes)) * sizeof(float));
-      const std::int64_t last = (block + 1) * kLayerNormRows < p.N ? (block + 1) * kLayerNormRows : p.N;
-      for (std::int64_t row = block * kLayerNormRows; row < last; ++row) {
-        const float* keep = rows.load_total(row);
-        rows.load(p.grad_out, p.dtype, row, rows.gradient);
-        const float mean = p.stats[2 * row], r = p.stats[2 * row + 1];
-        float *t = rows.total, *g = rows.gradient;
-        for (int i = 0; i < p.D; i += kLanes) {
-          const Vec normalized = (load(t + i) - mean) * r, grad = load(g + i);
-          store(to_weight + i, load(to_weight + i) + grad * normalized);
-          store(to_bias + i, load(to_bias + i) + grad);
-          store(t + i, normalized);
-          store(g + i, grad * load(rows.weight + i));
-        }
-        const float mean_g = row_sum(p.D, [&](int i) { return load(g + i); }) / float(p.D);
-        const float mean_gn = row_sum(p.D, [&](int i) { return load(g + i) * load(t + i); }) / float(p.D);
-        for (int i = 0; i < p.D; i += kLanes) store(g + i, r * (load(g + i) - mean_g - load(t + i) * mean_gn));
-        if (p.grad_residual != nullptr) rows.store(p.grad_residual, row, g);
-        if (p.grad_x == nullptr) continue;
-        if (keep != nullptr)
-          for (int i = 0; i < p.D; ++i) g[i] = keep[i] == 0 ? 0.f : g[i] * keep[i];
-        rows.store(p.grad_x, row, g);
-      }
-      if (p.partial == nullptr) continue;
-      float* out = p.partial + block * 2 * p.D;
-      std::memcpy(out, to_weight, p.D * sizeof(float));
-      std::memcpy(out + p.D, to_bias, p.D * sizeof(float));
-    }
-  });
+void dropout_add_layer_norm_backward(const DropoutAddLayerNormBackwardParams& p) {
+    with_type(p.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        p.p > 0 ? backward<true, T>(p) : backward<false, T>(p);
+    });
 }
 
-}  // namespace CNM_ISA
-}  // namespace cnm
+}  // namespace cnm::CNM_ISA

@@ -1,35 +1,58 @@
-// The Gaussian over time that weights keys: g_j = exp(-alpha (x_j - c)^2 / w^2), x = linspace(0, 1, length).
+// The Gaussian over time, in registers: g(x) = exp(-alpha (x - c)^2 / w^2), w = max(width, min_width), or 1 - g.
 #pragma once
-
-#include <cmath>
 
 #include "simd.h"
 
-namespace cnm {
-namespace CNM_ISA {
+namespace cnm::CNM_ISA {
 
 struct Gaussian {
-  float center, width, alpha;  // the width already clamped
-  int length;
+    float center, width, alpha;
+    bool complement;
+    bool width_passes;  // whether the clamp lets the gradient through to the width
 
-  // torch.linspace(0, 1, length)[j], which counts from the nearer end
-  float position(int j) const {
-    if (length == 1) return 0.f;
-    const float step = 1.f / float(length - 1);
-    return j < length / 2 ? step * float(j) : 1.f - step * float(length - 1 - j);
-  }
-  float value(int j) const {
-    const float distance = position(j) - center;
-    return std::exp(-alpha * (distance * distance) / (width * width));
-  }
-  // Adds the share of point j to the gradients: `upstream` is dL/dg_j g_j.
-  void add_gradient(int j, double upstream, double& to_center, double& to_width) const {
-    const double distance = double(position(j)) - center, w = width;
-    const double slope = upstream * 2 * alpha * distance / (w * w);
-    to_center += slope;
-    to_width += slope * distance / w;
-  }
+    Gaussian(float center, float width, float alpha, float min_width, bool complement)
+        : center(center),
+          width(width < min_width ? min_width : width),
+          alpha(alpha),
+          complement(complement),
+          width_passes(width >= min_width) {}
+
+    Vec value(Vec x) const {
+        const Vec g = bell(x);
+        return complement ? set1(1.0f) - g : g;
+    }
+
+    // Adds upstream . dg/dcenter and upstream . dg/dwidth, lane by lane, with the clamp not yet applied:
+    // dg/dc = g 2 alpha (x - c) / w^2, dg/dw = g 2 alpha (x - c)^2 / w^3.
+    void add_gradient(Vec x, Vec upstream, Vec& d_center, Vec& d_width) const {
+        const float slope = (complement ? -2.0f : 2.0f) * alpha / width;
+        const Vec u = (x - set1(center)) / set1(width);
+        const Vec common = upstream * bell(x) * set1(slope) * u;
+        d_center += common;
+        d_width = fma(common, u, d_width);
+    }
+
+    // One position's, in float64; `upstream` comes multiplied by bell(x).
+    void add_gradient(double x, double upstream, double& d_center, double& d_width) const {
+        const double slope = (complement ? -2.0 : 2.0) * alpha / width, u = (x - center) / width;
+        d_center += upstream * slope * u;
+        d_width += upstream * slope * u * u;
+    }
+
+    Vec bell(Vec x) const {
+        const Vec distance = x - set1(center);
+        return exp(set1(-alpha) * (distance * distance) / set1(width * width));
+    }
 };
 
-}  // namespace CNM_ISA
-}  // namespace cnm
+// Positions j to j + W of linspace(0, 1, length), counted from the nearer end as torch.linspace does.
+inline Vec positions(int64_t j, int64_t length) {
+    constexpr float LANES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Vec index = set1(static_cast<float>(j)) + load(LANES);
+    const Vec step = set1(length > 1 ? 1.0f / static_cast<float>(length - 1) : 0.0f);
+    const Vec from_the_end = fnma(step, set1(static_cast<float>(length - 1)) - index, set1(1.0f));
+    const Vec half = set1(length > 1 ? static_cast<float>(length / 2) : 1.0f);
+    return select(less(index, half), step * index, from_the_end);
+}
+
+}  // namespace cnm::CNM_ISA

@@ -1,45 +1,65 @@
-// The Gaussian mask by itself, forward and backward: one Gaussian after the other, its points in order.
-
+// g_j = exp(-alpha (x_j - c)^2 / max(w, min_width)^2) or 1 - g_j, and its gradient to c and w.
+//
+// A chunk is a number of rows; a row is one pass over its positions, both gradients summed in float32 lanes in order.
 #include "gaussian_mask.h"
 
-#include "gaussian.h"
+#include <algorithm>
 
-namespace cnm {
-namespace CNM_ISA {
+#include "gaussian.h"
+#include "parallel.h"
+
+namespace cnm::CNM_ISA {
 namespace {
 
-Gaussian gaussian_at(const GaussianMaskParams& p, std::int64_t n) {
-  // Written so that a NaN width stays NaN.
-  return {p.center[n], p.width[n] < p.min_width ? p.min_width : p.width[n], p.alpha, p.length};
+// About as much work as is worth waking a thread for.
+constexpr int64_t ELEMENTS_PER_CHUNK = 16384;
+
+template <class Body>
+void for_each_row(int64_t rows, int64_t length, const Body& body) {
+    const int64_t step = std::max<int64_t>(1, ELEMENTS_PER_CHUNK / std::max<int64_t>(length, 1));
+    parallel_for((rows + step - 1) / step, [&](int64_t chunk) {
+        const int64_t end = std::min(rows, (chunk + 1) * step);
+        for (int64_t row = chunk * step; row < end; ++row) body(row);
+    });
+}
+
+template <class T>
+void forward(const GaussianMaskParams& p) {
+    const T* center = static_cast<const T*>(p.center);
+    const T* width = static_cast<const T*>(p.width);
+    for_each_row(p.rows, p.length, [&](int64_t row) {
+        const Gaussian gaussian(to_float(center[row]), to_float(width[row]), p.alpha, p.min_width, p.complement);
+        T* out = static_cast<T*>(p.out) + row * p.length;
+        for (int64_t j = 0; j < p.length; j += W) {
+            store_tail(out + j, gaussian.value(positions(j, p.length)), p.length - j);
+        }
+    });
+}
+
+template <class T>
+void backward(const GaussianMaskBackwardParams& p) {
+    const T* center = static_cast<const T*>(p.center);
+    const T* width = static_cast<const T*>(p.width);
+    for_each_row(p.rows, p.length, [&](int64_t row) {
+        const Gaussian gaussian(to_float(center[row]), to_float(width[row]), p.alpha, p.min_width, p.complement);
+        const T* d_out = static_cast<const T*>(p.d_out) + row * p.length;
+        Vec d_center = set1(0), d_width = set1(0);
+        for (int64_t j = 0; j < p.length; j += W) {
+            gaussian.add_gradient(positions(j, p.length), load_tail(d_out + j, p.length - j), d_center, d_width);
+        }
+        from_float(static_cast<T*>(p.d_center) + row, hsum(d_center));
+        from_float(static_cast<T*>(p.d_width) + row, gaussian.width_passes ? hsum(d_width) : 0.0f);
+    });
 }
 
 }  // namespace
 
-void gaussian_mask_forward(const GaussianMaskParams& p, ParallelFor parallel_for) {
-  parallel_for(p.N, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t n = begin; n < end; ++n) {
-      const Gaussian gaussian = gaussian_at(p, n);
-      for (int j = 0; j < p.length; ++j) {
-        const float g = gaussian.value(j);
-        p.mask[n * p.length + j] = p.complement ? 1.f - g : g;
-      }
-    }
-  });
+void gaussian_mask(const GaussianMaskParams& p) {
+    with_type(p.dtype, [&](auto* type) { forward<std::remove_pointer_t<decltype(type)>>(p); });
 }
 
-void gaussian_mask_backward(const GaussianMaskParams& p, ParallelFor parallel_for) {
-  parallel_for(p.N, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t n = begin; n < end; ++n) {
-      const Gaussian gaussian = gaussian_at(p, n);
-      const float sign = p.complement ? -1.f : 1.f;
-      double to_center = 0, to_width = 0;
-      for (int j = 0; j < p.length; ++j)
-        gaussian.add_gradient(j, double(sign * p.grad_mask[n * p.length + j]) * gaussian.value(j), to_center, to_width);
-      p.grad_center[n] = float(to_center);
-      p.grad_width[n] = p.width[n] >= p.min_width ? float(to_width) : 0.f;
-    }
-  });
+void gaussian_mask_backward(const GaussianMaskBackwardParams& p) {
+    with_type(p.dtype, [&](auto* type) { backward<std::remove_pointer_t<decltype(type)>>(p); });
 }
 
-}  // namespace CNM_ISA
-}  // namespace cnm
+}  // namespace cnm::CNM_ISA

@@ -1,20 +1,36 @@
-// What the Gaussian mask's kernels are told. Torch-free.
+// gaussian_mask: what its kernels are given.
 #pragma once
 
-#include "kernel.h"
+#include <cstdint>
+
+#include "isa.h"
+#include "types.h"
 
 namespace cnm {
 
 struct GaussianMaskParams {
-  std::int64_t N;  // Gaussians
-  int length;
-  const float *center, *width;  // [N]
-  float alpha, min_width;
-  bool complement;
-  float* mask;  // [N, length]
-  // Backward only.
-  const float* grad_mask;           // [N, length]
-  float *grad_center, *grad_width;  // [N]
+    const void* center;  // [rows]
+    const void* width;   // [rows]
+    void* out;           // [rows, length]
+    Dtype dtype;         // of all three
+    int64_t rows, length;
+    float alpha, min_width;
+    bool complement;
 };
+
+struct GaussianMaskBackwardParams {
+    const void* d_out;   // [rows, length]
+    const void* center;  // [rows]
+    const void* width;   // [rows]
+    void* d_center;      // [rows]
+    void* d_width;       // [rows]
+    Dtype dtype;         // of all five
+    int64_t rows, length;
+    float alpha, min_width;
+    bool complement;
+};
+
+CNM_KERNEL(gaussian_mask, GaussianMaskParams)
+CNM_KERNEL(gaussian_mask_backward, GaussianMaskBackwardParams)
 
 }  // namespace cnm

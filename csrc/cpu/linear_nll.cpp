@@ -3,397 +3,451 @@
 //   z = h W^T + b, token nll = (1-e)(lse - z_y) + e (lse - mean_v z_v), averaged over each row's valid tokens
 //   dz_v = g (softmax_v - (1-e) [v = y] - e / V), dh = dz W, dW = dz^T h, db = sum dz
 //
-// The tokens that count (valid; in the backward, with a nonzero gradient) are gathered into tiles of 64. A tile's logits
-// are computed transposed, [vocabulary block, tokens], so that maximum, sum and exponentials run down the vocabulary in
-// one vector lane per token, and only a block of them ever exists. Where the vocabulary is much larger than D the
-// forward also accumulates O = softmax(z) W with an online softmax; then dh = g (O - (1-e) W_y - e mean(W)) for any g,
-// without logits. Otherwise the backward recomputes them, as it does for dW.
+// The tokens that count (valid; in the backward, with a gradient) are gathered into tiles of 64. A tile's logits are
+// computed transposed, [words, tokens], so that maximum, sum and exponentials run down the vocabulary in one vector
+// lane per token, and only a block of words exists at a time. Where asked, the forward also keeps O = softmax(z) W,
+// by an online softmax; then dh = g (O - (1-e) W_y - e mean(W)) needs no logits.
 //
-// Forward and dh run in parallel over token tiles, dW over blocks of the vocabulary, each taking its tokens in order: no
-// sum depends on the number of threads.
-
+// Forward and dh are parallel over tiles. dW is parallel over blocks of words: a few tiles' dz are stored (never more
+// than a small part of the logits), then each block adds them up in the order of the tokens.
 #include "linear_nll.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "gemm.h"
-#include "scratch.h"
+#include "parallel.h"
 
-namespace cnm {
-namespace CNM_ISA {
+namespace cnm::CNM_ISA {
 namespace {
 
-constexpr int kTokens = 64;       // of a tile
-constexpr int kTokenVecs = kTokens / kLanes;
-constexpr int kVocabulary = 128;  // of a block of logits: 32 KiB
+constexpr int64_t TOKENS = 64;  // of a tile
+constexpr int64_t WORDS = 128;  // of a block of logits: 32 KiB
 
-struct Tokens {  // the tokens that count, and each one's gradient (backward)
-  std::vector<std::int64_t> index;
-  std::vector<float> gradient;
-  std::int64_t tiles() const { return (std::int64_t(index.size()) + kTokens - 1) / kTokens; }
+int64_t words_from(const LinearNllInputs& p, int64_t begin) { return std::min(WORDS, p.V - begin); }
+int64_t blocks(const LinearNllInputs& p) { return (p.V + WORDS - 1) / WORDS; }
+
+// The tokens that count, and the gradient of each one's nll.
+struct Tokens {
+    std::vector<int64_t> index;
+    std::vector<float> gradient;
+
+    explicit Tokens(const LinearNllInputs& p, const float* d_nll = nullptr) {
+        for (int64_t m = 0; m < p.M; ++m) {
+            if (d_nll != nullptr && d_nll[m] == 0) continue;
+            const int64_t n = p.valid(m);
+            for (int64_t t = 0; t < n; ++t) {
+                index.push_back(m * p.L + t);
+                if (d_nll != nullptr) gradient.push_back(d_nll[m] / static_cast<float>(n));
+            }
+        }
+    }
+    int64_t size() const { return static_cast<int64_t>(index.size()); }
+    int64_t tiles() const { return (size() + TOKENS - 1) / TOKENS; }
 };
 
-std::int64_t count(const LinearNllParams& p, int m) {
-  const std::int64_t n = p.valid_lengths[m];
-  return n < 0 ? 0 : n < p.L ? n : p.L;
-}
+// The vocabulary as gemm takes it: rows for z = W h^T, and, where wanted, as the right operand of sums over words.
+template <class T>
+struct Vocabulary {
+    using E = Operand<T>;
+    const E *rows, *summed;
+    int64_t rows_ld, summed_ld;
+    std::vector<float> bias;
 
-Tokens gather(const LinearNllParams& p) {
-  Tokens tokens;
-  for (int m = 0; m < p.M; ++m) {
-    const std::int64_t n = count(p, m);
-    if (p.grad_nll != nullptr && p.grad_nll[m] == 0) continue;
-    for (std::int64_t t = 0; t < n; ++t) {
-      tokens.index.push_back(std::int64_t(m) * p.L + t);
-      if (p.grad_nll != nullptr) tokens.gradient.push_back(p.grad_nll[m] / float(n));
+    Vocabulary(const LinearNllInputs& p, bool want_summed) : bias(static_cast<size_t>(p.V)) {
+        const int64_t wide = round_up(p.D, W);
+        const T* weight = static_cast<const T*>(p.weight);
+        for (int64_t v = 0; v < p.V; v += W) {
+            store_tail(&bias[static_cast<size_t>(v)], load_tail(static_cast<const T*>(p.bias) + v, p.V - v), p.V - v);
+        }
+        if constexpr (std::is_same_v<T, E>) {
+            rows = summed = weight;
+            rows_ld = summed_ld = p.D;
+        } else {
+            bool in_place = false;
+            if constexpr (std::is_same_v<E, pair>) {
+                in_place = p.D % 2 == 0 && reinterpret_cast<uintptr_t>(weight) % 4 == 0;
+                rows = as_pairs(weight);
+                rows_ld = p.D / 2;
+            }
+            if (!in_place) {
+                rows_buffer_ = Buffer(static_cast<size_t>(p.V * wide) * sizeof(E));
+                rows = rows_buffer_.as<E>();
+                rows_ld = wide;
+            }
+            // Converted rows are float, and then serve both ways.
+            const bool pack = want_summed && std::is_same_v<E, pair>;
+            if (pack) summed_buffer_ = Buffer(static_cast<size_t>(round_up(p.V, 2) * wide) / 2 * sizeof(E));
+            summed = pack ? summed_buffer_.as<E>() : rows;
+            summed_ld = wide;
+            parallel_for(in_place && !pack ? 0 : blocks(p), [&](int64_t block) {
+                const int64_t begin = block * WORDS;
+                const T* source = weight + begin * p.D;
+                if (!in_place) pack_a(words_from(p, begin), p.D, source, p.D, rows_buffer_.as<E>() + begin * wide, wide);
+                if (pack) {
+                    E* to = summed_buffer_.as<E>() + packed_k<T>(begin) * wide;
+                    pack_rows(words_from(p, begin), p.D, source, p.D, to, wide);
+                }
+            });
+        }
     }
-  }
-  return tokens;
-}
 
-// W as elements of Op: rows for z = W h^T, and neighbours along the vocabulary for sums over it.
-template <class Op>
-struct Weights {
-  std::vector<typename Op::Elem> row_buffer, pair_buffer;
-  Matrix<Op> rows, pairs;
-  std::vector<float> bias;
-
-  Weights(const LinearNllParams& p, int dp, bool want_pairs, ParallelFor parallel_for) : bias(p.V) {
-    load_as(p.bias, p.dtype, p.V, bias.data());
-    const std::ptrdiff_t width = dp / Op::kPair, size = element_size(p.dtype);
-    rows = {static_cast<const typename Op::Elem*>(p.weight), width};
-    if (Op::kDType != p.dtype || dp != p.D || reinterpret_cast<std::uintptr_t>(p.weight) % sizeof(typename Op::Elem) != 0) {
-      row_buffer.resize(std::size_t(p.V) * width);
-      parallel_for(p.V, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t v = begin; v < end; ++v)
-          Op::convert_row(static_cast<const char*>(p.weight) + v * p.D * size, p.dtype, p.D, dp, &row_buffer[v * width]);
-      });
-      rows.data = row_buffer.data();
-    }
-    pairs = rows;
-    if (Op::kPair == 2 && want_pairs) {
-      pair_buffer.resize(std::size_t(p.V + 1) / 2 * dp);
-      parallel_for((p.V + 1) / 2, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t v = begin; v < end; ++v)
-          Op::interleave(rows.data + 2 * v * width, 2 * v + 1 < p.V ? rows.data + (2 * v + 1) * width : nullptr, dp,
-                         &pair_buffer[v * dp]);
-      });
-      pairs = {pair_buffer.data(), dp};
-    }
-  }
+   private:
+    Buffer rows_buffer_, summed_buffer_;
 };
 
-// One tile of tokens and the current block of their logits.
-template <class Op>
+// One tile of tokens, and logits of a block of words.
+template <class T>
 class Tile {
- public:
-  using Elem = typename Op::Elem;
+   public:
+    using E = Operand<T>;
 
-  Tile(const LinearNllParams& p, const Weights<Op>& weights, Scratch& scratch)
-      : logits(scratch.take<float>(kVocabulary * kTokens)),
-        p_(p),
-        weights_(weights),
-        dp_(round_up(p.D, kLanes)),
-        rows_(scratch.take<Elem>(std::size_t(kTokens) * dp_ / Op::kPair)),
-        transposed_(scratch.take<Elem>(std::size_t(dp_ / Op::kPair) * kTokens)),
-        pairs_(scratch.take<Elem>(std::size_t(kTokens / Op::kPair) * dp_)),
-        packed_(scratch.take<Elem>(std::size_t(kVocabulary) * kTokens / Op::kPair)) {}
-
-  void load(const Tokens& tokens, std::int64_t tile) {
-    first = tile * kTokens;
-    size = int(std::int64_t(tokens.index.size()) - first < kTokens ? std::int64_t(tokens.index.size()) - first : kTokens);
-    const std::ptrdiff_t width = dp_ / Op::kPair;
-    for (int t = 0; t < size; ++t) {
-      const char* row = static_cast<const char*>(p_.hidden) + tokens.index[first + t] * p_.D * element_size(p_.dtype);
-      Op::convert_row(row, p_.dtype, p_.D, dp_, rows_ + t * width);
+    Tile(const LinearNllInputs& p, const Vocabulary<T>& vocabulary, Layout& layout)
+        : p_(p), vocabulary_(vocabulary), wide_(round_up(p.D, W)) {
+        logits = layout.take<float>(WORDS * TOKENS);
+        rows_ = layout.take<T>(TOKENS * p.D);
+        transposed_ = layout.take<E>(packed_k<T>(p.D) * TOKENS);
+        packed_ = layout.take<E>(WORDS * TOKENS);
+        sums = layout.take<float>(TOKENS * wide_);
     }
-    std::memset(rows_ + size * width, 0, std::size_t(kTokens - size) * width * sizeof(Elem));
-    transpose(rows_, width, kTokens, int(width), transposed_, kTokens);
-  }
 
-  // logits[v][t] for the block of v that begins at `begin`.
-  void score(int begin, int words) {
-    const GemmArgs<Op> product{weights_.rows.data + begin * weights_.rows.row, weights_.rows.row, 1, transposed_, kTokens,
-                               logits, kTokens, dp_ / Op::kPair};
-    gemm<Op, false>(product, words, kTokens);
-    for (int v = 0; v < words; ++v) {
-      const Vec bias = splat(weights_.bias[begin + v]);
-      for (int i = 0; i < kTokens; i += kLanes) {
-        float* z = logits + v * kTokens + i;
-        store(z, CNM_ISA::load(z) + bias);
-      }
+    void load(const Tokens& tokens, int64_t tile) {
+        first = tile * TOKENS;
+        size = std::min(TOKENS, tokens.size() - first);
+        for (int64_t t = 0; t < size; ++t) {
+            const T* row = static_cast<const T*>(p_.hidden) + tokens.index[static_cast<size_t>(first + t)] * p_.D;
+            std::memcpy(rows_ + t * p_.D, row, static_cast<size_t>(p_.D) * sizeof(T));
+        }
+        std::memset(rows_ + size * p_.D, 0, static_cast<size_t>((TOKENS - size) * p_.D) * sizeof(T));
+        pack_transposed(p_.D, TOKENS, rows_, p_.D, transposed_, TOKENS);
     }
-  }
 
-  // logits <- dz, for tokens with gradient g
-  void logit_gradient(int begin, int words, const float* lse, const float* g, const std::int64_t* target) {
-    const float smooth = p_.label_smoothing / float(p_.V);
-    for (int v = 0; v < words; ++v)
-      for (int i = 0; i < kTokens; i += kLanes) {
-        float* z = logits + v * kTokens + i;
-        const Vec probability = exp_nonpositive(CNM_ISA::load(z) - CNM_ISA::load(lse + i));
-        store(z, (probability - splat(smooth)) * CNM_ISA::load(g + i));
-      }
-    for (int t = 0; t < size; ++t)
-      if (target[t] >= begin && target[t] < begin + words)
-        logits[(target[t] - begin) * kTokens + t] -= (1 - p_.label_smoothing) * g[t];
-  }
-
-  // out[t][:] += sum over the block's words of logits[v][t] W[v][:]; `begin` is even
-  void add_words(int begin, int words, float* out) {
-    const Matrix<Op> a = Op::pack_pairs(logits, kTokens, words, kTokens, packed_);
-    const Elem* b = weights_.pairs.data + begin / Op::kPair * weights_.pairs.row;
-    const GemmArgs<Op> product{a.data, 1, a.row, b, weights_.pairs.row, out, dp_, (words + Op::kPair - 1) / Op::kPair};
-    gemm<Op, true>(product, size, dp_);
-  }
-
-  // out[v][:] += sum over the tile's tokens of logits[v][t] h[t][:]
-  void add_tokens(int words, float* out) {
-    const std::ptrdiff_t width = dp_ / Op::kPair;
-    Matrix<Op> b{rows_, width};
-    if (Op::kPair == 2) {
-      for (int t = 0; t < kTokens; t += 2) Op::interleave(rows_ + t * width, rows_ + (t + 1) * width, dp_, pairs_ + t / 2 * dp_);
-      b = {pairs_, dp_};
+    // z[word][token] without the bias.
+    void score(int64_t begin, float* z) const {
+        gemm(words_from(p_, begin), TOKENS, packed_k<T>(p_.D), vocabulary_.rows + begin * vocabulary_.rows_ld,
+             vocabulary_.rows_ld, 1, transposed_, TOKENS, z, TOKENS, false);
     }
-    const Matrix<Op> a = Op::pack_rows(logits, kTokens, words, kTokens, packed_);
-    gemm<Op, true>(GemmArgs<Op>{a.data, a.row, 1, b.data, b.row, out, dp_, (size + Op::kPair - 1) / Op::kPair}, words, dp_);
-  }
 
-  float* logits;  // [kVocabulary, kTokens]
-  std::int64_t first = 0;
-  int size = 0;
+    // sums[token] += sum over the block's words of z[word][token] W[word]
+    void add_words(int64_t begin, const float* z) const {
+        const int64_t words = words_from(p_, begin);
+        const E* a;
+        if constexpr (std::is_same_v<E, float>) {
+            a = z;
+        } else {
+            pack_rows(words, TOKENS, z, TOKENS, packed_, TOKENS);
+            a = packed_;
+        }
+        gemm(size, p_.D, packed_k<T>(words), a, 1, TOKENS,
+             vocabulary_.summed + packed_k<T>(begin) * vocabulary_.summed_ld, vocabulary_.summed_ld, sums, wide_, true);
+    }
 
- private:
-  const LinearNllParams& p_;
-  const Weights<Op>& weights_;
-  const int dp_;
-  Elem *rows_, *transposed_, *pairs_, *packed_;
+    void clear_sums() const { std::fill(sums, sums + TOKENS * wide_, 0.0f); }
+    const T* rows() const { return rows_; }
+    int64_t sums_ld() const { return wide_; }
+
+    float* logits;  // [WORDS, TOKENS]
+    float* sums;    // [TOKENS, sums_ld]
+    int64_t first = 0, size = 0;
+
+   private:
+    const LinearNllInputs& p_;
+    const Vocabulary<T>& vocabulary_;
+    const int64_t wide_;
+    T* rows_;
+    E *transposed_, *packed_;
 };
 
-// Running maximum, sum of exponentials and sum of logits of every token of a tile.
+// Running maximum, sum of exponentials and sum of logits of each of a tile's tokens.
 struct Softmax {
-  alignas(64) float max[kTokens], total[kTokens], logit_sum[kTokens], target_logit[kTokens], scale[kTokens];
-  alignas(64) std::int32_t best[kTokens];
+    alignas(64) float max[TOKENS], total[TOKENS], logit_sum[TOKENS], target_logit[TOKENS], scale[TOKENS], best[TOKENS];
 
-  Softmax() {
-    for (int t = 0; t < kTokens; ++t) {
-      max[t] = std::numeric_limits<float>::lowest();
-      total[t] = logit_sum[t] = target_logit[t] = 0;
-      best[t] = 0;
+    Softmax() {
+        std::fill_n(max, TOKENS, std::numeric_limits<float>::lowest());
+        std::fill_n(total, TOKENS, 0.0f);
+        std::fill_n(logit_sum, TOKENS, 0.0f);
+        std::fill_n(target_logit, TOKENS, 0.0f);
+        std::fill_n(best, TOKENS, 0.0f);
     }
-  }
 
-  // logits <- exp(logits - new maximum); `scale` is what earlier sums must be multiplied by.
-  void take(float* logits, int begin, int words, bool want_best) {
-    for (int i = 0; i < kTokens; i += kLanes) {
-      Vec top = load(max + i), sums = load(logit_sum + i);
-      VecInt index;
-      std::memcpy(&index, best + i, sizeof index);
-      for (int v = 0; v < words; ++v) {
-        const Vec z = load(logits + v * kTokens + i);
-        if (want_best) index = (VecInt)select(z > top, (Vec)(VecInt{} + (begin + v)), (Vec)index);
-        top = maximum(z, top);
-        sums += z;
-      }
-      const Vec factor = exp_nonpositive(load(max + i) - top);
-      Vec sum = load(total + i) * factor;
-      for (int v = 0; v < words; ++v) {
-        const Vec e = exp_nonpositive(load(logits + v * kTokens + i) - top);
-        store(logits + v * kTokens + i, e);
-        sum += e;
-      }
-      store(scale + i, factor);
-      store(total + i, sum);
-      store(max + i, top);
-      store(logit_sum + i, sums);
-      std::memcpy(best + i, &index, sizeof index);
+    // Takes a block's z + bias. Then logits hold them, less the new maximum and exponentiated where `keep`, and `scale`
+    // is what sums of earlier blocks are multiplied by.
+    void take(float* logits, const float* bias, const int64_t* target, int64_t begin, int64_t words, int64_t size,
+              bool keep) {
+        for (int64_t i = 0; i < TOKENS; i += W) {
+            Vec top = load(max + i), sum = load(logit_sum + i), word = load(best + i);
+            for (int64_t v = 0; v < words; ++v) {
+                float* p = logits + v * TOKENS + i;
+                const Vec z = load(p) + set1(bias[v]);
+                store(p, z);
+                word = select(less(top, z), set1(static_cast<float>(begin + v)), word);
+                top = vmax(z, top);
+                sum += z;
+            }
+            store(best + i, word);
+            store(logit_sum + i, sum);
+            store(scale + i, top);
+        }
+        for (int64_t t = 0; t < size; ++t) {
+            if (target[t] >= begin && target[t] < begin + words) {
+                target_logit[t] = logits[(target[t] - begin) * TOKENS + t];
+            }
+        }
+        for (int64_t i = 0; i < TOKENS; i += W) {
+            const Vec top = load(scale + i), factor = exp(load(max + i) - top);
+            Vec sum = load(total + i) * factor;
+            for (int64_t v = 0; v < words; ++v) {
+                float* p = logits + v * TOKENS + i;
+                const Vec e = exp(load(p) - top);
+                if (keep) store(p, e);
+                sum += e;
+            }
+            store(total + i, sum);
+            store(max + i, top);
+            store(scale + i, factor);
+        }
     }
-  }
 };
 
-template <class Op>
-void forward(const LinearNllParams& p, ParallelFor parallel_for) {
-  const Tokens tokens = gather(p);
-  const int dp = round_up(p.D, kLanes);
-  const Weights<Op> weights(p, dp, p.expected != nullptr, parallel_for);
-  std::vector<float> token_nll(tokens.index.size());
-  std::vector<char> correct(tokens.index.size());
-  parallel_for(tokens.tiles(), [&](std::int64_t tile_begin, std::int64_t tile_end) {
-    static thread_local Scratch scratch;
-    scratch.reset();
-    Tile<Op> tile(p, weights, scratch);
-    float* expected = p.expected == nullptr ? nullptr : scratch.take<float>(std::size_t(kTokens) * dp);
-    for (std::int64_t i = tile_begin; i < tile_end; ++i) {
-      tile.load(tokens, i);
-      Softmax softmax;
-      if (expected != nullptr) std::memset(expected, 0, std::size_t(kTokens) * dp * sizeof(float));
-      for (int begin = 0; begin < p.V; begin += kVocabulary) {
-        const int words = p.V - begin < kVocabulary ? p.V - begin : kVocabulary;
-        tile.score(begin, words);
-        for (int t = 0; t < tile.size; ++t) {
-          const std::int64_t y = p.target[tokens.index[tile.first + t]];
-          if (y >= begin && y < begin + words) softmax.target_logit[t] = tile.logits[(y - begin) * kTokens + t];
-        }
-        softmax.take(tile.logits, begin, words, p.accuracy != nullptr);
-        if (expected == nullptr) continue;
-        for (int t = 0; t < tile.size; ++t)
-          for (int c = 0; c < dp; c += kLanes)
-            store(expected + t * dp + c, load(expected + t * dp + c) * splat(softmax.scale[t]));
-        tile.add_words(begin, words, expected);
-      }
-      for (int t = 0; t < tile.size; ++t) {
-        const std::int64_t token = tokens.index[tile.first + t];
-        const float lse = softmax.max[t] + std::log(softmax.total[t]);
-        const float smooth = p.label_smoothing;
-        token_nll[tile.first + t] =
-            (1 - smooth) * (lse - softmax.target_logit[t]) + smooth * (lse - softmax.logit_sum[t] / float(p.V));
-        correct[tile.first + t] = softmax.best[t] == p.target[token];
-        p.lse[token] = lse;
-        if (expected != nullptr) store_as(p.expected + token * p.D, DType::kFloat32, expected + t * dp, p.D, 1 / softmax.total[t]);
-      }
-    }
-  });
-  std::size_t token = 0;
-  for (int m = 0; m < p.M; ++m) {
-    const std::int64_t n = count(p, m);
-    float nll = 0;
-    int right = 0;
-    for (std::int64_t t = 0; t < n; ++t, ++token) {
-      nll += token_nll[token];
-      right += correct[token];
-    }
-    const std::int64_t padding = std::int64_t(m) * p.L + n;  // saved tensors hold no garbage
-    std::memset(p.lse + padding, 0, std::size_t(p.L - n) * sizeof(float));
-    if (p.expected != nullptr) std::memset(p.expected + padding * p.D, 0, std::size_t(p.L - n) * p.D * sizeof(float));
-    p.nll[m] = n == 0 ? 0 : nll / float(n);
-    if (p.accuracy != nullptr) p.accuracy[m] = n == 0 ? 0 : float(right) / float(n);
-  }
+template <class T>
+void write_row(T* out, const float* values, int64_t n, float factor) {
+    for (int64_t c = 0; c < n; c += W) store_tail(out + c, load_tail(values + c, n - c) * set1(factor), n - c);
 }
 
-// What the backward needs of a tile's tokens, padded with gradient 0.
+template <class T>
+void forward(const LinearNllParams& p) {
+    const Tokens tokens(p);
+    const Vocabulary<T> vocabulary(p, p.expected != nullptr);
+    std::vector<float> token_nll(tokens.index.size());
+    std::vector<char> correct(tokens.index.size());
+    Layout counted(nullptr);
+    Tile<T>(p, vocabulary, counted);
+    parallel_for(tokens.tiles(), [&](int64_t index) {
+        Layout layout(thread_scratch(counted.bytes()));
+        Tile<T> tile(p, vocabulary, layout);
+        tile.load(tokens, index);
+        Softmax softmax;
+        int64_t target[TOKENS];
+        for (int64_t t = 0; t < tile.size; ++t) target[t] = p.target[tokens.index[static_cast<size_t>(tile.first + t)]];
+        if (p.expected != nullptr) tile.clear_sums();
+        for (int64_t begin = 0; begin < p.V; begin += WORDS) {
+            tile.score(begin, tile.logits);
+            softmax.take(tile.logits, &vocabulary.bias[static_cast<size_t>(begin)], target, begin, words_from(p, begin),
+                         tile.size, p.expected != nullptr);
+            if (p.expected == nullptr) continue;
+            for (int64_t t = 0; t < tile.size; ++t) {
+                float* row = tile.sums + t * tile.sums_ld();
+                write_row(row, row, p.D, softmax.scale[t]);
+            }
+            tile.add_words(begin, tile.logits);
+        }
+        for (int64_t t = 0; t < tile.size; ++t) {
+            const size_t i = static_cast<size_t>(tile.first + t);
+            const int64_t token = tokens.index[i];
+            const float lse = softmax.max[t] + std::log(softmax.total[t]), smoothing = p.label_smoothing;
+            token_nll[i] = (1 - smoothing) * (lse - softmax.target_logit[t]) +
+                           smoothing * (lse - softmax.logit_sum[t] / static_cast<float>(p.V));
+            correct[i] = static_cast<int64_t>(softmax.best[t]) == target[t];
+            p.lse[token] = lse;
+            if (p.expected != nullptr) {
+                write_row(p.expected + token * p.D, tile.sums + t * tile.sums_ld(), p.D, 1 / softmax.total[t]);
+            }
+        }
+    });
+    size_t token = 0;
+    for (int64_t m = 0; m < p.M; ++m) {
+        const int64_t n = p.valid(m);
+        float nll = 0;
+        int64_t right = 0;
+        for (int64_t t = 0; t < n; ++t, ++token) {
+            nll += token_nll[token];
+            right += correct[token];
+        }
+        // What is saved for the backward holds no garbage.
+        const int64_t padding = m * p.L + n;
+        std::fill(p.lse + padding, p.lse + (m + 1) * p.L, 0.0f);
+        if (p.expected != nullptr) std::fill(p.expected + padding * p.D, p.expected + (m + 1) * p.L * p.D, 0.0f);
+        const float count = static_cast<float>(n);
+        p.nll[m] = n == 0 ? 0 : nll / count;
+        if (p.accuracy != nullptr) p.accuracy[m] = n == 0 ? 0 : static_cast<float>(right) / count;
+    }
+}
+
+// A tile's side of the backward, padded with tokens of no gradient.
 struct TileGradient {
-  alignas(64) float lse[kTokens], gradient[kTokens];
-  std::int64_t target[kTokens];
+    alignas(64) float lse[TOKENS], gradient[TOKENS];
+    int64_t target[TOKENS];
 
-  TileGradient(const LinearNllParams& p, const Tokens& tokens, std::int64_t first, int size) {
-    for (int t = 0; t < kTokens; ++t) {
-      const bool real = t < size;
-      const std::int64_t token = real ? tokens.index[first + t] : 0;
-      lse[t] = real ? p.lse[token] : 0;
-      gradient[t] = real ? tokens.gradient[first + t] : 0;
-      target[t] = real ? p.target[token] : -1;
+    TileGradient(const LinearNllBackwardParams& p, const Tokens& tokens, int64_t first, int64_t size) {
+        for (int64_t t = 0; t < TOKENS; ++t) {
+            const bool real = t < size;
+            const int64_t token = real ? tokens.index[static_cast<size_t>(first + t)] : 0;
+            lse[t] = real ? p.lse[token] : std::numeric_limits<float>::max();
+            gradient[t] = real ? tokens.gradient[static_cast<size_t>(first + t)] : 0;
+            target[t] = real ? p.target[token] : -1;
+        }
     }
-  }
+
+    // z to dz; their sums over the tokens to d_bias.
+    void apply(float* z, const float* bias, float label_smoothing, int64_t V, int64_t begin, int64_t words,
+               float* d_bias) const {
+        const Vec share = set1(label_smoothing / static_cast<float>(V));
+        for (int64_t v = 0; v < words; ++v) {
+            Vec sum = set1(0);
+            for (int64_t i = 0; i < TOKENS; i += W) {
+                float* p = z + v * TOKENS + i;
+                const Vec probability = exp(load(p) + set1(bias[v]) - load(lse + i));
+                const Vec dz = (probability - share) * load(gradient + i);
+                store(p, dz);
+                sum += dz;
+            }
+            d_bias[v] = hsum(sum);
+        }
+        for (int64_t t = 0; t < TOKENS; ++t) {
+            if (target[t] < begin || target[t] >= begin + words) continue;
+            const float less = (1 - label_smoothing) * gradient[t];
+            z[(target[t] - begin) * TOKENS + t] -= less;
+            d_bias[target[t] - begin] -= less;
+        }
+    }
 };
 
-template <class Op>
-void hidden_gradient(const LinearNllParams& p, const Tokens& tokens, const Weights<Op>& weights, ParallelFor parallel_for) {
-  const int dp = round_up(p.D, kLanes);
-  const std::ptrdiff_t size = element_size(p.dtype);
-  auto* out = static_cast<char*>(p.grad_hidden);
-  std::memset(out, 0, std::size_t(p.M) * p.L * p.D * size);
-  std::vector<float> mean(p.expected == nullptr ? 0 : p.D);
-  if (p.expected != nullptr) {  // mean(W), each column's words in order
-    std::vector<double> sums(p.D);
-    std::vector<float> row(p.D);
-    for (int v = 0; v < p.V; ++v) {
-      load_as(static_cast<const char*>(p.weight) + std::ptrdiff_t(v) * p.D * size, p.dtype, p.D, row.data());
-      for (int c = 0; c < p.D; ++c) sums[c] += row[c];
-    }
-    for (int c = 0; c < p.D; ++c) mean[c] = float(sums[c] / p.V);
-  }
-  parallel_for(tokens.tiles(), [&](std::int64_t tile_begin, std::int64_t tile_end) {
-    static thread_local Scratch scratch;
-    scratch.reset();
-    Tile<Op> tile(p, weights, scratch);
-    float* sum = scratch.take<float>(std::size_t(kTokens) * dp);
-    float* word = scratch.take<float>(p.D);
-    for (std::int64_t i = tile_begin; i < tile_end; ++i) {
-      if (p.expected != nullptr) {
-        const std::int64_t first = i * kTokens, last = first + kTokens;
-        for (std::int64_t t = first; t < last && t < std::int64_t(tokens.index.size()); ++t) {
-          const std::int64_t token = tokens.index[t];
-          load_as(static_cast<const char*>(p.weight) + p.target[token] * p.D * size, p.dtype, p.D, word);
-          for (int c = 0; c < p.D; ++c)
-            word[c] = p.expected[token * p.D + c] - (1 - p.label_smoothing) * word[c] - p.label_smoothing * mean[c];
-          store_as(out + token * p.D * size, p.dtype, word, p.D, tokens.gradient[t]);
-        }
-        continue;
-      }
-      tile.load(tokens, i);
-      const TileGradient gradient(p, tokens, tile.first, tile.size);
-      std::memset(sum, 0, std::size_t(kTokens) * dp * sizeof(float));
-      for (int begin = 0; begin < p.V; begin += kVocabulary) {
-        const int words = p.V - begin < kVocabulary ? p.V - begin : kVocabulary;
-        tile.score(begin, words);
-        tile.logit_gradient(begin, words, gradient.lse, gradient.gradient, gradient.target);
-        tile.add_words(begin, words, sum);
-      }
-      for (int t = 0; t < tile.size; ++t)
-        store_as(out + tokens.index[tile.first + t] * p.D * size, p.dtype, sum + t * dp, p.D, 1.f);
-    }
-  });
+// d_hidden of tokens that do not count.
+template <class T>
+void clear_others(const LinearNllBackwardParams& p, const Tokens& tokens) {
+    T* out = static_cast<T*>(p.d_hidden);
+    int64_t done = 0;
+    const auto clear_to = [&](int64_t token) {
+        std::memset(static_cast<void*>(out + done * p.D), 0, static_cast<size_t>((token - done) * p.D) * sizeof(T));
+        done = token + 1;
+    };
+    for (const int64_t token : tokens.index) clear_to(token);
+    clear_to(p.M * p.L);
 }
 
-template <class Op>
-void weight_gradient(const LinearNllParams& p, const Tokens& tokens, const Weights<Op>& weights, ParallelFor parallel_for) {
-  const int dp = round_up(p.D, kLanes);
-  const std::ptrdiff_t size = element_size(p.dtype);
-  parallel_for((p.V + kVocabulary - 1) / kVocabulary, [&](std::int64_t block_begin, std::int64_t block_end) {
-    static thread_local Scratch scratch;
-    scratch.reset();
-    Tile<Op> tile(p, weights, scratch);
-    float* sum = scratch.take<float>(std::size_t(kVocabulary) * dp);
-    float* bias = scratch.take<float>(kVocabulary);
-    for (std::int64_t block = block_begin; block < block_end; ++block) {
-      const int begin = int(block) * kVocabulary, words = p.V - begin < kVocabulary ? p.V - begin : kVocabulary;
-      std::memset(sum, 0, std::size_t(kVocabulary) * dp * sizeof(float));
-      std::memset(bias, 0, kVocabulary * sizeof(float));
-      for (std::int64_t i = 0; i < tokens.tiles(); ++i) {
-        tile.load(tokens, i);
+// d_hidden from what the forward kept.
+template <class T>
+void hidden_gradient_from_expected(const LinearNllBackwardParams& p, const Tokens& tokens) {
+    const T* weight = static_cast<const T*>(p.weight);
+    std::vector<double> sums(static_cast<size_t>(p.D));
+    for (int64_t v = 0; v < p.V; ++v) {
+        for (int64_t c = 0; c < p.D; c += W) {
+            float lanes[W];
+            store(lanes, load_tail(weight + v * p.D + c, p.D - c));
+            for (int64_t i = 0; i < std::min<int64_t>(W, p.D - c); ++i) sums[static_cast<size_t>(c + i)] += lanes[i];
+        }
+    }
+    std::vector<float> mean(sums.size());
+    for (size_t c = 0; c < sums.size(); ++c) mean[c] = static_cast<float>(sums[c] / static_cast<double>(p.V));
+    parallel_for(tokens.tiles(), [&](int64_t tile) {
+        for (int64_t i = tile * TOKENS; i < std::min(tokens.size(), (tile + 1) * TOKENS); ++i) {
+            const int64_t token = tokens.index[static_cast<size_t>(i)];
+            const T* word = weight + p.target[token] * p.D;
+            T* out = static_cast<T*>(p.d_hidden) + token * p.D;
+            for (int64_t c = 0; c < p.D; c += W) {
+                const int64_t n = p.D - c;
+                Vec d = load_tail(p.expected + token * p.D + c, n);
+                d = fnma(set1(1 - p.label_smoothing), load_tail(word + c, n), d);
+                d = fnma(set1(p.label_smoothing), load_tail(&mean[static_cast<size_t>(c)], n), d);
+                store_tail(out + c, d * set1(tokens.gradient[static_cast<size_t>(i)]), n);
+            }
+        }
+    });
+}
+
+template <class T>
+void backward(const LinearNllBackwardParams& p) {
+    using E = Operand<T>;
+    const Tokens tokens(p, p.d_nll);
+    const bool want_words = p.d_weight != nullptr || p.d_bias != nullptr;
+    const bool want_hidden = p.d_hidden != nullptr && p.expected == nullptr;
+    if (p.d_hidden != nullptr) clear_others<T>(p, tokens);
+    if (p.d_hidden != nullptr && p.expected != nullptr) hidden_gradient_from_expected<T>(p, tokens);
+    if (!want_words && !want_hidden) return;
+
+    const Vocabulary<T> vocabulary(p, want_hidden);
+    Layout counted(nullptr);
+    Tile<T>(p, vocabulary, counted);
+
+    // dz of the tiles at hand [tile][word][token], their hidden states and their shares of d_bias [tile][word].
+    const int64_t at_hand = want_words ? std::min(tokens.tiles(), std::max<int64_t>(4, 2 * thread_count())) : tokens.tiles();
+    const int64_t wide = round_up(p.D, W), dz_ld = packed_k<T>(TOKENS);
+    const size_t kept = want_words ? static_cast<size_t>(at_hand) : 0;
+    const Buffer dz_buffer(kept * static_cast<size_t>(p.V * dz_ld) * sizeof(E));
+    const Buffer hidden_buffer(kept * static_cast<size_t>(dz_ld * wide) * sizeof(E));
+    const Buffer share_buffer(kept * static_cast<size_t>(p.V) * sizeof(float));
+    E *dz = dz_buffer.as<E>(), *hidden = hidden_buffer.as<E>();
+    float* share = share_buffer.as<float>();
+    // Sums in float32: in the outputs, where those are.
+    constexpr bool FLOAT = std::is_same_v<T, float>;
+    const Buffer weight_buffer(!FLOAT && p.d_weight != nullptr ? static_cast<size_t>(p.V * p.D) * sizeof(float) : 0);
+    float* d_weight = FLOAT ? static_cast<float*>(p.d_weight) : weight_buffer.as<float>();
+    std::vector<float> d_bias(want_words ? static_cast<size_t>(p.V) : 0);
+
+    const auto do_tile = [&](int64_t index, int64_t slot) {
+        Layout layout(thread_scratch(counted.bytes() + WORDS * sizeof(float)));
+        Tile<T> tile(p, vocabulary, layout);
+        float* unwanted = layout.take<float>(WORDS);
+        tile.load(tokens, index);
         const TileGradient gradient(p, tokens, tile.first, tile.size);
-        tile.score(begin, words);
-        tile.logit_gradient(begin, words, gradient.lse, gradient.gradient, gradient.target);
-        if (p.grad_weight != nullptr) tile.add_tokens(words, sum);
-        for (int v = 0; v < words; ++v) {
-          Vec total = load(tile.logits + v * kTokens);
-          for (int j = kLanes; j < kTokens; j += kLanes) total += load(tile.logits + v * kTokens + j);
-          bias[v] += CNM_ISA::sum(total);
+        if (want_hidden) tile.clear_sums();
+        if (want_words) pack_rows(TOKENS, p.D, tile.rows(), p.D, hidden + slot * dz_ld * wide, wide);
+        for (int64_t begin = 0; begin < p.V; begin += WORDS) {
+            const int64_t words = words_from(p, begin);
+            float* z = tile.logits;
+            if constexpr (std::is_same_v<E, float>) {
+                if (want_words) z = dz + (slot * p.V + begin) * dz_ld;
+            }
+            tile.score(begin, z);
+            gradient.apply(z, &vocabulary.bias[static_cast<size_t>(begin)], p.label_smoothing, p.V, begin, words,
+                           want_words ? share + slot * p.V + begin : unwanted);
+            if constexpr (!std::is_same_v<E, float>) {
+                if (want_words) pack_a(words, TOKENS, z, TOKENS, dz + (slot * p.V + begin) * dz_ld, dz_ld);
+            }
+            if (want_hidden) tile.add_words(begin, z);
         }
-      }
-      if (p.grad_weight != nullptr)
-        for (int v = 0; v < words; ++v)
-          store_as(static_cast<char*>(p.grad_weight) + std::ptrdiff_t(begin + v) * p.D * size, p.dtype, sum + v * dp, p.D, 1.f);
-      if (p.grad_bias != nullptr) store_as(static_cast<char*>(p.grad_bias) + begin * size, p.dtype, bias, words, 1.f);
+        if (!want_hidden) return;
+        for (int64_t t = 0; t < tile.size; ++t) {
+            T* out = static_cast<T*>(p.d_hidden) + tokens.index[static_cast<size_t>(tile.first + t)] * p.D;
+            write_row(out, tile.sums + t * tile.sums_ld(), p.D, 1);
+        }
+    };
+    const auto add_tiles = [&](int64_t block, int64_t first, int64_t tiles) {
+        const int64_t begin = block * WORDS, words = words_from(p, begin);
+        for (int64_t slot = 0; slot < tiles; ++slot) {
+            for (int64_t v = begin; v < begin + words; ++v) d_bias[static_cast<size_t>(v)] += share[slot * p.V + v];
+            if (p.d_weight == nullptr) continue;
+            gemm(words, p.D, dz_ld, dz + (slot * p.V + begin) * dz_ld, dz_ld, 1, hidden + slot * dz_ld * wide, wide,
+                 d_weight + begin * p.D, p.D, first + slot > 0);
+        }
+    };
+    for (int64_t first = 0; first < tokens.tiles(); first += at_hand) {
+        const int64_t tiles = std::min(at_hand, tokens.tiles() - first);
+        parallel_for(tiles, [&](int64_t slot) { do_tile(first + slot, slot); });
+        if (want_words) parallel_for(blocks(p), [&](int64_t block) { add_tiles(block, first, tiles); });
     }
-  });
-}
-
-template <class Op>
-void backward(const LinearNllParams& p, ParallelFor parallel_for) {
-  const Tokens tokens = gather(p);
-  const Weights<Op> weights(p, round_up(p.D, kLanes), p.grad_hidden != nullptr && p.expected == nullptr, parallel_for);
-  if (p.grad_hidden != nullptr) hidden_gradient<Op>(p, tokens, weights, parallel_for);
-  if (p.grad_weight != nullptr || p.grad_bias != nullptr) weight_gradient<Op>(p, tokens, weights, parallel_for);
+    if (p.d_weight != nullptr && tokens.tiles() == 0) {
+        std::memset(p.d_weight, 0, static_cast<size_t>(p.V * p.D) * sizeof(T));
+    } else if (p.d_weight != nullptr && !FLOAT) {
+        parallel_for(blocks(p), [&](int64_t block) {
+            const int64_t begin = block * WORDS * p.D;
+            write_row(static_cast<T*>(p.d_weight) + begin, d_weight + begin, words_from(p, block * WORDS) * p.D, 1);
+        });
+    }
+    if (p.d_bias != nullptr) write_row(static_cast<T*>(p.d_bias), d_bias.data(), p.V, 1);
 }
 
 }  // namespace
 
-void linear_nll_forward(const LinearNllParams& p, ParallelFor parallel_for) {
-#if defined(__AVX512BF16__)
-  if (p.dtype == DType::kBFloat16) return forward<BF16Pair>(p, parallel_for);
-#endif
-  forward<F32>(p, parallel_for);
+void linear_nll(const LinearNllParams& p) {
+    with_type(p.dtype, [&](auto* type) { forward<std::remove_pointer_t<decltype(type)>>(p); });
 }
 
-void linear_nll_backward(const LinearNllParams& p, ParallelFor parallel_for) {
-#if defined(__AVX512BF16__)
-  if (p.dtype == DType::kBFloat16) return backward<BF16Pair>(p, parallel_for);
-#endif
-  backward<F32>(p, parallel_for);
+void linear_nll_backward(const LinearNllBackwardParams& p) {
+    with_type(p.dtype, [&](auto* type) { backward<std::remove_pointer_t<decltype(type)>>(p); });
 }
 
-}  // namespace CNM_ISA
-}  // namespace cnm
+}  // namespace cnm::CNM_ISA

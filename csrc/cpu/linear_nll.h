@@ -1,28 +1,47 @@
-// What the linear_nll kernels are told. Torch-free.
+// linear_nll: what its kernels are given.
 #pragma once
 
-#include "kernel.h"
+#include <cstdint>
+
+#include "isa.h"
+#include "types.h"
 
 namespace cnm {
 
-struct LinearNllParams {
-  DType dtype;
-  int M, L, D, V;
-  float label_smoothing;
-  const void* hidden;                 // [M, L, D]
-  const void* weight;                 // [V, D]
-  const void* bias;                   // [V]
-  const std::int64_t* target;         // [M, L]
-  const std::int64_t* valid_lengths;  // [M]
-  float* nll;                         // [M]
-  float* lse;                         // [M, L], valid tokens only
-  float* expected;                    // [M, L, D] or null: softmax(logits) W, valid tokens only
-  float* accuracy;                    // [M] or null
-  // Backward only; a null output is not wanted.
-  const float* grad_nll;  // [M]
-  void* grad_hidden;      // [M, L, D]
-  void* grad_weight;      // [V, D]
-  void* grad_bias;        // [V]
+struct LinearNllInputs {
+    Dtype dtype;  // of hidden, weight, bias and their gradients
+    int64_t M, L, D, V;
+    float label_smoothing;
+    const void* hidden;            // [M, L, D]
+    const void* weight;            // [V, D]
+    const void* bias;              // [V]
+    const int64_t* target;         // [M, L], in [0, V) on valid tokens
+    const int64_t* valid_lengths;  // [M]
+
+    // Tokens of row m that count.
+    int64_t valid(int64_t m) const {
+        const int64_t n = valid_lengths[m];
+        return n < 0 ? 0 : n < L ? n : L;
+    }
 };
+
+struct LinearNllParams : LinearNllInputs {
+    float* nll;       // [M]
+    float* accuracy;  // [M] or null
+    float* lse;       // [M, L], for the backward
+    float* expected;  // [M, L, D], softmax(z) W, for the backward, or null
+};
+
+struct LinearNllBackwardParams : LinearNllInputs {
+    const float* d_nll;     // [M]
+    const float* lse;       // [M, L]
+    const float* expected;  // [M, L, D] or null
+    void* d_hidden;         // [M, L, D] or null: not wanted
+    void* d_weight;         // [V, D] or null
+    void* d_bias;           // [V] or null
+};
+
+CNM_MATRIX_KERNEL(linear_nll, LinearNllParams)
+CNM_MATRIX_KERNEL(linear_nll_backward, LinearNllBackwardParams)
 
 }  // namespace cnm

@@ -1,125 +1,110 @@
-// Vectors of one instruction set. Each kernel source is compiled once per instruction set, in namespace CNM_ISA, with
-// CNM_VECTOR_BYTES and the matching compiler flags; nothing here is shared between the copies.
+// Vectors of W float32 lanes: one interface over the instruction sets of isa.h.
+//
+//   Vec                               W lanes; + - * / and unary -
+//   load, load_n(p, n)                from float, bf16, f16, unaligned; n in [0, W], lanes beyond are 0
+//   store, store_n(p, v, n)           to the same, rounded to nearest even
+//   stream(p, v)                      store past the caches where p is aligned; needs stream_fence() at the end
+//   fma(a, b, c), fnma(a, b, c)       a b + c, c - a b
+//   vmax, vmin(a, b)                  b where either is NaN
+//   Mask, first_n(n), mask_bits(bits) lanes below n; lane i where bit i is set
+//   less(a, b), select(mask, a, b)    a < b; a where the mask holds, else b
+//   hsum, hmax                        over the lanes, in one fixed order
+//   exp(v)                            within 1 ulp everywhere: 0, denormals and infinity included; NaN stays
+//   transpose(rows)                   of a W x W block in registers
+//   Output<T>                         store or stream, by the size of the result
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#ifndef CNM_ISA
-#error "CNM_ISA names the instruction set this file is compiled for"
-#endif
-
-namespace cnm {
-namespace CNM_ISA {
+#include "types.h"
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
+#include "simd_avx512.h"
 #elif defined(__AVX2__)
-constexpr int kLanes = 8;
+#include "simd_avx2.h"
 #else
-constexpr int kLanes = 4;
+#include "simd_portable.h"
 #endif
 
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef std::int32_t VecInt __attribute__((vector_size(4 * kLanes)));
+namespace cnm::CNM_ISA {
 
-inline Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-inline Vec splat(float x) { return Vec{} + x; }
-inline Vec select(VecInt mask, Vec a, Vec b) { return (Vec)(((VecInt)a & mask) | ((VecInt)b & ~mask)); }
-inline Vec maximum(Vec a, Vec b) { return select(a > b, a, b); }
+inline Vec operator-(Vec a) { return set1(-0.0f) ^ a; }
+inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
+inline Vec& operator*=(Vec& a, Vec b) { return a = a * b; }
 
-inline VecInt lanes_below(int n) {
-  VecInt lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < n;
-}
-constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-inline float sum(Vec v) {  // pairwise, in a fixed order
-  float x[kLanes];
-  store(x, v);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) x[i] += x[i + n];
-  return x[0];
-}
-inline float highest(Vec v) {
-  float x[kLanes];
-  store(x, v);
-  float m = x[0];
-  for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
-  return m;
+// exp(x) = 2^n exp(r), n = round(x / ln 2), r = x - n ln 2 in two parts, exp(r) by its minimax polynomial on
+// [-ln 2 / 2, ln 2 / 2]. The clamp keeps n small and lets NaN through: its ends give infinity and 0.
+inline Vec exp(Vec x) {
+    x = vmin(set1(89.0f), vmax(set1(-104.5f), x));
+    const Vec n = round(x * set1(1.44269504088896341f));
+    const Vec r = fnma(n, set1(-2.12194440e-4f), fnma(n, set1(0.693359375f), x));
+    Vec p = set1(1.9875691500e-4f);
+    p = fma(p, r, set1(1.3981999507e-3f));
+    p = fma(p, r, set1(8.3334519073e-3f));
+    p = fma(p, r, set1(4.1665795894e-2f));
+    p = fma(p, r, set1(1.6666665459e-1f));
+    p = fma(p, r, set1(5.0000001201e-1f));
+    p = fma(p, r * r, r) + set1(1.0f);
+    return scale_by_power(p, n);
 }
 
-// exp(x) for x <= 0 (and small positive x), within 1 ulp; 0 below the smallest normal number; NaN stays NaN.
-inline Vec exp_nonpositive(Vec x) {
-  const Vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  Vec t = x * splat(1.44269504088896341f) + magic;
-  VecInt n = (VecInt)t - (VecInt)magic;
-  Vec k = t - magic;
-  Vec r = x - k * splat(0.693359375f);
-  r = r - k * splat(-2.12194440e-4f);
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * (r * r) + r + splat(1.f);
-  Vec scale = (Vec)((n + 127) << 23);
-  return select(x < splat(-87.33654f), Vec{}, p * scale);
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
 }
-
-// kLanes x kLanes block of 32-bit elements, transposed in registers.
+inline float to_float(f16 x) {
+    float lanes[W];
+    store(lanes, load_n(&x, 1));
+    return lanes[0];
+}
 template <class T>
-inline void transpose_block(const T* in, std::ptrdiff_t in_row, T* out, std::ptrdiff_t out_row) {
-  static_assert(sizeof(T) == 4, "32-bit elements");
-  VecInt x[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) std::memcpy(&x[i], in + i * in_row, sizeof(VecInt));
-#pragma GCC unroll 4
-  for (int s = 1; s < kLanes; s *= 2) {
-    VecInt low, high;  // of a pair of rows s apart: lanes whose bit s is clear from both, and those whose bit s is set
-    for (int l = 0; l < kLanes; ++l) {
-      low[l] = (l & s) ? kLanes + l - s : l;
-      high[l] = (l & s) ? kLanes + l : l + s;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      if (!(i & s)) {
-        VecInt a = x[i], b = x[i + s];
-        x[i] = __builtin_shuffle(a, b, low);
-        x[i + s] = __builtin_shuffle(a, b, high);
-      }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) std::memcpy(out + i * out_row, &x[i], sizeof(VecInt));
+inline void from_float(T* p, float x) {
+    store_n(p, set1(x), 1);
 }
 
-// out[c][r] = in[r][c] for r < rows, c < cols; out rows are padded with zeros up to a multiple of kLanes.
+// Full or partial, for the tail of a row.
 template <class T>
-inline void transpose(const T* in, std::ptrdiff_t in_row, int rows, int cols, T* out, std::ptrdiff_t out_row) {
-  for (int r = 0; r < rows; r += kLanes)
-    for (int c = 0; c < cols; c += kLanes) {
-      if (r + kLanes <= rows && c + kLanes <= cols) {
-        transpose_block(in + r * in_row + c, in_row, out + c * out_row + r, out_row);
-        continue;
-      }
-      T block[kLanes][kLanes] = {};
-      for (int i = r; i < rows && i < r + kLanes; ++i)
-        for (int j = c; j < cols && j < c + kLanes; ++j) block[j - c][i - r] = in[i * in_row + j];
-      for (int j = c; j < cols && j < c + kLanes; ++j) std::memcpy(out + j * out_row + r, block[j - c], sizeof(VecInt));
+inline Vec load_tail(const T* p, int64_t n) {
+    return n >= W ? load(p) : load_n(p, static_cast<int>(n));
+}
+template <class T>
+inline void store_tail(T* p, Vec v, int64_t n) {
+    if (n >= W) {
+        store(p, v);
+    } else {
+        store_n(p, v, static_cast<int>(n));
     }
 }
 
-}  // namespace CNM_ISA
-}  // namespace cnm
+// Lanes from n on as 0, where they would count in a sum.
+inline Vec within(Vec v, int64_t n) { return n >= W ? v : select(first_n(static_cast<int>(n)), v, set1(0)); }
+
+// Writes a result of `count` elements: around the caches where it would not stay in them anyway, which spares reading
+// every line before it is overwritten.
+template <class T>
+class Output {
+   public:
+    explicit Output(int64_t count) : streams_(count * static_cast<int64_t>(sizeof(T)) >= STREAM_BYTES) {}
+
+    void operator()(T* p, Vec v, int64_t n) const {
+        if (streams_ && n >= W) {
+            stream(p, v);
+        } else {
+            store_tail(p, v, n);
+        }
+    }
+    // Once per thread's share, before others read it.
+    void finish() const {
+        if (streams_) stream_fence();
+    }
+
+   private:
+    static constexpr int64_t STREAM_BYTES = 8 << 20;
+    bool streams_;
+};
+
+}  // namespace cnm::CNM_ISA

@@ -1,0 +1,106 @@
+"""weighted_attention and gaussian_attention in C++: one op, whose keys' weights are a tensor, a Gaussian or neither."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnm_kernels.native.library import register_autograd, register_fake
+
+_forward = torch.ops.cnm_kernels.attention.default
+_backward = torch.ops.cnm_kernels.attention_backward.default
+
+
+def weighted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_weight: Tensor | None,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    out, _, weights = _forward(
+        query, key, value, key_weight, None, None, 1.0, 1.0, False, causal, key_lengths, scale, return_weights
+    )
+    return out, weights if return_weights else None
+
+
+def gaussian_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Tensor,
+    width: Tensor,
+    alpha: float,
+    min_width: float,
+    complement: bool,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    gaussian = (center, width, alpha, min_width, complement)
+    out, _, weights = _forward(query, key, value, None, *gaussian, causal, key_lengths, scale, return_weights)
+    return out, weights if return_weights else None
+
+
+def _heads_like(tensor: Tensor, wanted: bool = True) -> Tensor:
+    """[B, H, L, d] in memory as [B, L, H, d], as the kernels write it."""
+    if not wanted:
+        return tensor.new_empty(0)
+    B, H, L, d = tensor.shape
+    return tensor.new_empty(B, L, H, d).transpose(1, 2)
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return_weights = others[-1]
+    B, H, Lq, _ = query.shape
+    stats = query.new_empty(B, H, Lq, 2, dtype=torch.float32)
+    weights = query.new_empty((B, Lq, key.size(2)) if return_weights else (0,))
+    return _heads_like(query), stats, weights
+
+
+def _fake_backward(
+    d_out: Tensor, d_weights: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    weighting = others[:3]  # key_weight, center, width
+    *needs, need_weight = others[-4:]
+    heads = (_heads_like(t, needed) for t, needed in zip((query, key, value), needs, strict=True))
+
+    def like(tensor: Tensor | None) -> Tensor:
+        if tensor is None:
+            return query.new_empty(0, dtype=torch.float32)
+        return tensor.new_empty(tensor.shape if need_weight else 0)
+
+    return (*heads, *map(like, weighting))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, alpha, min_width, complement, causal, key_lengths, scale, _ = inputs
+    ctx.save_for_backward(*tensors, key_lengths, output[1])
+    ctx.numbers = alpha, min_width, complement, causal
+    ctx.scale = scale
+
+
+def _differentiate(ctx: Any, d_out: Tensor | None, _: None, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, key_lengths, stats = ctx.saved_tensors
+    if d_weights is not None and d_weights.numel() == 0:
+        d_weights = None
+    if d_out is None:
+        if d_weights is None:
+            return (None,) * 13
+        d_out = torch.zeros_like(tensors[0])
+    needs = ctx.needs_input_grad[:6]
+    gradients = _backward(
+        d_out, d_weights, *tensors, *ctx.numbers, key_lengths, ctx.scale, stats, *needs[:3], any(needs[3:])
+    )
+    return (*(d if needed else None for d, needed in zip(gradients, needs, strict=True)), *(None,) * 7)
+
+
+register_fake("attention", _fake)
+register_fake("attention_backward", _fake_backward)
+register_autograd("attention", _save, _differentiate, not_differentiable=[1])

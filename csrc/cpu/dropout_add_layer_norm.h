@@ -1,0 +1,51 @@
+// dropout_add_layer_norm: what its kernels are given.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "types.h"
+
+namespace cnm {
+
+struct DropoutAddLayerNormParams {
+    const void* x;         // [rows, D]
+    const void* residual;  // [rows, D]
+    const float* weight;   // [D]
+    const float* bias;     // [D]
+    void* out;             // [rows, D]
+    float* stats;          // [rows, 2]: mean and 1 / standard deviation
+    Dtype dtype;           // of x, residual, out
+    int64_t rows, D;
+    double p;
+    int64_t seed, offset;
+    float eps;
+};
+
+struct DropoutAddLayerNormBackwardParams {
+    const void* d_out;     // [rows, D]
+    const void* x;         // [rows, D]
+    const void* residual;  // [rows, D]
+    const float* weight;   // [D]
+    const float* stats;    // [rows, 2]
+    void* d_x;             // [rows, D] or null: not wanted
+    void* d_residual;      // [rows, D] or null
+    float* partial;        // [layer_norm_chunks(rows, D), 2, D] scratch, or null: d_weight and d_bias are not wanted
+    float* d_weight;       // [D] or null
+    float* d_bias;         // [D] or null
+    Dtype dtype;           // of d_out, x, residual, d_x, d_residual
+    int64_t rows, D;
+    double p;
+    int64_t seed, offset;
+};
+
+CNM_KERNEL(dropout_add_layer_norm, DropoutAddLayerNormParams)
+CNM_KERNEL(dropout_add_layer_norm_backward, DropoutAddLayerNormBackwardParams)
+
+// Rows that one chunk takes, and whose d_weight and d_bias are summed in order.
+constexpr int64_t layer_norm_rows(int64_t D) { return D > 16384 ? 1 : 16384 / (D > 0 ? D : 1); }
+constexpr int64_t layer_norm_chunks(int64_t rows, int64_t D) {
+    return (rows + layer_norm_rows(D) - 1) / layer_norm_rows(D);
+}
+
+}  // namespace cnm

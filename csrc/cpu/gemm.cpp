@@ -1,0 +1,251 @@
+// gemm.h. C is cut into tiles that stay in registers over all of K: NV vectors wide, MR rows high, MR NV accumulators
+// and NV vectors of B beside one broadcast of A. A panel of B is read from L1 by all rows of A.
+#include "gemm.h"
+
+#include <algorithm>
+
+#include "transpose.h"
+
+#if defined(__AMX_TILE__) || defined(CNM_AMX_HEADER)
+#include "gemm_amx.h"
+#endif
+
+#define CNM_UNROLL _Pragma("GCC unroll 16")  // or the accumulators end up in memory
+
+namespace cnm::CNM_ISA {
+namespace {
+
+// Rows of a tile that is nv vectors wide: what the registers hold, less B's vectors and one broadcast.
+constexpr int tile_rows(int nv) {
+    if (VECTOR_REGISTERS == 16) return nv == 1 ? 8 : 6;
+    return nv <= 2 ? 12 : nv == 3 ? 8 : 6;
+}
+constexpr int MAX_NV = VECTOR_REGISTERS == 32 ? 4 : 2;
+
+inline Vec broadcast(const float* p) { return set1(*p); }
+inline Vec load_b(const float* p) { return load(p); }
+inline Vec load_b_n(const float* p, int n) { return load_n(p, n); }
+inline Vec multiply_add(Vec a, Vec b, Vec c, const float*) { return fma(a, b, c); }
+
+#if defined(__AVX512BF16__)
+inline Vec broadcast(const pair* p) { return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(p->bits)))}; }
+inline Vec load_b(const pair* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load_b_n(const pair* p, int n) { return {_mm512_maskz_loadu_ps(first_n(n), p)}; }
+inline Vec multiply_add(Vec a, Vec b, Vec c, const pair*) {
+    return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+#endif
+
+// One tile. `tail` is how many lanes of its last vector there are; FULL says all.
+template <class E, int MR, int NV, bool FULL>
+void tile(int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, float* c, int64_t ldc,
+          bool accumulate, int tail) {
+    Vec sums[MR][NV];
+    CNM_UNROLL
+    for (int i = 0; i < MR; ++i) {
+        CNM_UNROLL
+        for (int j = 0; j < NV; ++j) {
+            const float* p = c + i * ldc + j * W;
+            sums[i][j] = !accumulate ? set1(0) : FULL || j + 1 < NV ? load(p) : load_n(p, tail);
+        }
+    }
+    for (int64_t k = 0; k < K; ++k, a += a_k, b += ldb) {
+        Vec row[NV];
+        CNM_UNROLL
+        for (int j = 0; j < NV; ++j) row[j] = FULL || j + 1 < NV ? load_b(b + j * W) : load_b_n(b + j * W, tail);
+        CNM_UNROLL
+        for (int i = 0; i < MR; ++i) {
+            const Vec element = broadcast(a + i * a_m);
+            CNM_UNROLL
+            for (int j = 0; j < NV; ++j) sums[i][j] = multiply_add(element, row[j], sums[i][j], b);
+        }
+    }
+    CNM_UNROLL
+    for (int i = 0; i < MR; ++i) {
+        CNM_UNROLL
+        for (int j = 0; j < NV; ++j) {
+            float* p = c + i * ldc + j * W;
+            if (FULL || j + 1 < NV) {
+                store(p, sums[i][j]);
+            } else {
+                store_n(p, sums[i][j], tail);
+            }
+        }
+    }
+}
+
+template <class E>
+using Tile = void (*)(int64_t, const E*, int64_t, int64_t, const E*, int64_t, float*, int64_t, bool, int);
+
+template <class E, int NV, bool FULL, int... ROWS>
+constexpr Tile<E> pick(int rows, std::integer_sequence<int, ROWS...>) {
+    constexpr Tile<E> tiles[] = {tile<E, ROWS + 1, NV, FULL>...};
+    return tiles[rows - 1];
+}
+
+template <class E, int NV>
+void panel(int64_t M, int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, float* c, int64_t ldc,
+           bool accumulate, int tail) {
+    constexpr int MR = tile_rows(NV);
+    const int64_t tiles = (M + MR - 1) / MR;
+    for (int64_t t = 0, i = 0; t < tiles; ++t) {  // tiles of even height: a last one of a row or two would crawl
+        const int rows = static_cast<int>((M - i + tiles - t - 1) / (tiles - t));
+        using Heights = std::make_integer_sequence<int, MR>;
+        const Tile<E> run = tail == W ? pick<E, NV, true>(rows, Heights{}) : pick<E, NV, false>(rows, Heights{});
+        run(K, a + i * a_m, a_m, a_k, b, ldb, c + i * ldc, ldc, accumulate, tail);
+        i += rows;
+    }
+}
+
+template <class E>
+void blocked(int64_t M, int64_t N, int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, float* c,
+             int64_t ldc, bool accumulate) {
+    const int64_t vectors = (N + W - 1) / W;
+    const int64_t panels = (vectors + MAX_NV - 1) / MAX_NV;
+    for (int64_t p = 0, j = 0; p < panels; ++p) {
+        const int64_t wide = (vectors - j / W + panels - p - 1) / (panels - p);
+        const int tail = static_cast<int>(std::min<int64_t>(N - j - (wide - 1) * W, W));
+        const auto run = [&](auto nv) {
+            panel<E, decltype(nv)::value>(M, K, a, a_m, a_k, b + j, ldb, c + j, ldc, accumulate, tail);
+        };
+        switch (wide) {
+            case 1: run(std::integral_constant<int, 1>{}); break;
+            case 2: run(std::integral_constant<int, 2>{}); break;
+            case 3: run(std::integral_constant<int, std::min(3, MAX_NV)>{}); break;
+            case 4: run(std::integral_constant<int, std::min(4, MAX_NV)>{}); break;
+        }
+        j += wide * W;
+    }
+}
+
+template <class T>
+void transposed_to_float(int64_t K, int64_t N, const T* src, int64_t ld, float* dst, int64_t ldd) {
+    transpose_blocks(
+        N, K, [&](int64_t n, int64_t k, int count) { return load_tail(src + n * ld + k, count); },
+        [&](int64_t k, int64_t n, Vec v, int count) { store_tail(dst + k * ldd + n, v, count); });
+}
+
+template <class T>
+void rows_to_float(int64_t M, int64_t K, const T* src, int64_t ld, float* dst, int64_t ldd) {
+    for (int64_t i = 0; i < M; ++i) {
+        for (int64_t k = 0; k < K; k += W) store_tail(dst + i * ldd + k, load_tail(src + i * ld + k, K - k), K - k);
+    }
+}
+
+#if defined(__AVX512BF16__)
+// Sixteen pairs from two vectors of bf16 values, the lower half from the first.
+inline Vec zip(Vec low, Vec high) {
+    const __m512i l = _mm512_cvtepu16_epi32(narrow(low, bf16{})), h = _mm512_cvtepu16_epi32(narrow(high, bf16{}));
+    return {_mm512_castsi512_ps(_mm512_or_si512(l, _mm512_slli_epi32(h, 16)))};
+}
+inline Vec zip_bits(__m256i low, __m256i high) {
+    return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                                                _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)))};
+}
+inline Vec zip_rows(const float* low, const float* high, int n) {
+    return zip(load_n(low, n), high == nullptr ? set1(0) : load_n(high, n));
+}
+inline Vec zip_rows(const bf16* low, const bf16* high, int n) {
+    const __m256i zero = _mm256_setzero_si256();
+    return zip_bits(_mm256_maskz_loadu_epi16(first_n(n), low),
+                    high == nullptr ? zero : _mm256_maskz_loadu_epi16(first_n(n), high));
+}
+// Pairs of neighbours along a row: up to 2 W elements from p.
+inline Vec row_pairs(const bf16* p, int64_t n) {
+    const int count = static_cast<int>(std::min<int64_t>(n, 2 * W));
+    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(count == 32 ? ~0u : (1u << count) - 1, p))};
+}
+inline Vec row_pairs(const float* p, int64_t n) {
+    const int first = static_cast<int>(std::min<int64_t>(n, W));
+    const int second = static_cast<int>(std::min<int64_t>(n - first, W));
+    return {(__m512)_mm512_cvtne2ps_pbh(load_n(p + first, second).v, load_n(p, first).v)};
+}
+
+template <class T>
+void rows_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, pair* dst, int64_t ldd) {
+    for (int64_t k = 0; k < K; k += 2) {
+        const T* low = src + k * ld;
+        float* out = reinterpret_cast<float*>(dst + k / 2 * ldd);
+        for (int64_t n = 0; n < N; n += W) {
+            const int count = static_cast<int>(std::min<int64_t>(W, N - n));
+            store_tail(out + n, zip_rows(low + n, k + 1 < K ? low + ld + n : nullptr, count), count);
+        }
+    }
+}
+
+template <class T>
+void transposed_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, pair* dst, int64_t ldd) {
+    float* out = reinterpret_cast<float*>(dst);
+    transpose_blocks(
+        N, (K + 1) / 2, [&](int64_t n, int64_t k, int) { return row_pairs(src + n * ld + 2 * k, K - 2 * k); },
+        [&](int64_t k, int64_t n, Vec v, int count) { store_tail(out + k * ldd + n, v, count); });
+}
+
+template <class T>
+void a_to_pairs(int64_t M, int64_t K, const T* src, int64_t ld, pair* dst, int64_t ldd) {
+    for (int64_t i = 0; i < M; ++i) {
+        float* out = reinterpret_cast<float*>(dst + i * ldd);
+        for (int64_t k = 0; k < K; k += 2 * W) {
+            store_tail(out + k / 2, row_pairs(src + i * ld + k, K - k), (K - k + 1) / 2);
+        }
+    }
+}
+#endif
+
+}  // namespace
+
+void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, int64_t a_k, const float* b, int64_t ldb,
+          float* c, int64_t ldc, bool accumulate) {
+    blocked(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
+}
+
+void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd) {
+    rows_to_float(K, N, src, ld, dst, ldd);
+}
+void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd) {
+    rows_to_float(K, N, src, ld, dst, ldd);
+}
+void pack_rows(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd) {
+    rows_to_float(K, N, src, ld, dst, ldd);
+}
+void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd) {
+    transposed_to_float(K, N, src, ld, dst, ldd);
+}
+void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd) {
+    transposed_to_float(K, N, src, ld, dst, ldd);
+}
+void pack_transposed(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd) {
+    transposed_to_float(K, N, src, ld, dst, ldd);
+}
+
+#if defined(__AVX512BF16__)
+void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
+          float* c, int64_t ldc, bool accumulate) {
+#if defined(__AMX_TILE__) || defined(CNM_AMX_HEADER)
+    gemm_tiles(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
+#else
+    blocked(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
+#endif
+}
+
+void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd) {
+    rows_to_pairs(K, N, src, ld, dst, ldd);
+}
+void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, pair* dst, int64_t ldd) {
+    rows_to_pairs(K, N, src, ld, dst, ldd);
+}
+void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd) {
+    transposed_to_pairs(K, N, src, ld, dst, ldd);
+}
+void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, pair* dst, int64_t ldd) {
+    transposed_to_pairs(K, N, src, ld, dst, ldd);
+}
+void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, pair* dst, int64_t ldd) {
+    a_to_pairs(M, K, src, ld, dst, ldd);
+}
+void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, pair* dst, int64_t ldd) {
+    a_to_pairs(M, K, src, ld, dst, ldd);
+}
+#endif
+
+}  // namespace cnm::CNM_ISA

@@ -1,0 +1,97 @@
+// linear_nll on CPU tensors.
+#include "linear_nll.h"
+
+#include <tuple>
+
+#include "tensors.h"
+
+namespace cnm {
+namespace {
+
+// Keeps what the kernels point to.
+struct Arguments {
+    Tensor hidden, weight, bias, target, valid_lengths;
+    double label_smoothing;
+
+    Arguments(const Tensor& h, const Tensor& w, const Tensor& b, const Tensor& y, const Tensor& n, double smoothing)
+        : hidden(packed(h)), weight(packed(w)), bias(packed(b)), target(packed(y)), valid_lengths(packed(n)),
+          label_smoothing(smoothing) {
+        const int64_t M = h.size(0), L = h.size(1), V = w.size(0);
+        STD_TORCH_CHECK(w.size(1) == h.size(2) && b.numel() == V && y.numel() == M * L && n.numel() == M &&
+                            w.scalar_type() == h.scalar_type() && b.scalar_type() == h.scalar_type(),
+                        "linear_nll: hidden, weight, bias, target and valid_lengths do not fit");
+        STD_TORCH_CHECK(V < (1 << 24), "linear_nll: at most 2^24 words, got ", V);
+        const LinearNllInputs p = params<LinearNllInputs>();
+        for (int64_t m = 0; m < M; ++m) {
+            for (int64_t t = 0; t < p.valid(m); ++t) {
+                const int64_t word = p.target[m * L + t];
+                STD_TORCH_CHECK(word >= 0 && word < V, "linear_nll: target holds ", word, " at row ", m, ", token ", t,
+                                ", but the vocabulary has ", V, " words");
+            }
+        }
+    }
+
+    template <class Params>
+    Params params() const {
+        Params p{};
+        static_cast<LinearNllInputs&>(p) = {dtype_of(hidden),
+                                            hidden.size(0),
+                                            hidden.size(1),
+                                            hidden.size(2),
+                                            weight.size(0),
+                                            static_cast<float>(label_smoothing),
+                                            hidden.const_data_ptr(),
+                                            weight.const_data_ptr(),
+                                            bias.const_data_ptr(),
+                                            target.const_data_ptr<int64_t>(),
+                                            valid_lengths.const_data_ptr<int64_t>()};
+        return p;
+    }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight, const Tensor& bias,
+                                                   const Tensor& target, const Tensor& valid_lengths,
+                                                   double label_smoothing, bool return_accuracy, bool keep_expected) {
+    const Arguments arguments(hidden, weight, bias, target, valid_lengths, label_smoothing);
+    auto p = arguments.params<LinearNllParams>();
+    const Tensor nll = empty({p.M}, ScalarType::Float), lse = empty({p.M, p.L}, ScalarType::Float);
+    const Tensor accuracy = empty({return_accuracy ? p.M : 0}, ScalarType::Float);
+    const Tensor expected =
+        keep_expected ? empty({p.M, p.L, p.D}, ScalarType::Float) : empty({0}, ScalarType::Float);
+    p.nll = nll.mutable_data_ptr<float>();
+    p.accuracy = return_accuracy ? accuracy.mutable_data_ptr<float>() : nullptr;
+    p.lse = lse.mutable_data_ptr<float>();
+    p.expected = keep_expected ? expected.mutable_data_ptr<float>() : nullptr;
+    linear_nll(p);
+    return {nll, accuracy, lse, expected};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_nll, const Tensor& hidden, const Tensor& weight,
+                                            const Tensor& bias, const Tensor& target, const Tensor& valid_lengths,
+                                            double label_smoothing, const Tensor& lse, const Tensor& expected,
+                                            bool need_hidden, bool need_weight, bool need_bias) {
+    const Arguments arguments(hidden, weight, bias, target, valid_lengths, label_smoothing);
+    auto p = arguments.params<LinearNllBackwardParams>();
+    const Tensor upstream = floats(d_nll);
+    const auto like = [](bool wanted, const Tensor& tensor) {
+        return wanted ? empty_as(tensor, tensor.scalar_type()) : empty({0}, tensor.scalar_type());
+    };
+    const Tensor d_hidden = like(need_hidden, hidden), d_weight = like(need_weight, weight);
+    const Tensor d_bias = like(need_bias, bias);
+    p.d_nll = upstream.const_data_ptr<float>();
+    p.lse = lse.const_data_ptr<float>();
+    p.expected = expected.numel() == 0 ? nullptr : expected.const_data_ptr<float>();
+    p.d_hidden = need_hidden ? d_hidden.mutable_data_ptr() : nullptr;
+    p.d_weight = need_weight ? d_weight.mutable_data_ptr() : nullptr;
+    p.d_bias = need_bias ? d_bias.mutable_data_ptr() : nullptr;
+    linear_nll_backward(p);
+    return {d_hidden, d_weight, d_bias};
+}
+
+}  // namespace
+}  // namespace cnm
+
+STABLE_TORCH_LIBRARY_IMPL(cnm_kernels, CPU, m) {
+    m.impl("linear_nll", TORCH_BOX(&cnm::forward));
+    m.impl("linear_nll_backward", TORCH_BOX(&cnm::backward));
+}

@@ -1,0 +1,51 @@
+// parallel.h on the thread pool that PyTorch itself uses, so that the two never compete.
+#include "parallel.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include <torch/csrc/stable/ops.h>
+
+namespace cnm {
+
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+Buffer::Buffer(size_t bytes) {
+    if (bytes == 0) return;
+    data_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    if (data_ == nullptr) throw std::bad_alloc();
+}
+
+void parallel_chunks(int64_t chunks, void (*body)(int64_t, void*), void* context) {
+    if (chunks <= 1) {
+        if (chunks == 1) body(0, context);
+        return;
+    }
+    const int64_t threads = std::min(thread_count(), chunks);
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+        for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) body(chunk, context);
+    });
+}
+
+void* thread_scratch(size_t bytes) {
+    struct Buffer {
+        void* data = nullptr;
+        size_t size = 0;
+        ~Buffer() { std::free(data); }
+    };
+    thread_local Buffer buffer;
+    if (buffer.size < bytes) {
+        std::free(buffer.data);
+        buffer.size = (bytes + 4095) / 4096 * 4096;
+        buffer.data = std::aligned_alloc(64, buffer.size);
+        if (buffer.data == nullptr) {
+            buffer.size = 0;
+            throw std::bad_alloc();
+        }
+    }
+    return buffer.data;
+}
+
+}  // namespace cnm
