@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = tables()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(known)}; default: all")
+    parser.add_argument("--rivals", metavar="NAME[;NAME]", help="only these, of the names in the tables; default: all")
     parser.add_argument("--repeats", type=_positive, default=None, help="pairs per ratio (default 11; quick: 3)")
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder (default %(default)s)")
@@ -37,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"--output {options.output}: cannot be made a folder ({error.strerror})")
 
+    rivals = options.rivals and set(options.rivals.split(";"))
+    chosen = [known[name] for name in options.tables or known]
+    named = {name for table in chosen for case in table.cases(options.quick) for name in case.contenders}
+    if rivals and not rivals <= named:
+        parser.error(f"--rivals: no {min(rivals - named)!r} in these tables; there are {'; '.join(sorted(named))}")
+
     repeats = options.repeats or (3 if options.quick else 11)
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {
@@ -48,13 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "measurements": [],
     }
     path = options.output / "results.json"
-    chosen = [known[name] for name in options.tables or known]
     for table in chosen:
         cases = table.cases(options.quick)
         for index, case in enumerate(cases):
             print(f"{table.name} {index + 1}/{len(cases)}: {case.name}, {case.dtype}", file=sys.stderr, flush=True)
             results["measurements"] += measure.measure(
-                table, index, quick=options.quick, repeats=repeats, threads=options.threads
+                table, index, rivals=rivals, quick=options.quick, repeats=repeats, threads=options.threads
             )
             write_json(path, results)  # what is measured is safe, whatever happens next
     print(report.text(results))

@@ -17,13 +17,20 @@ Record = dict[str, Any]
 WARM_UP_CALLS = 2
 
 
-def measure(table: Table, index: int, *, quick: bool, repeats: int, threads: int) -> list[Record]:
-    """One record per contender of a case; a contender that is wrong or cannot run says so instead of a time."""
+def measure(
+    table: Table, index: int, *, rivals: set[str] | None, quick: bool, repeats: int, threads: int
+) -> list[Record]:
+    """One record per contender of a case (ours and ``rivals``; None: all of them).
+
+    A contender that is wrong or cannot run says so in its record instead of a time.
+    """
     case = table.cases(quick)[index]
     records: dict[str, Record] = {}
     calls: dict[str, Callable[[], Any]] = {}
     torch.compiler.reset()  # no recompilation limit from other cases
     for name, contender in case.contenders.items():
+        if rivals is not None and name not in rivals | {OURS}:
+            continue
         record = records[name] = {"table": table.name, "case": case.name, "dtype": case.dtype, "contender": name}
         record |= {"bound": contender.bound, "status": "measured"}
         if contender.unavailable is not None:
@@ -113,7 +120,7 @@ def evaluate(goal: Goal, records: dict[str, Record]) -> Record:
     """The goal beside what was measured; ``met`` is None where it could not be measured."""
     result: Record = {"metric": goal.metric, "against": goal.against, "bound": goal.bound, "measured": None}
     if goal.metric == "time":
-        ratio = records[goal.against].get("ratio")
+        ratio = records.get(goal.against, {}).get("ratio")
         if ratio is not None:
             result["measured"] = ratio["median"]
     elif records[OURS]["memory"] is not None:
