@@ -1,0 +1,93 @@
+"""What is measured: tables of cases, each with contenders and goals.
+
+A table is one file ``bench_<name>.py`` that declares ``TABLE``; ``tables()`` finds it. Nothing else lists tables.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What ours is to reach.
+
+    ``time``: the rival's time is at least ``bound`` times ours. ``memory``: ours works in at most ``bound`` bytes
+    beyond what every contender has to hold, its inputs and its results; ``against`` then says what the bound is.
+    """
+
+    metric: Literal["time", "memory"]
+    against: str
+    bound: float
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a case.
+
+    Attributes:
+        function: called with the case's inputs as keywords, returns a tensor or a tuple of tensors.
+        dtype: its floating inputs are cast to this dtype beforehand; None: the case's own.
+        compiled: goes through ``torch.compile`` first.
+        bound: computes only part of the case (its matrix products, say) to show what cannot be beaten; its result is
+            therefore not compared with the case's.
+        unavailable: why it cannot run here, or None.
+    """
+
+    function: Callable[..., Any]
+    dtype: Any = None
+    compiled: bool = False
+    bound: bool = False
+    unavailable: str | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size and dtype. ``op_case`` makes the usual kind.
+
+    Attributes:
+        name: op, sizes and direction.
+        dtype: what the row is labelled with.
+        contenders: by name, ``OURS`` first.
+        prepare: name of a contender -> a call to be timed; whatever precedes the work itself happens here.
+        verify: (name, prepared call) -> relative error per tensor. Raises ``Refused`` when a contender is wrong.
+        goals: of ours, here.
+        flops, bytes: the least any implementation does; None where it says nothing.
+    """
+
+    name: str
+    dtype: str
+    contenders: dict[str, Contender]
+    prepare: Callable[[str], Callable[[], Any]]
+    verify: Callable[[str, Callable[[], Any]], dict[str, float]]
+    goals: tuple[Goal, ...] = ()
+    flops: float | None = None
+    bytes: float | None = None
+
+
+class Refused(AssertionError):
+    """A contender's result is wrong; it must not be timed."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A named group of cases. ``cases(quick)`` gives the same list in both sizes, tiny ones when quick."""
+
+    name: str
+    title: str
+    cases: Callable[[bool], Sequence[Case]]
+
+
+def tables() -> dict[str, Table]:
+    """Every table by name, in order of their files' names."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("bench_*.py")):
+        table = importlib.import_module(f"{__package__}.{path.stem}").TABLE
+        found[table.name] = table
+    return found
