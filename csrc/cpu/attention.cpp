@@ -8,7 +8,8 @@
 // of query rows pass through. A block's scores stay in the first caches; no [Lq, Lk] matrix exists. Weighting after
 // exp needs no logarithm, and m + eps is never so small that dividing by it loses anything.
 //
-// A chunk is a pair, or all heads of a batch entry where a result sums over heads; it owns what it writes.
+// A chunk is a batch entry with its heads in order; it owns what it writes. Small heads are over before the processor
+// has found out what comes next, so a head's products also ask for the next head's rows.
 #include "attention.h"
 
 #include <algorithm>
@@ -54,7 +55,7 @@ class Attention {
     // With a null `memory`, only counts the bytes it needs.
     Attention(const AttentionInputs& p, bool backward, void* memory)
         : p_(p), wide_(round_up(p.d, W)), long_(round_up(p.Lk, 2 * W)), block_rows_(rows_of_a_block(p.Lq, p.Lk)),
-          layout_(memory) {
+          layout_(memory), write_(p.B * p.H * p.Lk * p.d) {
         const int64_t rows = block_rows_ + block_rows_ % 2;
         scores_ = layout_.take<float>(rows * long_);
         packed_ = layout_.take<E>(rows * long_);
@@ -63,6 +64,7 @@ class Attention {
         query_ = layout_.take<E>(p.Lq * wide_);
         key_t_ = layout_.take<E>(wide_ * long_);
         value_ = layout_.take<E>(long_ * wide_);
+        lines_ = layout_.take<const char*>(2 * (p.Lq + p.Lk) * (row_bytes() / 64 + 1) + Prefetch::PADDING);
         if (!backward) return;
         value_t_ = layout_.take<E>(wide_ * long_);
         key_ = layout_.take<E>(long_ * wide_);
@@ -71,7 +73,8 @@ class Attention {
         d_scores_ = layout_.take<float>(rows * long_);
         d_key_ = layout_.take<float>(long_ * wide_);
         d_value_ = layout_.take<float>(long_ * wide_);
-        d_weight_ = layout_.take<float>(long_);
+        d_weight_ = layout_.take<float>(2 * long_);
+        block_weight_ = d_weight_ + long_;
     }
 
     size_t bytes() const { return layout_.bytes(); }
@@ -90,52 +93,52 @@ class Attention {
         }
     }
 
+    // What the thread will probably do next: its rows are fetched in the meantime.
+    void set_next(int64_t b, int64_t h) {
+        next_b_ = b;
+        next_h_ = h;
+    }
+
     void forward(const AttentionParams& p, int64_t h) {
         begin_head(h);
+        plan(nullptr);
         const Rows<E> value = as_b(p_.value, 0, length_, value_);
         float* stats = p.stats + 2 * (b_ * p_.H + h) * p_.Lq;
         for_each_block([&](const Block& block) {
             score(block);
             for (int64_t r = 0; r < block.rows; ++r) softmax(block, r, stats + 2 * (block.begin + r));
             // Rows are normalised after the product, where they have d elements instead of Lk.
-            multiply(packed_a(scores_, block), value, block.rows, block.keys, out_);
-            for (int64_t r = 0; r < block.rows; ++r) {
-                write_row(p.out, block.begin + r, out_ + r * wide_, stats[2 * (block.begin + r) + 1]);
-            }
+            multiply(packed_a(scores_, block), value, block, p.out, stats + 2 * block.begin + 1);
             if (p.weights != nullptr) add_weights(p.weights, block, stats);
         });
     }
 
     void backward(const AttentionBackwardParams& p, int64_t h) {
         begin_head(h);
+        plan(&p.d_out);
         pack_transposed(p_.d, length_, row(p_.value, 0), p_.value.row, value_t_, long_);
         const Rows<E> key = as_b(p_.key, 0, length_, key_);
         const Rows<E> d_out = as_a(p.d_out, p_.Lq, d_out_);
         const bool want_weight = p.d_key_weight != nullptr || p.d_center != nullptr;
         const float* stats = p.stats + 2 * (b_ * p_.H + h) * p_.Lq;
-        if (want_weight && h == 0) std::fill(d_weight_, d_weight_ + long_, 0.0f);
+        if (want_weight && h == 0) std::fill(d_weight_, d_weight_ + 2 * long_, 0.0f);
         key_rows_done_ = 0;
         for_each_block([&](const Block& block) {
             score(block);
             for (int64_t r = 0; r < block.rows; ++r) probabilities(block, r, stats + 2 * (block.begin + r));
-            if (p.d_value.data != nullptr) add_transposed(scores_, p.d_out, block, d_value_);
-            gemm(block.rows, block.keys, packed_k<T>(p_.d), d_out.from(block.begin).data, d_out.ld, 1, value_t_, long_,
-                 d_scores_, long_, false);
-            for (int64_t r = 0; r < block.rows; ++r) score_gradient(p, block, r);
+            if (p.d_value.data != nullptr) add_transposed(scores_, p.d_out, block, d_value_, p.d_value);
+            product(d_out, block, value_t_, d_scores_);
+            for (int64_t r = 0; r < block.rows; ++r) score_gradient(p, block, r, want_weight);
             if (want_weight) add_weight_gradient(block);
             if (p.d_query.data != nullptr) {
-                multiply(packed_a(d_scores_, block), key, block.rows, block.keys, out_);
-                for (int64_t r = 0; r < block.rows; ++r) {
-                    write_row(p.d_query, block.begin + r, out_ + r * wide_, p_.scale);
-                }
+                multiply(packed_a(d_scores_, block), key, block, p.d_query, nullptr);
             }
-            if (p.d_key.data != nullptr) add_transposed(d_scores_, p_.query, block, d_key_);
-            key_rows_done_ = std::max(key_rows_done_, block.keys);
+            if (p.d_key.data != nullptr) add_transposed(d_scores_, p_.query, block, d_key_, p.d_key);
+            key_rows_done_ = block.keys;
         });
-        for (int64_t j = 0; j < p_.Lk; ++j) {
-            const bool seen = j < key_rows_done_;
-            if (p.d_key.data != nullptr) write_row(p.d_key, j, seen ? d_key_ + j * wide_ : nullptr, p_.scale);
-            if (p.d_value.data != nullptr) write_row(p.d_value, j, seen ? d_value_ + j * wide_ : nullptr, 1);
+        for (int64_t j = key_rows_done_; j < p_.Lk; ++j) {  // what no query sees
+            if (p.d_key.data != nullptr) write_row(p.d_key, j, nullptr, 0);
+            if (p.d_value.data != nullptr) write_row(p.d_value, j, nullptr, 0);
         }
     }
 
@@ -162,6 +165,8 @@ class Attention {
         p.d_width[b_] = g.width_passes ? static_cast<float>(d_width) : 0.0f;
     }
 
+    void finish() const { write_.finish(); }
+
    private:
     Gaussian gaussian() const { return {p_.center[b_], p_.width[b_], p_.alpha, p_.min_width, p_.complement}; }
 
@@ -182,6 +187,27 @@ class Attention {
     T* row(const Heads& t, int64_t i) const {
         return static_cast<T*>(t.data) + b_ * t.batch + h_ * t.head + i * t.row;
     }
+
+    // Lists the cache lines of the next head, for the products of this one to ask for.
+    void plan(const Heads* d_out) {
+        const char** line = lines_;
+        const auto add = [&](const Heads& t, int64_t rows) {
+            const T* head = static_cast<const T*>(t.data) + next_b_ * t.batch + next_h_ * t.head;
+            for (int64_t i = 0; i < rows; ++i) {
+                const char* at = reinterpret_cast<const char*>(head + i * t.row);
+                for (int64_t byte = 0; byte < row_bytes(); byte += 64) *line++ = at + byte;
+            }
+        };
+        if (next_b_ < p_.B) {
+            add(p_.key, p_.Lk);
+            add(p_.query, p_.Lq);
+            add(p_.value, p_.Lk);
+            if (d_out != nullptr) add(*d_out, p_.Lq);
+        }
+        std::fill(line, line + Prefetch::PADDING, reinterpret_cast<const char*>(lines_));
+        prefetch_ = {lines_, line, d_out == nullptr ? 0 : 1};
+    }
+    int64_t row_bytes() const { return p_.d * static_cast<int64_t>(sizeof(T)); }
 
     // The head's rows as a left operand whose rows are multiplied: where they lie, if dtype and layout allow it.
     Rows<E> as_a(const Heads& t, int64_t rows, E* buffer) const {
@@ -215,14 +241,25 @@ class Attention {
         }
     }
 
-    // out[rows, d] = a[rows, keys] b[keys, d]
-    void multiply(Rows<E> a, Rows<E> b, int64_t rows, int64_t keys, float* out) const {
-        gemm(rows, p_.d, packed_k<T>(keys), a.data, a.ld, 1, b.data, b.ld, out, wide_, false);
+    // The block's rows of `out` = factors[2 r] a[rows, keys] b[keys, d]; null factors are ones.
+    void multiply(Rows<E> a, Rows<E> b, const Block& block, const Heads& out, const float* factors) const {
+        if constexpr (std::is_same_v<T, float>) {
+            const Result to{row(out, block.begin), out.row, nullptr, 0, factors, 2, write_.streams(), &prefetch_};
+            gemm(block.rows, p_.d, block.keys, a.data, a.ld, 1, b.data, b.ld, to);
+        } else {
+            gemm(block.rows, p_.d, packed_k<T>(block.keys), a.data, a.ld, 1, b.data, b.ld, out_, wide_, false,
+                 &prefetch_);
+            for (int64_t r = 0; r < block.rows; ++r) {
+                write_row(out, block.begin + r, out_ + r * wide_, factors == nullptr ? 1 : factors[2 * r]);
+            }
+        }
     }
 
-    // sums[keys, d] += scores[rows, keys]^T t[the block's rows, d]; keys that no block saw before start here.
-    void add_transposed(const float* scores, const Heads& t, const Block& block, float* sums) const {
+    // Adds scores[rows, keys]^T t[the block's rows, d] to sums[keys, d], or in the last block to what the sums are for.
+    // Keys that no block saw before start here.
+    void add_transposed(const float* scores, const Heads& t, const Block& block, float* sums, const Heads& out) const {
         const Rows<E> b = as_b(t, block.begin, block.rows, rows_);
+        const bool last = block.begin + block.rows == p_.Lq;
         const E* a;
         if constexpr (std::is_same_v<E, float>) {
             a = scores;
@@ -230,19 +267,32 @@ class Attention {
             pack_rows(block.rows, block.keys, scores, long_, packed_, long_);
             a = packed_;
         }
-        const auto add = [&](int64_t from, int64_t to, bool accumulate) {
-            gemm(to - from, p_.d, packed_k<T>(block.rows), a + from, 1, long_, b.data, b.ld, sums + from * wide_, wide_,
-                 accumulate);
+        const auto add = [&](int64_t from, int64_t to, bool old) {
+            float* at = sums + from * wide_;
+            if constexpr (std::is_same_v<T, float>) {
+                const float* start = old ? at : nullptr;
+                const Result result = last ? Result{row(out, from), out.row, start, wide_, nullptr, 0, write_.streams(), &prefetch_}
+                                           : Result{at, wide_, start, wide_, nullptr, 0, false, &prefetch_};
+                gemm(to - from, p_.d, block.rows, a + from, 1, long_, b.data, b.ld, result);
+            } else {
+                gemm(to - from, p_.d, packed_k<T>(block.rows), a + from, 1, long_, b.data, b.ld, at, wide_, old,
+                     &prefetch_);
+            }
         };
-        const int64_t old = std::min(key_rows_done_, block.keys);
-        if (old > 0) add(0, old, true);
-        if (block.keys > old) add(old, block.keys, false);
+        if (key_rows_done_ > 0) add(0, key_rows_done_, true);
+        if (block.keys > key_rows_done_) add(key_rows_done_, block.keys, false);
+        if constexpr (!std::is_same_v<T, float>) {
+            for (int64_t j = 0; last && j < block.keys; ++j) write_row(out, j, sums + j * wide_, 1);
+        }
     }
 
-    void score(const Block& block) const {
-        gemm(block.rows, block.keys, packed_k<T>(p_.d), query_rows_.from(block.begin).data, query_rows_.ld, 1, key_t_,
-             long_, scores_, long_, false);
+    // out[rows, keys] = a[the block's rows, d] b[d, keys]
+    void product(Rows<E> a, const Block& block, const E* b, float* out) const {
+        gemm(block.rows, block.keys, packed_k<T>(p_.d), a.from(block.begin).data, a.ld, 1, b, long_, out, long_, false,
+             &prefetch_);
     }
+
+    void score(const Block& block) const { product(query_rows_, block, key_t_, scores_); }
 
     int64_t visible(const Block& block, int64_t r) const {
         return p_.causal ? std::min(block.begin + r + 1, length_) : length_;
@@ -291,8 +341,8 @@ class Attention {
         for (int64_t j = round_up(n, W); j < keys; j += W) store(scores + j, set1(0));
     }
 
-    // Row r of dP to dS, with P from the scores.
-    void score_gradient(const AttentionBackwardParams& p, const Block& block, int64_t r) const {
+    // Row r of dP to scale dS, with P from the scores; dS itself to the weights' gradient, if that is wanted.
+    void score_gradient(const AttentionBackwardParams& p, const Block& block, int64_t r, bool want_weight) const {
         const float* probability = scores_ + r * long_;
         float* d = d_scores_ + r * long_;
         const int64_t n = visible(block, r);
@@ -303,21 +353,20 @@ class Attention {
         }
         Vec total = set1(0);
         for (int64_t j = 0; j < n; j += W) total = fma(load(probability + j), within(load(d + j), n - j), total);
-        const Vec delta = set1(hsum(total));
+        const Vec delta = set1(hsum(total)), scale = set1(p_.scale);
         for (int64_t j = 0; j < n; j += W) {
-            store(d + j, load(probability + j) * within(load(d + j) - delta, n - j));
+            const Vec dS = load(probability + j) * within(load(d + j) - delta, n - j);
+            if (want_weight) store(block_weight_ + j, load(block_weight_ + j) + dS);
+            store(d + j, dS * scale);
         }
         blank(d, n, block.keys);
     }
 
+    // Sums of sums round less than one long sum.
     void add_weight_gradient(const Block& block) const {
         for (int64_t j = 0; j < block.keys; j += W) {
-            Vec even = set1(0), odd = set1(0);  // sums of sums round less than one long sum
-            for (int64_t r = 0; r < block.rows; r += 2) {
-                even += load(d_scores_ + r * long_ + j);
-                if (r + 1 < block.rows) odd += load(d_scores_ + (r + 1) * long_ + j);
-            }
-            store(d_weight_ + j, load(d_weight_ + j) + (even + odd));
+            store(d_weight_ + j, load(d_weight_ + j) + load(block_weight_ + j));
+            store(block_weight_ + j, set1(0));
         }
     }
 
@@ -338,7 +387,7 @@ class Attention {
         T* out = row(t, i);
         for (int64_t c = 0; c < p_.d; c += W) {
             const int64_t n = p_.d - c;
-            store_tail(out + c, values == nullptr ? set1(0) : load_tail(values + c, n) * set1(factor), n);
+            write_(out + c, values == nullptr ? set1(0) : load_tail(values + c, n) * set1(factor), n);
         }
     }
 
@@ -346,23 +395,30 @@ class Attention {
     const int64_t wide_, long_;  // d and Lk, padded
     const int64_t block_rows_;
     Layout layout_;
-    float *scores_, *out_, *weight_, *d_scores_, *d_key_, *d_value_, *d_weight_;
+    const Output<T> write_;
+    float *scores_, *out_, *weight_, *d_scores_, *d_key_, *d_value_, *d_weight_, *block_weight_;
     E *packed_, *query_, *key_t_, *value_, *value_t_, *key_, *d_out_, *rows_;
     Rows<E> query_rows_{};
     int64_t b_ = 0, h_ = 0, length_ = 0;
+    int64_t next_b_ = 0, next_h_ = 0;
+    const char** lines_;
+    mutable Prefetch prefetch_{};
     int64_t key_rows_done_ = 0;  // key rows whose gradients have been begun in this head
     bool weighted_ = false;
 };
 
 // Calls body(attention, head) for every head, with begin_batch before and end(attention) after a batch entry's heads.
 template <class T, class Params, class Body, class End>
-void for_each_head(const Params& p, bool backward, bool heads_together, const Body& body, const End& end) {
+void for_each_head(const Params& p, bool backward, const Body& body, const End& end) {
     const size_t bytes = Attention<T>(p, backward, nullptr).bytes();
-    parallel_for(heads_together ? p.B : p.B * p.H, [&](int64_t chunk) {
+    const int64_t threads = thread_count();
+    parallel_for(p.B, [&](int64_t b) {
         Attention<T> attention(p, backward, thread_scratch(bytes));
-        attention.begin_batch(heads_together ? chunk : chunk / p.H);
-        if (!heads_together) return body(attention, chunk % p.H);
-        for (int64_t h = 0; h < p.H; ++h) body(attention, h);
+        attention.begin_batch(b);
+        for (int64_t h = 0; h < p.H; ++h) {
+            attention.set_next(h + 1 < p.H ? b : b + threads, (h + 1) % p.H);
+            body(attention, h);
+        }
         end(attention);
     });
 }
@@ -372,17 +428,19 @@ void for_each_head(const Params& p, bool backward, bool heads_together, const Bo
 void attention(const AttentionParams& p) {
     with_type(p.dtype, [&](auto* type) {
         for_each_head<std::remove_pointer_t<decltype(type)>>(
-            p, false, p.weights != nullptr, [&](auto& attention, int64_t h) { attention.forward(p, h); },
-            [](auto&) {});
+            p, false, [&](auto& attention, int64_t h) { attention.forward(p, h); },
+            [](auto& attention) { attention.finish(); });
     });
 }
 
 void attention_backward(const AttentionBackwardParams& p) {
     with_type(p.dtype, [&](auto* type) {
         for_each_head<std::remove_pointer_t<decltype(type)>>(
-            p, true, p.d_key_weight != nullptr || p.d_center != nullptr,
-            [&](auto& attention, int64_t h) { attention.backward(p, h); },
-            [&](auto& attention) { attention.end_batch(p); });
+            p, true, [&](auto& attention, int64_t h) { attention.backward(p, h); },
+            [&](auto& attention) {
+                attention.end_batch(p);
+                attention.finish();
+            });
     });
 }
 

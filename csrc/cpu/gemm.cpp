@@ -36,46 +36,62 @@ inline Vec multiply_add(Vec a, Vec b, Vec c, const pair*) {
 }
 #endif
 
-// One tile. `tail` is how many lanes of its last vector there are; FULL says all.
+// One tile, whose first row is row i of the result and whose first column is column j. `tail` is how many lanes of its
+// last vector there are; FULL says all.
 template <class E, int MR, int NV, bool FULL>
-void tile(int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, float* c, int64_t ldc,
-          bool accumulate, int tail) {
+void tile(int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, const Result& to, int64_t row,
+          int64_t column, int tail) {
+    const bool fetches = to.prefetch != nullptr && (K >> to.prefetch->shift) < Prefetch::PADDING;
+    const char* nothing = reinterpret_cast<const char*>(a);
+    const char* const* lines = fetches ? to.prefetch->take(K) : &nothing;
+    const int shift = fetches ? to.prefetch->shift : 62;  // beyond any k
     Vec sums[MR][NV];
     CNM_UNROLL
     for (int i = 0; i < MR; ++i) {
         CNM_UNROLL
         for (int j = 0; j < NV; ++j) {
-            const float* p = c + i * ldc + j * W;
-            sums[i][j] = !accumulate ? set1(0) : FULL || j + 1 < NV ? load(p) : load_n(p, tail);
+            const float* p = to.start + (row + i) * to.start_ld + column + j * W;
+            sums[i][j] = to.start == nullptr ? set1(0) : FULL || j + 1 < NV ? load(p) : load_n(p, tail);
         }
     }
     for (int64_t k = 0; k < K; ++k, a += a_k, b += ldb) {
-        Vec row[NV];
+        __builtin_prefetch(lines[k >> shift], 0, 2);
+        Vec values[NV];
         CNM_UNROLL
-        for (int j = 0; j < NV; ++j) row[j] = FULL || j + 1 < NV ? load_b(b + j * W) : load_b_n(b + j * W, tail);
+        for (int j = 0; j < NV; ++j) values[j] = FULL || j + 1 < NV ? load_b(b + j * W) : load_b_n(b + j * W, tail);
         CNM_UNROLL
         for (int i = 0; i < MR; ++i) {
             const Vec element = broadcast(a + i * a_m);
             CNM_UNROLL
-            for (int j = 0; j < NV; ++j) sums[i][j] = multiply_add(element, row[j], sums[i][j], b);
+            for (int j = 0; j < NV; ++j) sums[i][j] = multiply_add(element, values[j], sums[i][j], b);
+        }
+    }
+    if (to.scale != nullptr) {
+        CNM_UNROLL
+        for (int i = 0; i < MR; ++i) {
+            const Vec scale = set1(to.scale[(row + i) * to.scale_step]);
+            CNM_UNROLL
+            for (int j = 0; j < NV; ++j) sums[i][j] *= scale;
         }
     }
     CNM_UNROLL
     for (int i = 0; i < MR; ++i) {
         CNM_UNROLL
         for (int j = 0; j < NV; ++j) {
-            float* p = c + i * ldc + j * W;
-            if (FULL || j + 1 < NV) {
-                store(p, sums[i][j]);
-            } else {
+            float* p = to.c + (row + i) * to.ldc + column + j * W;
+            if (!FULL && j + 1 == NV) {
                 store_n(p, sums[i][j], tail);
+            } else if (to.streams) {
+                stream(p, sums[i][j]);
+            } else {
+                store(p, sums[i][j]);
             }
         }
     }
 }
 
 template <class E>
-using Tile = void (*)(int64_t, const E*, int64_t, int64_t, const E*, int64_t, float*, int64_t, bool, int);
+using Tile = void (*)(int64_t, const E*, int64_t, int64_t, const E*, int64_t, const Result&, int64_t, int64_t, int);
 
 template <class E, int NV, bool FULL, int... ROWS>
 constexpr Tile<E> pick(int rows, std::integer_sequence<int, ROWS...>) {
@@ -84,30 +100,28 @@ constexpr Tile<E> pick(int rows, std::integer_sequence<int, ROWS...>) {
 }
 
 template <class E, int NV>
-void panel(int64_t M, int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, float* c, int64_t ldc,
-           bool accumulate, int tail) {
+void panel(int64_t M, int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, const Result& to,
+           int64_t column, int tail) {
     constexpr int MR = tile_rows(NV);
     const int64_t tiles = (M + MR - 1) / MR;
     for (int64_t t = 0, i = 0; t < tiles; ++t) {  // tiles of even height: a last one of a row or two would crawl
         const int rows = static_cast<int>((M - i + tiles - t - 1) / (tiles - t));
         using Heights = std::make_integer_sequence<int, MR>;
         const Tile<E> run = tail == W ? pick<E, NV, true>(rows, Heights{}) : pick<E, NV, false>(rows, Heights{});
-        run(K, a + i * a_m, a_m, a_k, b, ldb, c + i * ldc, ldc, accumulate, tail);
+        run(K, a + i * a_m, a_m, a_k, b, ldb, to, i, column, tail);
         i += rows;
     }
 }
 
 template <class E>
-void blocked(int64_t M, int64_t N, int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, float* c,
-             int64_t ldc, bool accumulate) {
+void blocked(int64_t M, int64_t N, int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb,
+             const Result& to) {
     const int64_t vectors = (N + W - 1) / W;
     const int64_t panels = (vectors + MAX_NV - 1) / MAX_NV;
     for (int64_t p = 0, j = 0; p < panels; ++p) {
         const int64_t wide = (vectors - j / W + panels - p - 1) / (panels - p);
         const int tail = static_cast<int>(std::min<int64_t>(N - j - (wide - 1) * W, W));
-        const auto run = [&](auto nv) {
-            panel<E, decltype(nv)::value>(M, K, a, a_m, a_k, b + j, ldb, c + j, ldc, accumulate, tail);
-        };
+        const auto run = [&](auto nv) { panel<E, decltype(nv)::value>(M, K, a, a_m, a_k, b + j, ldb, to, j, tail); };
         switch (wide) {
             case 1: run(std::integral_constant<int, 1>{}); break;
             case 2: run(std::integral_constant<int, 2>{}); break;
@@ -195,8 +209,8 @@ void a_to_pairs(int64_t M, int64_t K, const T* src, int64_t ld, pair* dst, int64
 }  // namespace
 
 void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, int64_t a_k, const float* b, int64_t ldb,
-          float* c, int64_t ldc, bool accumulate) {
-    blocked(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
+          const Result& result) {
+    blocked(M, N, K, a, a_m, a_k, b, ldb, result);
 }
 
 void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd) {
@@ -220,11 +234,11 @@ void pack_transposed(int64_t K, int64_t N, const f16* src, int64_t ld, float* ds
 
 #if defined(__AVX512BF16__)
 void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
-          float* c, int64_t ldc, bool accumulate) {
+          float* c, int64_t ldc, bool accumulate, [[maybe_unused]] Prefetch* prefetch) {
 #if defined(__AMX_TILE__) || defined(CNM_AMX_HEADER)
     gemm_tiles(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
 #else
-    blocked(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
+    blocked(M, N, K, a, a_m, a_k, b, ldb, Result{c, ldc, accumulate ? c : nullptr, ldc, nullptr, 0, false, prefetch});
 #endif
 }
 

@@ -9,6 +9,7 @@
 // that serves both writes its operands with pack_rows and pack_transposed into Operand<T>, and calls gemm on that.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -38,12 +39,45 @@ constexpr int64_t packed_k(int64_t K) {
     return std::is_same_v<Operand<T>, pair> ? (K + 1) / 2 : K;
 }
 
+// Cache lines to be asked for while a product runs, one in `1 << shift` steps of its inner loop: a processor has few
+// requests to memory under way at a time, and waits when they come in bursts. The list ends with PADDING lines that do
+// no harm.
+struct Prefetch {
+    static constexpr int64_t PADDING = 512;
+    const char* const* next;
+    const char* const* end;
+    int shift;
+
+    // The lines for K steps.
+    const char* const* take(int64_t K) {
+        const char* const* lines = next;
+        next = std::min(next + (K >> shift) + 1, end);
+        return lines;
+    }
+};
+
+// Where a product goes: c[i * ldc + j] = scale[i * scale_step] (start[i * start_ld + j] + (A B)(i, j)).
+struct Result {
+    float* c;
+    int64_t ldc;
+    const float* start = nullptr;  // null: zeros
+    int64_t start_ld = 0;
+    const float* scale = nullptr;  // null: ones
+    int64_t scale_step = 0;
+    bool streams = false;  // past the caches; stream_fence() before others read it
+    Prefetch* prefetch = nullptr;
+};
+
 // A(i, k) = a[i * a_m + k * a_k], B(k, j) = b[k * ldb + j], C(i, j) = c[i * ldc + j]. One of a_m and a_k is 1.
 void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, int64_t a_k, const float* b, int64_t ldb,
-          float* c, int64_t ldc, bool accumulate);
+          const Result& result);
+inline void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, int64_t a_k, const float* b,
+                 int64_t ldb, float* c, int64_t ldc, bool accumulate, Prefetch* prefetch = nullptr) {
+    gemm(M, N, K, a, a_m, a_k, b, ldb, Result{c, ldc, accumulate ? c : nullptr, ldc, nullptr, 0, false, prefetch});
+}
 #if defined(__AVX512BF16__)
 void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
-          float* c, int64_t ldc, bool accumulate);
+          float* c, int64_t ldc, bool accumulate, Prefetch* prefetch = nullptr);
 #endif
 
 // Packs X[K, N] = src[k * ld + n] for use as B (or, with strides a_m = 1 and a_k = ldd, as A = X^T):

@@ -97,6 +97,7 @@ class Output {
             store_tail(p, v, n);
         }
     }
+    bool streams() const { return streams_; }
     // Once per thread's share, before others read it.
     void finish() const {
         if (streams_) stream_fence();
