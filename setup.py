@@ -21,7 +21,12 @@ from setuptools.errors import CompileError
 
 SOURCES = Path("csrc")
 REASON_FILE = "native_skipped.txt"  # beside native/: why the C++ module is missing, for `python -m cnm_kernels`
-MATRIX_KERNELS = {"gemm", "attention", "linear_nll"}  # these are worth compiling for the bfloat16 instruction sets too
+MATRIX_KERNELS = {
+    "gemm",
+    "attention",
+    "linear",
+    "linear_nll",
+}  # these are worth compiling for the bfloat16 instruction sets too
 FLAGS = [
     "-std=c++17",
     "-O3",

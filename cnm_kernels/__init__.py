@@ -12,6 +12,7 @@ from cnm_kernels.ops import (
     gaussian_attention,
     gaussian_mask,
     intra_video_contrastive_loss,
+    linear,
     linear_nll,
     weighted_attention,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "gaussian_attention",
     "gaussian_mask",
     "intra_video_contrastive_loss",
+    "linear",
     "linear_nll",
     "use_backend",
     "weighted_attention",

@@ -7,8 +7,8 @@ are deterministic bit for bit, and are differentiable once. They raise ``TypeErr
 ``ValueError`` for a wrong shape, device or number; each message names the argument, what was given and what is
 expected.
 
-Under autocast, attention and ``linear_nll`` cast their matrix operands to the autocast dtype; the other ops run in the
-dtype they are given. Losses come back in float32 (float64 for float64 inputs).
+Under autocast, attention and ``linear_nll`` cast their matrix operands to the autocast dtype, ``linear`` its input; the
+other ops run in the dtype they are given. Losses come back in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -220,6 +220,31 @@ def gaussian_attention(
     arguments = (query, key, value, *gaussian, causal, key_lengths, scale, return_weights)
     out, weights = _run("gaussian_attention", query, *arguments)
     return (out, weights) if return_weights else out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    """A linear layer, x W^T + b; with ``relu`` negative results are 0.
+
+    Unlike ``torch.nn.functional.linear`` it takes narrow x with float32 parameters, whose gradients then come back in
+    float32: training keeps master weights without casting them. Differentiable in x, weight and bias.
+
+    Args:
+        x: [..., K].
+        weight: [M, K], the dtype of x or float32.
+        bias: [M], likewise.
+
+    Returns:
+        [..., M] in the dtype of x.
+    """
+    check = Arguments("linear")
+    (x,) = _autocast(x)
+    check.floating("x", x, "... K")
+    check.floating("weight", weight, "M K", own_dtype=True)
+    if bias is not None:
+        check.floating("bias", bias, "M", own_dtype=True)
+        if bias.dtype != weight.dtype:
+            bias = bias.to(weight.dtype)
+    return _run("linear", x, x, weight, bias, relu)
 
 
 @overload

@@ -34,12 +34,15 @@ OPS = (
     "gaussian_mask",
     "weighted_attention",
     "gaussian_attention",
+    "linear",
     "linear_nll",
     "intra_video_contrastive_loss",
     "contrastive_reconstruction_loss",
     "dropout",
     "dropout_add_layer_norm",
 )
+# What vendors' libraries do best on their processors: a backend asked for by name may leave these to PyTorch.
+LIBRARY_OPS = ("linear",)
 ENVIRONMENT_VARIABLE = "CNM_KERNELS_BACKEND"
 
 
@@ -101,6 +104,8 @@ def choice(op: str, device: str, dtype: torch.dtype) -> str:
     """Name of the backend that runs ``op`` on tensors of this device type and dtype."""
     if _requested is not None:
         reason = unavailable(op, _requested, device, dtype)
+        if reason is not None and op in LIBRARY_OPS:
+            return "torch"
         if reason is not None:
             raise BackendUnavailable(
                 f"{op}: backend {_requested!r} was asked for but {reason} "

@@ -16,6 +16,7 @@ OPS = (
     "gaussian_mask",
     "weighted_attention",
     "gaussian_attention",
+    "linear",
     "linear_nll",
     "intra_video_contrastive_loss",
     "contrastive_reconstruction_loss",
@@ -95,6 +96,14 @@ def gaussian_attention(
     """``weighted_attention`` whose key weight is ``gaussian_mask(center, width)`` (not rounded in between)."""
     mask = gaussian_mask(_wide(center), _wide(width), key.size(-2), alpha, min_width, complement)  # [B, Lk]
     return weighted_attention(query, key, value, mask, causal, key_lengths, scale, return_weights)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """x W^T + b; negative values 0 with ``relu``."""
+    # GPUs' libraries multiply narrow operands fast and accumulate in float32 all the same.
+    dtype = x.dtype if x.is_cuda else _wide(x).dtype
+    out = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return (F.relu(out) if relu else out).to(x.dtype)
 
 
 def linear_nll(

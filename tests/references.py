@@ -72,6 +72,14 @@ def gaussian_attention(
     return weighted_attention(query, key, value, mask, causal, key_lengths, scale, return_weights)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> tuple[Tensor, ...]:
+    """Row by row."""
+    out = torch.einsum("...k,mk->...m", x, weight.to(x.dtype))
+    if bias is not None:
+        out = out + bias.to(x.dtype)
+    return (out * (out > 0) if relu else out,)
+
+
 def linear_nll(
     hidden: Tensor,
     weight: Tensor,
@@ -170,6 +178,7 @@ REFERENCES = {
         gaussian_mask,
         weighted_attention,
         gaussian_attention,
+        linear,
         linear_nll,
         intra_video_contrastive_loss,
         contrastive_reconstruction_loss,

@@ -23,6 +23,7 @@ DIFFERENTIABLE = {
     "gaussian_mask": ("center", "width"),
     "weighted_attention": ("query", "key", "value", "key_weight"),
     "gaussian_attention": ("query", "key", "value", "center", "width"),
+    "linear": ("x", "weight", "bias"),
     "linear_nll": ("hidden", "weight", "bias"),
     "intra_video_contrastive_loss": ("positive", "hard", "easy"),
     "contrastive_reconstruction_loss": ("hidden", "weight", "bias"),
@@ -86,6 +87,15 @@ def vocabulary(
         "bias": draw.normal(V),
         "target": draw.integers(V, rows, L),
         "valid_lengths": draw.lengths(*([L] * rows if lengths is None else lengths)),
+    } | options
+
+
+def layer(draw: Draw, *shape: int, M: int, **options: Any) -> Inputs:
+    K = shape[-1]
+    return {
+        "x": draw.normal(*shape),
+        "weight": draw.normal(M, K, scale=max(K, 1) ** -0.5),
+        "bias": draw.normal(M),
     } | options
 
 
@@ -240,6 +250,27 @@ SAMPLES: dict[str, dict[str, Builder]] = {
         "complement-words-clips": lambda draw: gaussian(draw, 2, 4, 13, 50, 64, complement=True),
         "narrow-and-outside": lambda draw: _narrow(draw, gaussian(draw, 5, 2, 4, 21, 8)),
         "narrow-and-outside-complement": lambda draw: _narrow(draw, gaussian(draw, 5, 2, 4, 21, 8, complement=True)),
+    },
+    "linear": {
+        "published-3x50x256": lambda draw: layer(draw, 3, 50, 256, M=256),
+        "feed-forward": lambda draw: layer(draw, 2, 13, 256, M=512, relu=True),
+        "frames-1024": lambda draw: layer(draw, 2, 20, 1024, M=256),
+        "rows-2500": lambda draw: layer(draw, 2500, 24, M=40),
+        "odd-3x5x37": lambda draw: layer(draw, 3, 5, 37, M=19, relu=True),
+        "without-bias": lambda draw: layer(draw, 7, 9, M=11) | {"bias": None},
+        "one-row": lambda draw: layer(draw, 8, M=3),
+        "one-by-one": lambda draw: layer(draw, 1, 1, M=1, relu=True),
+        "no-rows": lambda draw: layer(draw, 0, 4, 8, M=5),
+        "no-inputs": lambda draw: layer(draw, 4, 0, M=5),
+        "no-outputs": lambda draw: layer(draw, 4, 8, M=0),
+        "float32-parameters": lambda draw: (
+            layer(draw, 5, 33, M=21, relu=True)
+            | {"weight": draw.normal(21, 33).to(torch.promote_types(draw.dtype, torch.float32)), "bias": None}
+        ),
+        "a-view-of-wider-rows": lambda draw: layer(draw, 3, 5, 8, M=7) | {"x": draw.normal(3, 5, 24)[..., 8:16]},
+        "last-rows": lambda draw: layer(draw, 4, 1, 8, M=7) | {"x": draw.normal(4, 6, 8)[:, -1:]},
+        "strided": lambda draw: strided(layer(draw, 3, 5, 8, M=7)),
+        "misaligned": lambda draw: misaligned(layer(draw, 3, 5, 8, M=7, relu=True)),
     },
     "linear_nll": {
         "plain": lambda draw: vocabulary(draw, 3, 5, 8, 11),

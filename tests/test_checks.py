@@ -15,6 +15,7 @@ VALID = {  # a sample in which every argument is present
     "gaussian_mask": "odd-3x5x37-complement",
     "weighted_attention": "weighted-causal-lengths-weights",  # B, H, Lq, Lk, d = 3, 2, 17, 17, 33
     "gaussian_attention": "causal-lengths-weights",
+    "linear": "odd-3x5x37",
     "linear_nll": "odd",  # M, L, D, V = 3, 5, 37, 101
     "intra_video_contrastive_loss": "odd-7",
     "contrastive_reconstruction_loss": "plain",  # B, L, D, V = 3, 5, 8, 11
@@ -30,6 +31,7 @@ INTEGERS = {
 OWN_DTYPE = {  # these may be float32 beside lower or higher ones
     "weighted_attention": ("key_weight",),
     "gaussian_attention": ("center", "width"),
+    "linear": ("weight", "bias"),
     "dropout_add_layer_norm": ("weight", "bias"),
 }
 FLOATING = [(op, name) for op, names in DIFFERENTIABLE.items() for name in names]

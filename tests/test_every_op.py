@@ -25,6 +25,7 @@ TYPICAL = {  # small ones with every input differentiable and something of each 
     "gaussian_mask": ["odd-3x5x37-complement"],
     "weighted_attention": ["weighted-causal-lengths-weights"],
     "gaussian_attention": ["causal-lengths-weights", "complement"],
+    "linear": ["odd-3x5x37"],
     "linear_nll": ["odd", "lengths-0-1-odd-over"],
     "intra_video_contrastive_loss": ["odd-7"],
     "contrastive_reconstruction_loss": ["plain"],
@@ -35,6 +36,7 @@ LARGE = {  # large enough for threads to share the work
     "gaussian_mask": ["published-50"],
     "weighted_attention": ["weighted-frames-200", "weighted-words-20-clips-50"],
     "gaussian_attention": ["frames-200", "complement-words-clips"],
+    "linear": ["rows-2500", "feed-forward"],
     "linear_nll": ["published-13x256x1112"],
     "intra_video_contrastive_loss": ["published-128"],
     "contrastive_reconstruction_loss": ["published-13x256x1112"],
@@ -44,6 +46,7 @@ LARGE = {  # large enough for threads to share the work
 AUTOCAST = {  # what autocast casts; everything else runs in the dtype it is given
     "weighted_attention": ("query", "key", "value"),
     "gaussian_attention": ("query", "key", "value"),
+    "linear": ("x",),
     "linear_nll": ("hidden", "weight", "bias"),
     "contrastive_reconstruction_loss": ("hidden", "weight", "bias"),
 }
@@ -51,6 +54,7 @@ SMOOTH = {  # small, and away from kinks and ties, so that finite differences me
     "gaussian_mask": ["odd-3x5x37-complement", "length-1", "scalar"],
     "weighted_attention": ["weighted-returned-weights", "weighted-lengths-0-1-odd-over", "unweighted-causal-more-keys"],
     "gaussian_attention": ["causal-more-queries", "complement", "lengths-0-1-odd-over"],
+    "linear": ["without-bias", "one-row"],
     "linear_nll": ["plain", "lengths-0-1-odd-over", "ignored-targets"],
     "intra_video_contrastive_loss": ["odd-7", "one"],
     "contrastive_reconstruction_loss": ["plain", "ignored-targets"],

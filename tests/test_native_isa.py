@@ -77,6 +77,8 @@ def large(op: str) -> dict[str, Tensor | float]:
         return {**heads, **gaussian, "causal": True, "key_lengths": draw.lengths(0, 1, 16, 50, 99, 101, 64)}
     if op == "weighted_attention":
         return {name: draw.normal(7, 3, 101, 40) for name in ("query", "key", "value")}
+    if op == "linear":
+        return {"x": draw.normal(5001, 120), "weight": draw.normal(77, 120), "bias": draw.normal(77), "relu": True}
     if op == "linear_nll":
         layer = {"weight": draw.normal(1003, 37), "bias": draw.normal(1003)}
         words = {"target": draw.integers(1003, 61, 17), "valid_lengths": draw.integers(18, 61)}
@@ -84,7 +86,15 @@ def large(op: str) -> dict[str, Tensor | float]:
     return add_and_norm(draw, 9001, 251, p=0.1, seed=3)
 
 
-LARGE = ("gaussian_mask", "weighted_attention", "gaussian_attention", "linear_nll", "dropout", "dropout_add_layer_norm")
+LARGE = (
+    "gaussian_mask",
+    "weighted_attention",
+    "gaussian_attention",
+    "linear",
+    "linear_nll",
+    "dropout",
+    "dropout_add_layer_norm",
+)
 
 
 @pytest.mark.parametrize("op", LARGE)

@@ -41,6 +41,7 @@ OPS = (
     "gaussian_mask",
     "weighted_attention",
     "gaussian_attention",
+    "linear",
     "linear_nll",
     "intra_video_contrastive_loss",
     "contrastive_reconstruction_loss",
@@ -57,5 +58,6 @@ if LOAD_ERROR is None:
     from cnm_kernels.native.intra_video_contrastive_loss import (
         intra_video_contrastive_loss as intra_video_contrastive_loss,
     )
+    from cnm_kernels.native.linear import linear as linear
     from cnm_kernels.native.linear_nll import contrastive_reconstruction_loss as contrastive_reconstruction_loss
     from cnm_kernels.native.linear_nll import linear_nll as linear_nll

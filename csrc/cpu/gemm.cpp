@@ -74,6 +74,13 @@ void tile(int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t l
             for (int j = 0; j < NV; ++j) sums[i][j] *= scale;
         }
     }
+    if (to.relu) {
+        CNM_UNROLL
+        for (int i = 0; i < MR; ++i) {
+            CNM_UNROLL
+            for (int j = 0; j < NV; ++j) sums[i][j] = vmax(set1(0), sums[i][j]);  // NaN stays
+        }
+    }
     CNM_UNROLL
     for (int i = 0; i < MR; ++i) {
         CNM_UNROLL

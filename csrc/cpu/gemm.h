@@ -56,7 +56,8 @@ struct Prefetch {
     }
 };
 
-// Where a product goes: c[i * ldc + j] = scale[i * scale_step] (start[i * start_ld + j] + (A B)(i, j)).
+// Where a product goes: c[i * ldc + j] = scale[i * scale_step] (start[i * start_ld + j] + (A B)(i, j)), or 0 where that
+// is negative and `relu`.
 struct Result {
     float* c;
     int64_t ldc;
@@ -66,6 +67,7 @@ struct Result {
     int64_t scale_step = 0;
     bool streams = false;  // past the caches; stream_fence() before others read it
     Prefetch* prefetch = nullptr;
+    bool relu = false;
 };
 
 // A(i, k) = a[i * a_m + k * a_k], B(k, j) = b[k * ldb + j], C(i, j) = c[i * ldc + j]. One of a_m and a_k is 1.
