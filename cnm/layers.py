@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnm_kernels as kernels
@@ -63,6 +62,11 @@ class DropoutDraws:
         return self.offset - 1
 
 
+def apply_linear(layer: nn.Linear, x: Tensor, *, relu: bool = False) -> Tensor:
+    """The layer on x [..., K], which may be narrower than its parameters."""
+    return kernels.linear(x, layer.weight, layer.bias, relu=relu)
+
+
 class MultiheadAttention(nn.Module):
     """Multi-head attention with one packed input projection and optional key weights."""
 
@@ -78,20 +82,20 @@ class MultiheadAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """query, key and value [B, H, L, d] of self-attention over x [B, L, D]."""
-        return self._heads(F.linear(x, self.in_proj_weight, self.in_proj_bias), 3)
+        return self._heads(kernels.linear(x, self.in_proj_weight, self.in_proj_bias), 3)
 
     def project_query(self, x: Tensor) -> Tensor:
         D = x.size(-1)
-        return self._heads(F.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D]), 1)[0]
+        return self._heads(kernels.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D]), 1)[0]
 
     def project_key_value(self, source: Tensor) -> tuple[Tensor, ...]:
         D = source.size(-1)
-        return self._heads(F.linear(source, self.in_proj_weight[D:], self.in_proj_bias[D:]), 2)
+        return self._heads(kernels.linear(source, self.in_proj_weight[D:], self.in_proj_bias[D:]), 2)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor, weighting: Weighting, causal: bool
     ) -> Tensor:
-        """The attention's output before ``out_proj``. [B, Lq, D]"""
+        """[B, Lq, D]"""
         if isinstance(weighting, Gaussian):
             out = kernels.gaussian_attention(
                 query,
@@ -106,7 +110,7 @@ class MultiheadAttention(nn.Module):
             )
         else:
             out = kernels.weighted_attention(query, key, value, weighting, causal=causal, key_lengths=key_lengths)
-        return out.transpose(1, 2).flatten(2)
+        return apply_linear(self.out_proj, out.transpose(1, 2).flatten(2))
 
     def _heads(self, packed: Tensor, count: int) -> tuple[Tensor, ...]:
         return packed.unflatten(-1, (count, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
@@ -145,7 +149,7 @@ class DecoderLayer(nn.Module):
         else:
             query, key, value = attention.project(x)
             attended = attention.attend(query, key, value, lengths, weighting, causal=True)
-        x = draws.add_and_norm(attention.out_proj(attended), x, self.self_attn_layer_norm)
+        x = draws.add_and_norm(attended, x, self.self_attn_layer_norm)
         return self.after_self_attention(x, draws, source)
 
     def after_self_attention(self, x: Tensor, draws: DropoutDraws, source: Source | None) -> Tensor:
@@ -155,8 +159,9 @@ class DecoderLayer(nn.Module):
             key, value = attention.project_key_value(source.states)
             query = attention.project_query(x)
             attended = attention.attend(query, key, value, source.lengths, source.weighting, causal=False)
-            x = draws.add_and_norm(attention.out_proj(attended), x, self.encoder_attn_layer_norm)
-        return draws.add_and_norm(self.fc2(F.relu(self.fc1(x))), x, self.final_layer_norm)
+            x = draws.add_and_norm(attended, x, self.encoder_attn_layer_norm)
+        hidden = apply_linear(self.fc1, x, relu=True)
+        return draws.add_and_norm(apply_linear(self.fc2, hidden), x, self.final_layer_norm)
 
 
 class Decoder(nn.Module):

@@ -12,7 +12,7 @@ import cnm_kernels as kernels
 from cnm import checkpoint
 from cnm.config import CNMConfig
 from cnm.errors import InputError
-from cnm.layers import DropoutDraws, DualTransformer, Gaussian, Source, sinusoidal_positions
+from cnm.layers import DropoutDraws, DualTransformer, Gaussian, Source, apply_linear, sinusoidal_positions
 from cnm_kernels.checks import Arguments
 
 
@@ -63,6 +63,7 @@ class CNM(nn.Module):
         )
         self.fc_rec = nn.Linear(D, vocab_size)
         self.fc_mask_gen = nn.Linear(D, 2)
+        self.compute_dtype: torch.dtype | None = None  # of activations; None: as the inputs are
         self.positions: Tensor
         self.register_buffer("positions", sinusoidal_positions(max_num_words + 1, D), persistent=False)
 
@@ -159,7 +160,8 @@ class CNM(nn.Module):
         rows = word_lengths + 1
         words = self.trans.decoder2(words + self._positions(words), rows, draws)
         states = self.trans.decoder1(frames, frame_lengths, draws, source=Source(words, rows), last_only=last_only)
-        center, width = torch.sigmoid(self.fc_mask_gen(states[:, -1])).unbind(-1)
+        last = states[:, -1].to(self.fc_mask_gen.weight.dtype)
+        center, width = torch.sigmoid(self.fc_mask_gen(last)).unbind(-1)
         return center, width * self.max_width
 
     def _reconstruct_branch(
@@ -177,16 +179,18 @@ class CNM(nn.Module):
 
     def project_inputs(self, frames: Tensor, words: Tensor, draws: DropoutDraws) -> tuple[Tensor, Tensor]:
         """Input dropout and projection: frames [B, T, D] and words [B, L + 1, D], row 0 being the start token."""
+        frames, words = (x if self.compute_dtype is None else x.to(self.compute_dtype) for x in (frames, words))
         start = self.start_vec.to(words.dtype).expand(words.size(0), 1, -1)
         words = torch.cat([start, words[:, 1:]], dim=1)
-        return self.frame_fc(draws.on_input(frames)), self.word_fc(draws.on_input(words))
+        return apply_linear(self.frame_fc, draws.on_input(frames)), apply_linear(self.word_fc, draws.on_input(words))
 
     def reconstructor_words(self, words: Tensor, masked_words: Tensor, word_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Projected words with the masked ones replaced, positions added and the last row dropped; and their lengths.
 
         Row t predicts word t + 1, and the row after the last word predicts padding (as published).
         """
-        words = torch.where(masked_words.unsqueeze(-1), self.word_fc(self.mask_vec), words) + self._positions(words)
+        mask = apply_linear(self.word_fc, self.mask_vec.to(words.dtype))
+        words = torch.where(masked_words.unsqueeze(-1), mask, words) + self._positions(words)
         words = words[:, :-1]  # [B, L, D]
         return words, (word_lengths + 1).clamp(max=words.size(1))
 
@@ -205,7 +209,7 @@ class CNM(nn.Module):
         if words.size(1) > self.positions.size(0):  # sentences longer than the configuration foresaw
             positions = sinusoidal_positions(words.size(1), self.positions.size(1))
             self.positions = positions.to(self.positions.device, self.positions.dtype)
-        return self.positions[: words.size(1)]
+        return self.positions[: words.size(1)].to(words.dtype)
 
     def _check(self, frames: Tensor, frame_lengths: Tensor, words: Tensor, word_lengths: Tensor) -> None:
         check = Arguments("CNM")

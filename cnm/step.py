@@ -192,8 +192,7 @@ class _ReconstructorInputs:
         self.frame_projections = frame_attention.project(self.frames)
         word_attention = model.trans.decoder2.layers[0].self_attn
         query, key, value = word_attention.project(self.words)
-        attended = word_attention.attend(query, key, value, self.row_lengths, None, causal=True)
-        self.attended_words = word_attention.out_proj(attended)
+        self.attended_words = word_attention.attend(query, key, value, self.row_lengths, None, causal=True)
 
     def gaussian(self, center: Tensor, width: Tensor) -> Tensor:
         """The positive's key weights. [B, P]"""
@@ -211,9 +210,7 @@ class _ReconstructorInputs:
         attended = torch.cat(
             [attention.attend(query, key, value, self.frame_lengths, weight, causal=True) for weight in key_weights]
         )
-        frames = draws.add_and_norm(
-            attention.out_proj(attended), self.frames.repeat(n, 1, 1), first.self_attn_layer_norm
-        )
+        frames = draws.add_and_norm(attended, self.frames.repeat(n, 1, 1), first.self_attn_layer_norm)
         frames = first.after_self_attention(frames, draws, None)
         for layer in later:
             frames = layer(frames, frame_lengths, draws, weighting)

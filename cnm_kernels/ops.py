@@ -291,7 +291,7 @@ def linear_nll(
 
     Args:
         hidden: [M, L, D].
-        weight: [V, D], bias: [V], the dtype of ``hidden``.
+        weight: [V, D], bias: [V], the dtype of ``hidden`` or float32; their gradients come in their own.
         target: [M, L] int64 in [0, V); not read beyond the row's length.
         valid_lengths: [M] int64.
         label_smoothing: e, in [0, 1].
@@ -347,7 +347,7 @@ def contrastive_reconstruction_loss(
 
     Args:
         hidden: [3, B, L, D]: positive, hard negative, easy negative.
-        weight: [V, D], bias: [V], the dtype of ``hidden``.
+        weight: [V, D], bias: [V], the dtype of ``hidden`` or float32; their gradients come in their own.
         target: [B, L] int64, valid_lengths: [B] int64, shared by the branches; as in ``linear_nll``.
         label_smoothing, beta_1, beta_2: as in the two ops.
 
@@ -441,8 +441,8 @@ def _check_gaussian(check: Arguments, alpha: float, min_width: float) -> None:
 
 
 def _check_vocabulary(check: Arguments, weight: Tensor, bias: Tensor, label_smoothing: float) -> None:
-    check.floating("weight", weight, "V D")
-    check.floating("bias", bias, "V")
+    check.floating("weight", weight, "V D", own_dtype=True)
+    check.floating("bias", bias, "V", own_dtype=True)
     if weight.size(0) == 0:
         raise ValueError(f"{check.op}: weight must hold at least one word, got shape {list(weight.shape)}")
     check.number("label_smoothing", label_smoothing, 0, 1)

@@ -183,6 +183,12 @@ def _extreme_vocabulary(inputs: Inputs) -> Inputs:
     return inputs | {"hidden": 100 * inputs["hidden"].sign(), "weight": 12 * inputs["weight"].sign()}
 
 
+def _float32_parameters(inputs: Inputs) -> Inputs:
+    """Parameters in float32, or wider where the rest is, of values that the rest's dtype holds."""
+    wide = torch.promote_types(inputs["weight"].dtype, torch.float32)
+    return inputs | {name: inputs[name].to(wide) for name in ("weight", "bias")}
+
+
 def _ignored_targets(inputs: Inputs) -> Inputs:
     """Targets past the valid length are no word ids at all."""
     L = inputs["target"].size(-1)
@@ -287,6 +293,7 @@ SAMPLES: dict[str, dict[str, Builder]] = {
         "extreme-logits": lambda draw: _extreme_vocabulary(vocabulary(draw, 3, 5, 8, 11)),
         "strided": lambda draw: strided(vocabulary(draw, 3, 5, 8, 11, lengths=(2, 5, 1))),
         "misaligned": lambda draw: misaligned(vocabulary(draw, 3, 5, 8, 11)),
+        "float32-parameters": lambda draw: _float32_parameters(vocabulary(draw, 3, 5, 21, 150)),
     },
     "intra_video_contrastive_loss": {
         "published-128": lambda draw: three_losses(draw, 128),

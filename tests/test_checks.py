@@ -32,6 +32,8 @@ OWN_DTYPE = {  # these may be float32 beside lower or higher ones
     "weighted_attention": ("key_weight",),
     "gaussian_attention": ("center", "width"),
     "linear": ("weight", "bias"),
+    "linear_nll": ("weight", "bias"),
+    "contrastive_reconstruction_loss": ("weight", "bias"),
     "dropout_add_layer_norm": ("weight", "bias"),
 }
 FLOATING = [(op, name) for op, names in DIFFERENTIABLE.items() for name in names]

@@ -381,10 +381,10 @@ void backward(const LinearNllBackwardParams& p) {
     const Buffer share_buffer(kept * static_cast<size_t>(p.V) * sizeof(float));
     E *dz = dz_buffer.as<E>(), *hidden = hidden_buffer.as<E>();
     float* share = share_buffer.as<float>();
-    // Sums in float32: in the outputs, where those are.
-    constexpr bool FLOAT = std::is_same_v<T, float>;
-    const Buffer weight_buffer(!FLOAT && p.d_weight != nullptr ? static_cast<size_t>(p.V * p.D) * sizeof(float) : 0);
-    float* d_weight = FLOAT ? static_cast<float*>(p.d_weight) : weight_buffer.as<float>();
+    // Sums in float32: in the output, if that is.
+    const bool in_place = p.d_weight_dtype == Dtype::float32;
+    const Buffer weight_buffer(!in_place && p.d_weight != nullptr ? static_cast<size_t>(p.V * p.D) * sizeof(float) : 0);
+    float* d_weight = in_place ? static_cast<float*>(p.d_weight) : weight_buffer.as<float>();
     std::vector<float> d_bias(want_words ? static_cast<size_t>(p.V) : 0);
 
     const auto do_tile = [&](int64_t index, int64_t slot) {
@@ -430,14 +430,14 @@ void backward(const LinearNllBackwardParams& p) {
         if (want_words) parallel_for(blocks(p), [&](int64_t block) { add_tiles(block, first, tiles); });
     }
     if (p.d_weight != nullptr && tokens.tiles() == 0) {
-        std::memset(p.d_weight, 0, static_cast<size_t>(p.V * p.D) * sizeof(T));
-    } else if (p.d_weight != nullptr && !FLOAT) {
+        std::memset(p.d_weight, 0, static_cast<size_t>(p.V * p.D) * (in_place ? sizeof(float) : sizeof(T)));
+    } else if (p.d_weight != nullptr && !in_place) {
         parallel_for(blocks(p), [&](int64_t block) {
             const int64_t begin = block * WORDS * p.D;
             write_row(static_cast<T*>(p.d_weight) + begin, d_weight + begin, words_from(p, block * WORDS) * p.D, 1);
         });
     }
-    if (p.d_bias != nullptr) write_row(static_cast<T*>(p.d_bias), d_bias.data(), p.V, 1);
+    if (p.d_bias != nullptr) std::copy(d_bias.begin(), d_bias.end(), p.d_bias);
 }
 
 }  // namespace

@@ -38,7 +38,8 @@ struct LinearNllBackwardParams : LinearNllInputs {
     const float* expected;  // [M, L, D] or null
     void* d_hidden;         // [M, L, D] or null: not wanted
     void* d_weight;         // [V, D] or null
-    void* d_bias;           // [V] or null
+    float* d_bias;          // [V] or null
+    Dtype d_weight_dtype;   // dtype, or float32
 };
 
 CNM_MATRIX_KERNEL(linear_nll, LinearNllParams)

@@ -14,11 +14,10 @@ struct Arguments {
     double label_smoothing;
 
     Arguments(const Tensor& h, const Tensor& w, const Tensor& b, const Tensor& y, const Tensor& n, double smoothing)
-        : hidden(packed(h)), weight(packed(w)), bias(packed(b)), target(packed(y)), valid_lengths(packed(n)),
+        : hidden(packed(h)), weight(packed(as_type(w, h.scalar_type()))), bias(packed(as_type(b, h.scalar_type()))), target(packed(y)), valid_lengths(packed(n)),
           label_smoothing(smoothing) {
         const int64_t M = h.size(0), L = h.size(1), V = w.size(0);
-        STD_TORCH_CHECK(w.size(1) == h.size(2) && b.numel() == V && y.numel() == M * L && n.numel() == M &&
-                            w.scalar_type() == h.scalar_type() && b.scalar_type() == h.scalar_type(),
+        STD_TORCH_CHECK(w.size(1) == h.size(2) && b.numel() == V && y.numel() == M * L && n.numel() == M,
                         "linear_nll: hidden, weight, bias, target and valid_lengths do not fit");
         STD_TORCH_CHECK(V < (1 << 24), "linear_nll: at most 2^24 words, got ", V);
         const LinearNllInputs p = params<LinearNllInputs>();
@@ -77,15 +76,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_nll, const Tensor& h
         return wanted ? empty_as(tensor, tensor.scalar_type()) : empty({0}, tensor.scalar_type());
     };
     const Tensor d_hidden = like(need_hidden, hidden), d_weight = like(need_weight, weight);
-    const Tensor d_bias = like(need_bias, bias);
+    const Tensor d_bias = empty({need_bias ? p.V : 0}, ScalarType::Float);
     p.d_nll = upstream.const_data_ptr<float>();
     p.lse = lse.const_data_ptr<float>();
     p.expected = expected.numel() == 0 ? nullptr : expected.const_data_ptr<float>();
     p.d_hidden = need_hidden ? d_hidden.mutable_data_ptr() : nullptr;
     p.d_weight = need_weight ? d_weight.mutable_data_ptr() : nullptr;
-    p.d_bias = need_bias ? d_bias.mutable_data_ptr() : nullptr;
+    p.d_bias = need_bias ? d_bias.mutable_data_ptr<float>() : nullptr;
+    p.d_weight_dtype = dtype_of(weight);
     linear_nll_backward(p);
-    return {d_hidden, d_weight, d_bias};
+    return {d_hidden, d_weight, as_type(d_bias, bias.scalar_type())};
 }
 
 }  // namespace

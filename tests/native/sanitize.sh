@@ -8,6 +8,7 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 cp -r cnm cnm_kernels csrc tests setup.py pyproject.toml "$copy"
 cd "$copy"
+export PYTHONPATH=$copy
 rm -f cnm_kernels/*.so
 sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 CNM_KERNELS_NATIVE=1 CXXFLAGS="$sanitizers" LDFLAGS="$sanitizers" "$python" setup.py -q build_ext --inplace
