@@ -80,27 +80,31 @@ class MultiheadAttention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """query, key and value [B, H, L, d] of self-attention over x [B, L, D]."""
-        return self._heads(kernels.linear(x, self.in_proj_weight, self.in_proj_bias), 3)
+    def project(self, x: Tensor) -> Tensor:
+        """query, key and value of self-attention over x [B, L, D], packed: [B, L, 3, H, d]."""
+        return kernels.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
 
     def project_query(self, x: Tensor) -> Tensor:
+        """[B, H, L, d]"""
         D = x.size(-1)
-        return self._heads(kernels.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D]), 1)[0]
+        query = kernels.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D])
+        return query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def project_key_value(self, source: Tensor) -> tuple[Tensor, ...]:
+    def project_key_value(self, source: Tensor) -> Tensor:
+        """Packed: [B, S, 2, H, d]."""
         D = source.size(-1)
-        return self._heads(kernels.linear(source, self.in_proj_weight[D:], self.in_proj_bias[D:]), 2)
+        packed = kernels.linear(source, self.in_proj_weight[D:], self.in_proj_bias[D:])
+        return packed.unflatten(-1, (2, self.num_heads, -1))
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor, weighting: Weighting, causal: bool
+        self, query: Tensor, key_value: Tensor | None, key_lengths: Tensor, weighting: Weighting, causal: bool
     ) -> Tensor:
-        """[B, Lq, D]"""
+        """[B, Lq, D]; without ``key_value`` self-attention on what ``project`` gives."""
         if isinstance(weighting, Gaussian):
             out = kernels.gaussian_attention(
                 query,
-                key,
-                value,
+                key_value,
+                None,
                 weighting.center,
                 weighting.width,
                 alpha=weighting.alpha,
@@ -109,11 +113,8 @@ class MultiheadAttention(nn.Module):
                 key_lengths=key_lengths,
             )
         else:
-            out = kernels.weighted_attention(query, key, value, weighting, causal=causal, key_lengths=key_lengths)
+            out = kernels.weighted_attention(query, key_value, None, weighting, causal=causal, key_lengths=key_lengths)
         return apply_linear(self.out_proj, out.transpose(1, 2).flatten(2))
-
-    def _heads(self, packed: Tensor, count: int) -> tuple[Tensor, ...]:
-        return packed.unflatten(-1, (count, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 class DecoderLayer(nn.Module):
@@ -143,12 +144,11 @@ class DecoderLayer(nn.Module):
         attention = self.self_attn
         if last_only:
             # The last query sees every key, so its row of the causal mask is all ones.
-            key, value = attention.project_key_value(x)
+            key_value = attention.project_key_value(x)
             x = x[:, -1:]
-            attended = attention.attend(attention.project_query(x), key, value, lengths, weighting, causal=False)
+            attended = attention.attend(attention.project_query(x), key_value, lengths, weighting, causal=False)
         else:
-            query, key, value = attention.project(x)
-            attended = attention.attend(query, key, value, lengths, weighting, causal=True)
+            attended = attention.attend(attention.project(x), None, lengths, weighting, causal=True)
         x = draws.add_and_norm(attended, x, self.self_attn_layer_norm)
         return self.after_self_attention(x, draws, source)
 
@@ -156,9 +156,9 @@ class DecoderLayer(nn.Module):
         """The layer's remaining sublayers: cross attention where there is a source, and feed-forward."""
         if source is not None:
             attention = self.encoder_attn
-            key, value = attention.project_key_value(source.states)
+            key_value = attention.project_key_value(source.states)
             query = attention.project_query(x)
-            attended = attention.attend(query, key, value, source.lengths, source.weighting, causal=False)
+            attended = attention.attend(query, key_value, source.lengths, source.weighting, causal=False)
             x = draws.add_and_norm(attended, x, self.encoder_attn_layer_norm)
         hidden = apply_linear(self.fc1, x, relu=True)
         return draws.add_and_norm(apply_linear(self.fc2, hidden), x, self.final_layer_norm)

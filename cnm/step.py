@@ -191,8 +191,8 @@ class _ReconstructorInputs:
         frame_attention = model.trans.decoder1.layers[0].self_attn
         self.frame_projections = frame_attention.project(self.frames)
         word_attention = model.trans.decoder2.layers[0].self_attn
-        query, key, value = word_attention.project(self.words)
-        self.attended_words = word_attention.attend(query, key, value, self.row_lengths, None, causal=True)
+        packed_words = word_attention.project(self.words)
+        self.attended_words = word_attention.attend(packed_words, None, self.row_lengths, None, causal=True)
 
     def gaussian(self, center: Tensor, width: Tensor) -> Tensor:
         """The positive's key weights. [B, P]"""
@@ -206,9 +206,9 @@ class _ReconstructorInputs:
 
         first, *later = model.trans.decoder1.layers
         attention = first.self_attn
-        query, key, value = self.frame_projections
+        packed_frames = self.frame_projections
         attended = torch.cat(
-            [attention.attend(query, key, value, self.frame_lengths, weight, causal=True) for weight in key_weights]
+            [attention.attend(packed_frames, None, self.frame_lengths, weight, causal=True) for weight in key_weights]
         )
         frames = draws.add_and_norm(attended, self.frames.repeat(n, 1, 1), first.self_attn_layer_norm)
         frames = first.after_self_attention(frames, draws, None)

@@ -80,8 +80,8 @@ def gaussian_mask(
 @overload
 def weighted_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
     key_weight: Tensor | None = ...,
     *,
     causal: bool = ...,
@@ -94,8 +94,8 @@ def weighted_attention(
 @overload
 def weighted_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
     key_weight: Tensor | None = ...,
     *,
     causal: bool = ...,
@@ -107,8 +107,8 @@ def weighted_attention(
 
 def weighted_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
     key_weight: Tensor | None = None,
     *,
     causal: bool = False,
@@ -124,8 +124,9 @@ def weighted_attention(
     Source: published ``MultiheadAttention`` with ``gauss_weight``.
 
     Args:
-        query: [B, H, Lq, d].
-        key, value: [B, H, Lk, d], the query's dtype.
+        query: [B, H, Lq, d]; without key and value all three packed, [B, L, 3, H, d], as one projection gives them.
+        key: [B, H, Lk, d], the query's dtype; without value both packed, [B, Lk, 2, H, d].
+        value: [B, H, Lk, d], the query's dtype.
         key_weight: m, [B, Lk], >= 0, the query's dtype or float32; None weighs all keys alike.
         causal: query i sees keys 0 to i.
         key_lengths: [B] int64; keys from there on are padding. None: all keys are real.
@@ -140,6 +141,7 @@ def weighted_attention(
     if key_weight is not None:
         check.floating("key_weight", key_weight, "B Lk", own_dtype=True)
     scale = query.size(-1) ** -0.5 if scale is None else float(scale)
+    query, key, value = _for_backend("weighted_attention", query, key, value)
     arguments = (query, key, value, key_weight, causal, key_lengths, scale, return_weights)
     out, weights = _run("weighted_attention", query, *arguments)
     return (out, weights) if return_weights else out
@@ -148,8 +150,8 @@ def weighted_attention(
 @overload
 def gaussian_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     center: Tensor,
     width: Tensor,
     *,
@@ -166,8 +168,8 @@ def gaussian_attention(
 @overload
 def gaussian_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     center: Tensor,
     width: Tensor,
     *,
@@ -183,8 +185,8 @@ def gaussian_attention(
 
 def gaussian_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     center: Tensor,
     width: Tensor,
     *,
@@ -201,8 +203,7 @@ def gaussian_attention(
     Differentiable in query, key, value, center and width. Source: CNM eq. 5.
 
     Args:
-        query: [B, H, Lq, d].
-        key, value: [B, H, Lk, d], the query's dtype.
+        query, key, value: as in ``weighted_attention``, packed or not.
         center, width: [B], fraction of the video, the query's dtype or float32.
         alpha, min_width, complement: as in ``gaussian_mask``.
         causal, key_lengths, scale, return_weights: as in ``weighted_attention``.
@@ -217,6 +218,7 @@ def gaussian_attention(
     _check_gaussian(check, alpha, min_width)
     scale = query.size(-1) ** -0.5 if scale is None else float(scale)
     gaussian = (center, width, alpha, min_width, complement)
+    query, key, value = _for_backend("gaussian_attention", query, key, value)
     arguments = (query, key, value, *gaussian, causal, key_lengths, scale, return_weights)
     out, weights = _run("gaussian_attention", query, *arguments)
     return (out, weights) if return_weights else out
@@ -423,14 +425,35 @@ def dropout_add_layer_norm(
 
 
 def _check_attention(
-    check: Arguments, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None
-) -> tuple[Tensor, ...]:
-    query, key, value = _autocast(query, key, value)
-    check.floating("query", query, "B H Lq d")
-    check.floating("key", key, "B H Lk d")
-    check.floating("value", value, "B H Lk d")
+    check: Arguments, query: Tensor, key: Tensor | None, value: Tensor | None, key_lengths: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The operands in the autocast dtype."""
+    given = [operand for operand in (query, key, value) if operand is not None]
+    if key is None and value is not None:
+        raise TypeError(f"{check.op}: value is given without key; give both, or pack both into key")
+    given = list(_autocast(*given))
+    if key is None:
+        check.floating("query", given[0], "B Lk 3 H d")
+    else:
+        check.floating("query", given[0], "B H Lq d")
+        check.floating("key", given[1], "B H Lk d" if value is not None else "B Lk 2 H d")
+    if value is not None:
+        check.floating("value", given[2], "B H Lk d")
     if key_lengths is not None:
         check.integer("key_lengths", key_lengths, "B")
+    return given[0], given[1] if key is not None else None, given[2] if value is not None else None
+
+
+def _for_backend(
+    op: str, query: Tensor, key: Tensor | None, value: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Packed heads as they are where the backend takes them, else as views of each head's rows."""
+    if value is not None or hasattr(registry.implementation(op, query), "takes_packed_heads"):
+        return query, key, value
+    if key is None:
+        query, key, value = query.permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        key, value = key.permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, value
 
 

@@ -24,11 +24,11 @@ STABLE_TORCH_LIBRARY(cnm_kernels, m) {
         "intra_video_contrastive_loss_backward(Tensor d_loss, Tensor positive, Tensor hard, Tensor easy, "
         "float beta_1, float beta_2) -> (Tensor, Tensor, Tensor)");
     m.def(
-        "attention(Tensor query, Tensor key, Tensor value, Tensor? key_weight, Tensor? center, Tensor? width, "
+        "attention(Tensor query, Tensor? key, Tensor? value, Tensor? key_weight, Tensor? center, Tensor? width, "
         "float alpha, float min_width, bool complement, bool causal, Tensor? key_lengths, float scale, "
         "bool return_weights) -> (Tensor, Tensor, Tensor)");
     m.def(
-        "attention_backward(Tensor d_out, Tensor? d_weights, Tensor query, Tensor key, Tensor value, "
+        "attention_backward(Tensor d_out, Tensor? d_weights, Tensor query, Tensor? key, Tensor? value, "
         "Tensor? key_weight, Tensor? center, Tensor? width, float alpha, float min_width, bool complement, "
         "bool causal, Tensor? key_lengths, float scale, Tensor stats, bool need_query, bool need_key, "
         "bool need_value, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -1,4 +1,7 @@
-"""weighted_attention and gaussian_attention in C++: one op, whose keys' weights are a tensor, a Gaussian or neither."""
+"""weighted_attention and gaussian_attention in C++: one op, whose keys' weights are a tensor, a Gaussian or neither.
+
+It takes heads packed as a projection gives them, and hands their gradients back packed: nothing is copied together.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ _backward = torch.ops.cnm_kernels.attention_backward.default
 
 def weighted_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     key_weight: Tensor | None,
     causal: bool,
     key_lengths: Tensor | None,
@@ -31,8 +34,8 @@ def weighted_attention(
 
 def gaussian_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     center: Tensor,
     width: Tensor,
     alpha: float,
@@ -48,35 +51,52 @@ def gaussian_attention(
     return out, weights if return_weights else None
 
 
-def _heads_like(tensor: Tensor, wanted: bool = True) -> Tensor:
+weighted_attention.takes_packed_heads = True  # type: ignore[attr-defined]
+gaussian_attention.takes_packed_heads = True  # type: ignore[attr-defined]
+
+
+def _sizes(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[int, int, int, int, int]:
+    """B, H, Lq, Lk, d."""
+    if key is None:
+        B, L, _, H, d = query.shape
+        return B, H, L, L, d
+    B, H, Lq, d = query.shape
+    return B, H, Lq, key.size(1 if value is None else 2), d
+
+
+def _heads(like: Tensor, B: int, H: int, L: int, d: int) -> Tensor:
     """[B, H, L, d] in memory as [B, L, H, d], as the kernels write it."""
-    if not wanted:
-        return tensor.new_empty(0)
-    B, H, L, d = tensor.shape
-    return tensor.new_empty(B, L, H, d).transpose(1, 2)
+    return like.new_empty(B, L, H, d).transpose(1, 2)
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor | None, value: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return_weights = others[-1]
-    B, H, Lq, _ = query.shape
+    B, H, Lq, Lk, d = _sizes(query, key, value)
     stats = query.new_empty(B, H, Lq, 2, dtype=torch.float32)
-    weights = query.new_empty((B, Lq, key.size(2)) if return_weights else (0,))
-    return _heads_like(query), stats, weights
+    weights = query.new_empty((B, Lq, Lk) if return_weights else (0,))
+    return _heads(query, B, H, Lq, d), stats, weights
 
 
 def _fake_backward(
-    d_out: Tensor, d_weights: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *others: Any
+    d_out: Tensor, d_weights: Tensor | None, query: Tensor, key: Tensor | None, value: Tensor | None, *others: Any
 ) -> tuple[Tensor, ...]:
     weighting = others[:3]  # key_weight, center, width
     *needs, need_weight = others[-4:]
-    heads = (_heads_like(t, needed) for t, needed in zip((query, key, value), needs, strict=True))
+
+    def operand(tensor: Tensor | None, needed: bool) -> Tensor:
+        if tensor is None or not needed:
+            return query.new_empty(0)
+        if tensor.dim() == 5:
+            return tensor.new_empty(tensor.shape)
+        B, H, L, d = tensor.shape
+        return _heads(tensor, B, H, L, d)
 
     def like(tensor: Tensor | None) -> Tensor:
         if tensor is None:
             return query.new_empty(0, dtype=torch.float32)
         return tensor.new_empty(tensor.shape if need_weight else 0)
 
-    return (*heads, *map(like, weighting))
+    return (*map(operand, (query, key, value), needs), *map(like, weighting))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -86,14 +106,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.scale = scale
 
 
-def _differentiate(ctx: Any, d_out: Tensor | None, _: None, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, d_out: Tensor | None, _stats: None, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, key_lengths, stats = ctx.saved_tensors
     if d_weights is not None and d_weights.numel() == 0:
         d_weights = None
     if d_out is None:
         if d_weights is None:
             return (None,) * 13
-        d_out = torch.zeros_like(tensors[0])
+        B, H, Lq, _, d = _sizes(*tensors[:3])
+        d_out = _heads(tensors[0], B, H, Lq, d).zero_()
     needs = ctx.needs_input_grad[:6]
     gradients = _backward(
         d_out, d_weights, *tensors, *ctx.numbers, key_lengths, ctx.scale, stats, *needs[:3], any(needs[3:])
