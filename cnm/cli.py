@@ -22,7 +22,7 @@ from cnm.errors import InputError
 from cnm.evaluation import check_vocabulary, evaluate
 from cnm.files import replace_file
 from cnm.localization import Found, localize_query, picture
-from cnm.model import CNM
+from cnm.model import CNM, PRECISIONS
 from cnm.run_folder import RunFolder
 from cnm.trainer import Interrupted, Result, Trainer
 from cnm_kernels import BackendUnavailable, registry
@@ -53,6 +53,17 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+class Precision(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bf16 = "bf16"
+
+
+class Step(str, Enum):
+    lean = "lean"
+    published = "published"
+
+
 class SplitName(str, Enum):
     train = "train"
     val = "val"
@@ -64,6 +75,13 @@ app = typer.Typer(
 )
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes the GPU where there is one.")]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option(
+        help="Of activations; parameters, losses and statistics stay in float32. auto: bf16 on GPUs that have it, else "
+        "float32; a resumed run's own."
+    ),
+]
 CheckpointOption = Annotated[
     Path, typer.Option("--checkpoint", help="A checkpoint: of a run (last.pt, best.pt), or a published one.")
 ]
@@ -107,6 +125,7 @@ def demo(
     videos: Annotated[int | None, typer.Option(min=4, help="Training videos to generate.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the generated videos and of the training.")] = None,
     device: DeviceOption = Device.auto,
+    precision: PrecisionOption = Precision.auto,
 ) -> None:
     """Trains on generated videos, evaluates on held-out ones and localizes one sentence. Needs no data.
 
@@ -121,7 +140,7 @@ def demo(
     changes = [f"{name}={value}" for name, value in values.items() if value is not None]
     RunFolder(out).check_new()
     config = configs.resolve("synthetic", changes)
-    trainer = Trainer(config, out, device=_device(device))
+    trainer = Trainer(config, out, device=_device(device), precision=_precision(precision, device))
     result = _train(trainer)
 
     model, vocabulary = _load(result.checkpoint, _device(device))
@@ -157,6 +176,11 @@ def train(
     changes: ChangesOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Short for --set train.seed=SEED.")] = None,
     device: DeviceOption = Device.auto,
+    precision: PrecisionOption = Precision.auto,
+    step: Annotated[
+        Step | None,
+        typer.Option(help="lean (the default), or published: the same result by the formulation without rewrites."),
+    ] = None,
 ) -> None:
     """Trains a model; evaluates after each epoch on the validation split and at the end on the test split.
 
@@ -177,12 +201,25 @@ def train(
         chosen = configs.resolve(config, changes)
         folder = run or Path(chosen.train.model_saved_path)
         RunFolder(folder).check_new()
-        trainer = Trainer(chosen, folder, device=_device(device))
+        trainer = Trainer(
+            chosen,
+            folder,
+            device=_device(device),
+            precision=_precision(precision, device),
+            step=None if step is None else step.value,
+        )
     else:
         if run is not None and run != resume:
             raise InputError(f"--run {run}: a resumed run stays in its folder; leave --run out")
         RunFolder(resume).check_resumable()
-        trainer = Trainer(_resumed(resume, config, changes), resume, resume=True, device=_device(device))
+        trainer = Trainer(
+            _resumed(resume, config, changes),
+            resume,
+            resume=True,
+            device=_device(device),
+            precision=None if precision is Precision.auto else precision.value,
+            step=None if step is None else step.value,
+        )
     _train(trainer)
 
 
@@ -196,6 +233,7 @@ def evaluate_command(
     split: Annotated[SplitName, typer.Option(help="Which sentences to localize.")] = SplitName.test,
     changes: ChangesOption = None,
     device: DeviceOption = Device.auto,
+    precision: PrecisionOption = Precision.auto,
     as_json: JsonOption = False,
 ) -> None:
     """Scores a checkpoint: R@1 at five IoU thresholds and mIoU, with baselines that need no video beside.
@@ -205,6 +243,7 @@ def evaluate_command(
       cnm evaluate --checkpoint runs/first/best.pt --config charades_i3d
     """
     model = CNM.from_checkpoint(checkpoint_path, _device(device))
+    model.compute_dtype = PRECISIONS[_precision(precision, device)]
     if config is not None:
         chosen = configs.resolve(config, changes or [])
     else:
@@ -311,7 +350,7 @@ def _resumed(folder: Path, config: str | None, changes: list[str]) -> CNMConfig 
 def _train(trainer: Trainer) -> Result:
     """Trains, with what runs where said before and the scores after."""
     echo = lambda line: typer.echo(line, err=True)  # noqa: E731
-    echo(_machine(trainer.device))
+    echo(_machine(trainer.device, trainer.options["precision"]))
     sizes = ", ".join(f"{split.name} {len(split):,}" for split in trainer.splits)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     echo(f"sentences: {sizes}; vocabulary {len(trainer.train_split.vocabulary):,}; parameters {parameters:,}")
@@ -352,15 +391,21 @@ def _device(device: Device) -> torch.device:
     return torch.device("cuda" if available and device is not Device.cpu else "cpu")
 
 
-def _machine(device: torch.device) -> str:
-    """What computes: device, threads, and the kernels' backends."""
+def _precision(precision: Precision, device: Device) -> str:
+    if precision is not Precision.auto:
+        return precision.value
+    return "bf16" if _device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def _machine(device: torch.device, precision: str) -> str:
+    """What computes: device, threads, precision, and the kernels' backends."""
     chosen: dict[str, list[str]] = {}
     for op in registry.OPS:
         chosen.setdefault(registry.choice(op, device.type, torch.float32), []).append(op)
     most = max(chosen, key=lambda backend: len(chosen[backend]))
     rest = "".join(f"; {backend} for {', '.join(ops)}" for backend, ops in chosen.items() if backend != most)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return f"device: {name}; kernels: {most}{rest}"
+    return f"device: {name}; {precision}; kernels: {most}{rest}"
 
 
 def _load(path: Path, device: torch.device, *, vocab: Path | None = None) -> tuple[CNM, Vocabulary]:

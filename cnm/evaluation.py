@@ -44,8 +44,14 @@ def evaluate(model: CNM, split: Split, batch_size: int, *, check: Callable[[], N
     model.eval()
     try:
         for start in range(0, len(split), batch_size):
-            batch = split.batch(np.arange(start, min(start + batch_size, len(split)))).to(device, non_blocking=True)
-            center, width = model.localize(batch.frames, batch.frame_lengths, batch.words, batch.word_lengths)
+            indices = np.arange(start, min(start + batch_size, len(split)))
+            batch = split.batch(indices).to(device, non_blocking=True)
+            # Sentences about one video lie side by side: it is encoded once for all of them in the batch.
+            videos = [split.samples[int(index)].video for index in indices]
+            _, *found = np.unique(videos, return_index=True, return_inverse=True)
+            first, place = (torch.from_numpy(array).to(device) for array in found)
+            encoded = model.encode_video(batch.frames[first], batch.frame_lengths[first])
+            center, width = model.localize_encoded(encoded.select(place), batch.words, batch.word_lengths)
             centers.append(center)
             widths.append(width)
             if check is not None:

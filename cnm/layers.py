@@ -141,6 +141,13 @@ class DecoderLayer(nn.Module):
         last_only: bool = False,
     ) -> Tensor:
         """x [B, L, D] -> [B, L, D]; with ``last_only`` just the last position's state, [B, 1, D]."""
+        x = self.self_attention(x, lengths, draws, weighting, last_only=last_only)
+        return self.after_self_attention(x, draws, source)
+
+    def self_attention(
+        self, x: Tensor, lengths: Tensor, draws: DropoutDraws, weighting: Weighting = None, *, last_only: bool = False
+    ) -> Tensor:
+        """The layer's first sublayer."""
         attention = self.self_attn
         if last_only:
             # The last query sees every key, so its row of the causal mask is all ones.
@@ -149,8 +156,7 @@ class DecoderLayer(nn.Module):
             attended = attention.attend(attention.project_query(x), key_value, lengths, weighting, causal=False)
         else:
             attended = attention.attend(attention.project(x), None, lengths, weighting, causal=True)
-        x = draws.add_and_norm(attended, x, self.self_attn_layer_norm)
-        return self.after_self_attention(x, draws, source)
+        return draws.add_and_norm(attended, x, self.self_attn_layer_norm)
 
     def after_self_attention(self, x: Tensor, draws: DropoutDraws, source: Source | None) -> Tensor:
         """The layer's remaining sublayers: cross attention where there is a source, and feed-forward."""
@@ -186,6 +192,14 @@ class Decoder(nn.Module):
         for layer in layers[:-1]:
             x = layer(x, lengths, draws, weighting, source)
         return layers[-1](x, lengths, draws, weighting, source, last_only=last_only)
+
+    def last_of_encoded(self, x: Tensor, lengths: Tensor, draws: DropoutDraws, source: Source) -> Tensor:
+        """``forward`` with ``last_only`` from where the first of at least two layers has done its self-attention."""
+        first, *middle, last = self.layers
+        x = first.after_self_attention(x, draws, source)
+        for layer in middle:
+            x = layer(x, lengths, draws, None, source)
+        return last(x, lengths, draws, None, source, last_only=True)
 
     @property
     def layers(self) -> list[DecoderLayer]:

@@ -34,6 +34,26 @@ class Reconstruction:
     nll: Tensor
 
 
+@dataclass(frozen=True)
+class VideoEncoding:
+    """What of N videos' localization does not depend on the sentence: see ``CNM.encode_video``.
+
+    Attributes:
+        states: [N, T, D], after the first self-attention (projected frames where decoder1 has a single layer).
+        lengths: [N] int64, clips that are real.
+    """
+
+    states: Tensor
+    lengths: Tensor
+
+    def select(self, index: Tensor) -> VideoEncoding:
+        """The videos of these places [M] int64, in this order and as often."""
+        return VideoEncoding(self.states[index], self.lengths[index])
+
+
+PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16}  # name: CNM.compute_dtype
+
+
 class CNM(nn.Module):
     """The published model, batch first; nothing it is given is mutated.
 
@@ -63,7 +83,7 @@ class CNM(nn.Module):
         )
         self.fc_rec = nn.Linear(D, vocab_size)
         self.fc_mask_gen = nn.Linear(D, 2)
-        self.compute_dtype: torch.dtype | None = None  # of activations; None: as the inputs are
+        self.compute_dtype: torch.dtype | None = None  # of activations, see PRECISIONS; None: as the inputs are
         self.positions: Tensor
         self.register_buffer("positions", sinusoidal_positions(max_num_words + 1, D), persistent=False)
 
@@ -89,9 +109,34 @@ class CNM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Where each sentence happens: center and width [B] each, fractions of the video. Without dropout."""
         self._check(frames, frame_lengths, words, word_lengths)
+        return self.localize_encoded(self.encode_video(frames, frame_lengths), words, word_lengths)
+
+    @torch.no_grad()
+    def encode_video(self, frames: Tensor, frame_lengths: Tensor) -> VideoEncoding:
+        """Computes once, for ``localize_encoded``, what all sentences about a video share: projection and the first
+        self-attention. frames [N, T, frame_dim], frame_lengths [N]."""
         draws = self._no_dropout()
-        frames, words = self.project_inputs(frames, words, draws)
-        return self.generate(frames, frame_lengths, words, word_lengths, draws, last_only=True)
+        states = self._project_frames(frames, draws)
+        first, *others = self.trans.decoder1.layers
+        if others:
+            states = first.self_attention(states, frame_lengths, draws)
+        return VideoEncoding(states, frame_lengths)
+
+    @torch.no_grad()
+    def localize_encoded(self, video: VideoEncoding, words: Tensor, word_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """``localize`` in encoded videos, one per sentence (``VideoEncoding.select`` repeats them)."""
+        if len(video.states) != len(words):
+            raise ValueError(
+                f"CNM: {len(video.states)} encoded videos for {len(words)} sentences; select() one for each sentence"
+            )
+        draws = self._no_dropout()
+        source = self._sentence_source(self._project_words(words, draws), word_lengths, draws)
+        decoder = self.trans.decoder1
+        if len(decoder.layers) > 1:
+            states = decoder.last_of_encoded(video.states, video.lengths, draws, source)
+        else:
+            states = decoder(video.states, video.lengths, draws, source=source, last_only=True)
+        return self._gaussian(states)
 
     def reconstruct(
         self,
@@ -157,9 +202,16 @@ class CNM(nn.Module):
 
         ``last_only`` leaves out, in the last layer, what no result depends on.
         """
+        source = self._sentence_source(words, word_lengths, draws)
+        return self._gaussian(self.trans.decoder1(frames, frame_lengths, draws, source=source, last_only=last_only))
+
+    def _sentence_source(self, words: Tensor, word_lengths: Tensor, draws: DropoutDraws) -> Source:
+        """Projected words, encoded for the frames to attend to."""
         rows = word_lengths + 1
-        words = self.trans.decoder2(words + self._positions(words), rows, draws)
-        states = self.trans.decoder1(frames, frame_lengths, draws, source=Source(words, rows), last_only=last_only)
+        return Source(self.trans.decoder2(words + self._positions(words), rows, draws), rows)
+
+    def _gaussian(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """center and width [B] from the last frame's state."""
         last = states[:, -1].to(self.fc_mask_gen.weight.dtype)
         center, width = torch.sigmoid(self.fc_mask_gen(last)).unbind(-1)
         return center, width * self.max_width
@@ -179,10 +231,18 @@ class CNM(nn.Module):
 
     def project_inputs(self, frames: Tensor, words: Tensor, draws: DropoutDraws) -> tuple[Tensor, Tensor]:
         """Input dropout and projection: frames [B, T, D] and words [B, L + 1, D], row 0 being the start token."""
-        frames, words = (x if self.compute_dtype is None else x.to(self.compute_dtype) for x in (frames, words))
+        return self._project_frames(frames, draws), self._project_words(words, draws)
+
+    def _project_frames(self, frames: Tensor, draws: DropoutDraws) -> Tensor:
+        return apply_linear(self.frame_fc, draws.on_input(self._cast(frames)))
+
+    def _project_words(self, words: Tensor, draws: DropoutDraws) -> Tensor:
+        words = self._cast(words)
         start = self.start_vec.to(words.dtype).expand(words.size(0), 1, -1)
-        words = torch.cat([start, words[:, 1:]], dim=1)
-        return apply_linear(self.frame_fc, draws.on_input(frames)), apply_linear(self.word_fc, draws.on_input(words))
+        return apply_linear(self.word_fc, draws.on_input(torch.cat([start, words[:, 1:]], dim=1)))
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
     def reconstructor_words(self, words: Tensor, masked_words: Tensor, word_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Projected words with the masked ones replaced, positions added and the last row dropped; and their lengths.

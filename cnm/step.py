@@ -225,3 +225,6 @@ class _ReconstructorInputs:
             words = layer(words, row_lengths, draws, source=source)
         nll = kernels.linear_nll(words, model.fc_rec.weight, model.fc_rec.bias, self.word_ids.repeat(n, 1), row_lengths)
         return nll.view(n, -1)
+
+
+STEPS: dict[str, type[TrainingStep]] = {"lean": LeanStep, "published": PublishedStep}

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,11 @@ from cnm.data import BatchLoader, Split, open_split
 from cnm.errors import InputError
 from cnm.evaluation import Evaluation, check_vocabulary, evaluate
 from cnm.files import replace_file
-from cnm.model import CNM
+from cnm.memory import keep_freed_memory
+from cnm.model import CNM, PRECISIONS
 from cnm.progress import Progress
 from cnm.run_folder import RunFolder
-from cnm.step import LeanStep
+from cnm.step import STEPS
 
 LOG_EVERY = 20  # updates per metrics row; only then does the host wait for the device
 SAVE_SECONDS = 300.0  # between two checkpoints within an epoch
@@ -69,6 +70,9 @@ class Trainer:
         config: what to train; with ``resume`` None means as stored, and only ``RESUMABLE_CHANGES`` may differ.
         folder: where the run's files go: a new folder, or with ``resume`` the run to continue.
         device: where to train.
+        precision: of activations, "float32" or "bf16"; parameters, their gradients, optimizer states, losses and
+            statistics are float32 either way. None: as the resumed run; a new one computes in float32.
+        step: "lean", or "published" for the formulation without its rewrites. None: as the resumed run, or lean.
         log_every: updates per metrics row.
         quiet: show no progress.
 
@@ -83,6 +87,8 @@ class Trainer:
         *,
         resume: bool = False,
         device: torch.device | str = "cpu",
+        precision: str | None = None,
+        step: str | None = None,
         log_every: int = LOG_EVERY,
         quiet: bool = False,
     ) -> None:
@@ -103,6 +109,11 @@ class Trainer:
         else:
             self.run.check_new()
 
+        self.options = {
+            "precision": self._choice("precision", precision, "float32", PRECISIONS),
+            "step": self._choice("step", step, "lean", STEPS),
+        }
+
         progress = not quiet
         self.train_split = open_split(config.dataset, "train", progress=progress)
         self.test_split = open_split(config.dataset, "test", progress=progress)
@@ -113,7 +124,8 @@ class Trainer:
         train = self.config.train
         torch.manual_seed(train.seed)
         self.model = CNM(self.config).to(self.device)
-        self.step = LeanStep(self.model, self.config)
+        self.model.compute_dtype = PRECISIONS[self.options["precision"]]
+        self.step = STEPS[self.options["step"]](self.model, self.config)
         self.loader = BatchLoader(self.train_split, train.batch_size, shuffle=True, seed=train.seed)
         self.epoch = 0  # the one under way, counted from 0
         self.batch = 0  # batches of it that are done; all of them: its evaluation is due
@@ -125,6 +137,20 @@ class Trainer:
         self.stop: int | None = None  # the signal that asked to stop
         if self.saved is not None:
             self._restore(self.saved)
+
+    def _choice(self, name: str, wanted: str | None, default: str, known: Collection[str]) -> str:
+        """What was asked for, or what the resumed run had: a continuation bit for bit allows no other."""
+        if wanted is not None and wanted not in known:
+            raise InputError(f"{name} {wanted!r}: unknown; choose one of {', '.join(known)}")
+        if self.saved is None:
+            return wanted or default
+        stored = str(self.saved["training"].get("options", {}).get(name, default))
+        if wanted not in (None, stored):
+            raise InputError(
+                f"{self.run.path}: was trained with {name} {stored}, not {wanted}; leave the option out, or start a new "
+                f"run"
+            )
+        return stored
 
     @property
     def splits(self) -> list[Split]:
@@ -140,6 +166,7 @@ class Trainer:
             InputError: a checkpoint or metrics row could not be written, or the loss is no longer finite.
         """
         epochs = self.config.train.max_num_epochs
+        keep_freed_memory()
         if self.saved is None:
             self.run.create(self.config)
         with self._locked():
@@ -280,6 +307,7 @@ class Trainer:
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         training = {
+            "options": self.options,
             "step": self.step.state_dict(),
             "epoch": self.epoch,
             "batch": self.batch,

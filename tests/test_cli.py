@@ -105,7 +105,7 @@ def test_demo_at_reduced_size(tmp_path: Path) -> None:
 def test_train_says_what_runs_where(tmp_path: Path) -> None:
     result = run("train", "--config", "synthetic", "--run", tmp_path / "run", *changes(train__max_num_epochs=1))
     assert "device: cpu, " in result.stderr
-    assert "threads; kernels: " in result.stderr
+    assert "threads; float32; kernels: " in result.stderr
     assert "sentences: train " in result.stderr
     assert "epoch 1: val mIoU" in result.stderr
     assert "best constant" in result.stdout

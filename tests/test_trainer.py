@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -287,4 +288,34 @@ def test_nothing_is_written_when_the_data_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "features.hdf5").write_bytes(b"")
     with pytest.raises(InputError, match=r"features\.hdf5"):
         start(CNMConfig.from_json(path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bf16_trains_and_resumes_as_itself(tmp_path: Path) -> None:
+    """Parameters and optimizer states stay float32; a resumed run keeps its precision, and refuses another."""
+    trainer = Trainer(synthetic_config(), tmp_path / "run", precision="bf16", quiet=True)
+    trainer.train()
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    rows = [row for row in trainer.run.rows() if row["kind"] == "train"]
+    assert all(math.isfinite(row["loss/reconstruction"]) for row in rows)
+    again = Trainer(None, tmp_path / "run", resume=True, quiet=True)
+    assert again.options == {"precision": "bf16", "step": "lean"}
+    assert again.model.compute_dtype == torch.bfloat16
+    with pytest.raises(InputError, match="was trained with precision bf16, not float32"):
+        Trainer(None, tmp_path / "run", resume=True, precision="float32", quiet=True)
+
+
+def test_both_steps_give_the_same_run_without_dropout(tmp_path: Path) -> None:
+    config = synthetic_config(model__config__dropout=0.0, model__config__DualTransformer__dropout=0.0)
+    curves = []
+    for step in ("lean", "published"):
+        trainer = Trainer(config, tmp_path / step, step=step, quiet=True)
+        trainer.train()
+        curves.append([row["loss/reconstruction"] for row in trainer.run.rows() if row["kind"] == "train"])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
+def test_unknown_options(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="precision 'fp8': unknown; choose one of float32, bf16"):
+        Trainer(synthetic_config(), tmp_path / "run", precision="fp8", quiet=True)
     assert not (tmp_path / "run").exists()

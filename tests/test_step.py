@@ -1,0 +1,102 @@
+"""What the training step promises beyond its numbers, which the oracle checks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from small_runs import synthetic_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cnm import CNM
+from cnm.data.batch import Batch
+from cnm.model import PRECISIONS
+from cnm.step import STEPS, LeanStep
+
+B, T, L, V = 5, 16, 7, 40
+
+
+def make_batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([7, 3, 1, 5, 2])
+    real = torch.arange(L) < lengths[:, None]
+    return Batch(
+        frames=torch.randn(B, T, 12, generator=generator),
+        frame_lengths=torch.full((B,), T),
+        words=torch.randn(B, L + 1, 10, generator=generator),
+        word_ids=torch.randint(1, V, (B, L), generator=generator) * real,
+        word_lengths=lengths,
+        mask_weights=real.float() / lengths[:, None],
+    )
+
+
+def make_model() -> CNM:
+    torch.manual_seed(0)
+    config = synthetic_config(dataset__vocab_size=V, model__config__DualTransformer__num_decoder_layers1=2)
+    return CNM(config)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("step", STEPS)
+def test_nothing_waits_for_the_host(step: str, precision: str) -> None:
+    """Fake tensors have no values: whatever asked for one, or made a shape depend on one, would raise here."""
+    with FakeTensorMode():
+        model = make_model().train()
+        model.compute_dtype = PRECISIONS[precision]
+        train = STEPS[step](model, model.config)
+        batch = make_batch()
+        for _ in range(2):
+            metrics = train(batch)
+    assert all(value.shape == () for value in metrics.values())
+
+
+def test_the_check_above_can_fail() -> None:
+    class Curious(LeanStep):
+        def reconstruction_loss(self, batch: Batch, masked_words: torch.Tensor) -> torch.Tensor:
+            loss = super().reconstruction_loss(batch, masked_words)
+            return loss * (2 if loss.item() > 1 else 1)
+
+    with FakeTensorMode():
+        model = make_model().train()
+        with pytest.raises(Exception, match="item|_local_scalar_dense"):
+            Curious(model, model.config)(make_batch())
+
+
+def test_the_batch_stays_as_it_is() -> None:
+    model, batch = make_model().train(), make_batch()
+    before = {field.name: getattr(batch, field.name).clone() for field in dataclasses.fields(batch)}
+    LeanStep(model, model.config)(batch)
+    for name, value in before.items():
+        assert torch.equal(getattr(batch, name), value), name
+
+
+def test_bf16_follows_float32() -> None:
+    """Losses agree to the precision of bfloat16, and gradients come in float32."""
+    batch = make_batch()
+    masked = torch.arange(L + 1).expand(B, -1) == 1
+    losses = {}
+    for name, dtype in PRECISIONS.items():
+        model = make_model().eval()
+        model.compute_dtype = dtype
+        loss = LeanStep(model, model.config).reconstruction_loss(batch, masked)
+        gradients = torch.autograd.grad(loss, [model.frame_fc.weight, model.fc_rec.weight])
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
+        losses[name] = loss.item()
+    assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bf16"] != losses["float32"]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_an_encoded_video_serves_many_sentences(layers: int) -> None:
+    torch.manual_seed(0)
+    config = synthetic_config(dataset__vocab_size=V, model__config__DualTransformer__num_decoder_layers1=layers)
+    model, batch = CNM(config).eval(), make_batch()
+    frames = batch.frames[:2]
+    index = torch.tensor([0, 0, 1, 0, 1])
+    encoded = model.encode_video(frames, batch.frame_lengths[:2])
+    center, width = model.localize_encoded(encoded.select(index), batch.words, batch.word_lengths)
+    wanted = model.localize(frames[index], batch.frame_lengths, batch.words, batch.word_lengths)
+    torch.testing.assert_close((center, width), wanted)
+    with pytest.raises(ValueError, match="2 encoded videos for 5 sentences"):
+        model.localize_encoded(encoded, batch.words, batch.word_lengths)
