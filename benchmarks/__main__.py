@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--rivals", metavar="NAME[;NAME]", help="only these, of the names in the tables; default: all")
-    parser.add_argument("--repeats", type=_positive, default=None, help="pairs per ratio (default 11; quick: 3)")
+    parser.add_argument(
+        "--repeats", type=_positive, default=None, help="pairs per ratio (default: the table's; quick: 3)"
+    )
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything works, not how fast")
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rivals and not rivals <= named:
         parser.error(f"--rivals: no {min(rivals - named)!r} in these tables; there are {'; '.join(sorted(named))}")
 
-    repeats = options.repeats or (3 if options.quick else 11)
+    repeats = options.repeats or (3 if options.quick else None)
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {
         "format": FORMAT,
@@ -61,7 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for index, case in enumerate(cases):
             print(f"{table.name} {index + 1}/{len(cases)}: {case.name}, {case.dtype}", file=sys.stderr, flush=True)
             results["measurements"] += measure.measure(
-                table, index, rivals=rivals, quick=options.quick, repeats=repeats, threads=options.threads
+                table,
+                index,
+                rivals=rivals,
+                quick=options.quick,
+                repeats=repeats or table.repeats,
+                threads=options.threads,
             )
             write_json(path, results)  # what is measured is safe, whatever happens next
     print(report.text(results))

@@ -133,7 +133,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     difference = torch.linalg.vector_norm(got.double() - want)
     norm = torch.linalg.vector_norm(want)
     error = difference / norm if norm > 0 else difference
-    return float(torch.nan_to_num(error, nan=float("inf")))
+    return float(torch.nan_to_num(error, nan=float("inf"), posinf=float("inf")))
 
 
 def normal_like(tensor: Tensor) -> tuple[Tensor]:

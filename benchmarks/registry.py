@@ -20,9 +20,10 @@ class Goal:
 
     ``time``: the rival's time is at least ``bound`` times ours. ``memory``: ours works in at most ``bound`` bytes
     beyond what every contender has to hold, its inputs and its results; ``against`` then says what the bound is.
+    ``peak``: the rival's peak above the inputs is at least ``bound`` times ours.
     """
 
-    metric: Literal["time", "memory"]
+    metric: Literal["time", "memory", "peak"]
     against: str
     bound: float
 
@@ -77,11 +78,13 @@ class Refused(AssertionError):
 
 @dataclass(frozen=True)
 class Table:
-    """A named group of cases. ``cases(quick)`` gives the same list in both sizes, tiny ones when quick."""
+    """A named group of cases. ``cases(quick)`` gives the same list in both sizes, tiny ones when quick; ``repeats``
+    is how many pairs make a ratio unless the command line says otherwise."""
 
     name: str
     title: str
     cases: Callable[[bool], Sequence[Case]]
+    repeats: int = 11
 
 
 def tables() -> dict[str, Table]:

@@ -72,6 +72,8 @@ def _goal_words(goal: Record) -> tuple[str, str]:
     measured = goal["measured"]
     if goal["metric"] == "time":
         return f">= {goal['bound']:g}x {goal['against']}", "-" if measured is None else f"{measured:.2f}x"
+    if goal["metric"] == "peak":
+        return f"{goal['against']}'s peak >= {goal['bound']:g}x ours", "-" if measured is None else f"{measured:.2f}x"
     words = f"working memory <= {goal['against']} ({goal['bound'] / 1e6:.1f} MB)"
     return words, "-" if measured is None else f"{measured / 1e6:.1f} MB"
 

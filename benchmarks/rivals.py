@@ -51,12 +51,18 @@ def sdpa_gaussian_attention(
 def augmented_gaussian_attention(
     query: Tensor, key: Tensor, value: Tensor, center: Tensor, width: Tensor, *, alpha: float, causal: bool
 ) -> Tensor:
-    """R1: plain SDPA on q' = [q, 1], k' = [k, log(m + 1e-10) / scale], v' = [v, 0]: no mask, and the last column of dK'
-    is the gradient of the bias. In narrow dtypes the bias is split over two columns, high and low part.
+    """R1 on the Gaussian."""
+    bias = torch.log(gaussian(center, width, key.size(-2), alpha) + KEY_WEIGHT_EPS)
+    return sdpa_with_key_bias(query, key, value, bias, causal)
+
+
+def sdpa_with_key_bias(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, causal: bool) -> Tensor:
+    """R1: plain SDPA on q' = [q, 1], k' = [k, bias / scale], v' = [v, 0], with key_bias [B, Lk]: no mask, and the last
+    column of dK' is the gradient of the bias. In narrow dtypes the bias is split over two columns, high and low part.
     """
     B, H, Lk, d = key.shape
     scale = d**-0.5
-    bias = torch.log(gaussian(center, width, Lk, alpha) + KEY_WEIGHT_EPS) / scale  # [B, Lk]
+    bias = key_bias / scale
     columns = bias.to(key.dtype)[..., None]
     if columns.dtype != bias.dtype:
         low = (bias.detach() - columns.detach()[..., 0].to(bias.dtype)).to(key.dtype)

@@ -147,8 +147,8 @@ class Trainer:
         stored = str(self.saved["training"].get("options", {}).get(name, default))
         if wanted not in (None, stored):
             raise InputError(
-                f"{self.run.path}: was trained with {name} {stored}, not {wanted}; leave the option out, or start a new "
-                f"run"
+                f"{self.run.path}: was trained with {name} {stored}, not {wanted}; leave the option out, or start a "
+                f"new run"
             )
         return stored
 

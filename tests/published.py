@@ -196,8 +196,11 @@ class PublishedCNM(nn.Module):
             source = self.trans.decoder1(frames, frame_real, branch)
             state = self.trans.decoder2(words, word_real, None, source, frame_real, branch)
             hidden.append(state)
-            nll.append(nll_loss(self.fc_rec(state), word_ids, word_real))
+            nll.append(self.branch_nll(state, word_ids, word_real))
         return Output(center, width, tuple(hidden), tuple(nll))
+
+    def branch_nll(self, state: Tensor, word_ids: Tensor, word_real: Tensor) -> Tensor:
+        return nll_loss(self.fc_rec(state), word_ids, word_real)
 
 
 def within(lengths: Tensor, size: int) -> Tensor:

@@ -142,7 +142,8 @@ def test_a_refusal_ends_in_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_memory: None
 ) -> None:
     case = first_case("attention")
-    case.contenders["eager"] = Contender(lambda query, **_: 2 * query)
+    right = case.contenders["eager"].function
+    case.contenders["eager"] = Contender(lambda **arguments: 1.01 * right(**arguments))
     monkeypatch.setattr(runner, "tables", lambda: {"made": Table("made", "made", lambda quick: [case])})
     assert runner.main(["--quick", "--rivals", "eager", "--output", str(tmp_path)]) == 1
     printed = capsys.readouterr()
