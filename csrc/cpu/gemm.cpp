@@ -38,8 +38,8 @@ inline Vec multiply_add(Vec a, Vec b, Vec c, const pair*) {
 
 // One tile, whose first row is row i of the result and whose first column is column j. `tail` is how many lanes of its
 // last vector there are; FULL says all.
-template <class E, int MR, int NV, bool FULL>
-void tile(int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, const Result& to, int64_t row,
+template <class E, class C, int MR, int NV, bool FULL>
+void tile(int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, const ResultOf<C>& to, int64_t row,
           int64_t column, int tail) {
     const bool fetches = to.prefetch != nullptr && (K >> to.prefetch->shift) < Prefetch::PADDING;
     const char* nothing = reinterpret_cast<const char*>(a);
@@ -85,7 +85,7 @@ void tile(int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t l
     for (int i = 0; i < MR; ++i) {
         CNM_UNROLL
         for (int j = 0; j < NV; ++j) {
-            float* p = to.c + (row + i) * to.ldc + column + j * W;
+            C* p = to.c + (row + i) * to.ldc + column + j * W;
             if (!FULL && j + 1 == NV) {
                 store_n(p, sums[i][j], tail);
             } else if (to.streams) {
@@ -97,38 +97,40 @@ void tile(int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t l
     }
 }
 
-template <class E>
-using Tile = void (*)(int64_t, const E*, int64_t, int64_t, const E*, int64_t, const Result&, int64_t, int64_t, int);
+template <class E, class C>
+using Tile = void (*)(int64_t, const E*, int64_t, int64_t, const E*, int64_t, const ResultOf<C>&, int64_t, int64_t,
+                      int);
 
-template <class E, int NV, bool FULL, int... ROWS>
-constexpr Tile<E> pick(int rows, std::integer_sequence<int, ROWS...>) {
-    constexpr Tile<E> tiles[] = {tile<E, ROWS + 1, NV, FULL>...};
+template <class E, class C, int NV, bool FULL, int... ROWS>
+constexpr Tile<E, C> pick(int rows, std::integer_sequence<int, ROWS...>) {
+    constexpr Tile<E, C> tiles[] = {tile<E, C, ROWS + 1, NV, FULL>...};
     return tiles[rows - 1];
 }
 
-template <class E, int NV>
-void panel(int64_t M, int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, const Result& to,
+template <class E, class C, int NV>
+void panel(int64_t M, int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, const ResultOf<C>& to,
            int64_t column, int tail) {
     constexpr int MR = tile_rows(NV);
     const int64_t tiles = (M + MR - 1) / MR;
     for (int64_t t = 0, i = 0; t < tiles; ++t) {  // tiles of even height: a last one of a row or two would crawl
         const int rows = static_cast<int>((M - i + tiles - t - 1) / (tiles - t));
         using Heights = std::make_integer_sequence<int, MR>;
-        const Tile<E> run = tail == W ? pick<E, NV, true>(rows, Heights{}) : pick<E, NV, false>(rows, Heights{});
+        const Tile<E, C> run =
+            tail == W ? pick<E, C, NV, true>(rows, Heights{}) : pick<E, C, NV, false>(rows, Heights{});
         run(K, a + i * a_m, a_m, a_k, b, ldb, to, i, column, tail);
         i += rows;
     }
 }
 
-template <class E>
+template <class E, class C>
 void blocked(int64_t M, int64_t N, int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb,
-             const Result& to) {
+             const ResultOf<C>& to) {
     const int64_t vectors = (N + W - 1) / W;
     const int64_t panels = (vectors + MAX_NV - 1) / MAX_NV;
     for (int64_t p = 0, j = 0; p < panels; ++p) {
         const int64_t wide = (vectors - j / W + panels - p - 1) / (panels - p);
         const int tail = static_cast<int>(std::min<int64_t>(N - j - (wide - 1) * W, W));
-        const auto run = [&](auto nv) { panel<E, decltype(nv)::value>(M, K, a, a_m, a_k, b + j, ldb, to, j, tail); };
+        const auto run = [&](auto nv) { panel<E, C, decltype(nv)::value>(M, K, a, a_m, a_k, b + j, ldb, to, j, tail); };
         switch (wide) {
             case 1: run(std::integral_constant<int, 1>{}); break;
             case 2: run(std::integral_constant<int, 2>{}); break;
@@ -248,6 +250,13 @@ void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a
     blocked(M, N, K, a, a_m, a_k, b, ldb, Result{c, ldc, accumulate ? c : nullptr, ldc, nullptr, 0, false, prefetch});
 #endif
 }
+
+#if !(defined(__AMX_TILE__) || defined(CNM_AMX_HEADER))
+void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
+          const ResultOf<bf16>& result) {
+    blocked(M, N, K, a, a_m, a_k, b, ldb, result);
+}
+#endif
 
 void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd) {
     rows_to_pairs(K, N, src, ld, dst, ldd);

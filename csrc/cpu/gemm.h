@@ -23,6 +23,12 @@ constexpr bool PAIRS = true;
 #else
 constexpr bool PAIRS = false;
 #endif
+// Whether products of pairs can write bf16; tiles cannot.
+#if defined(__AMX_TILE__) || defined(CNM_AMX_HEADER)
+constexpr bool PAIRS_TO_BF16 = false;
+#else
+constexpr bool PAIRS_TO_BF16 = PAIRS;
+#endif
 
 // Two bf16 neighbours along K, the lower k in the lower half; beyond an odd K the upper half is 0.
 struct pair {
@@ -58,8 +64,9 @@ struct Prefetch {
 
 // Where a product goes: c[i * ldc + j] = scale[i * scale_step] (start[i * start_ld + j] + (A B)(i, j)), or 0 where that
 // is negative and `relu`.
-struct Result {
-    float* c;
+template <class C>
+struct ResultOf {
+    C* c;
     int64_t ldc;
     const float* start = nullptr;  // null: zeros
     int64_t start_ld = 0;
@@ -69,6 +76,7 @@ struct Result {
     Prefetch* prefetch = nullptr;
     bool relu = false;
 };
+using Result = ResultOf<float>;
 
 // A(i, k) = a[i * a_m + k * a_k], B(k, j) = b[k * ldb + j], C(i, j) = c[i * ldc + j]. One of a_m and a_k is 1.
 void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, int64_t a_k, const float* b, int64_t ldb,
@@ -80,6 +88,9 @@ inline void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, i
 #if defined(__AVX512BF16__)
 void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
           float* c, int64_t ldc, bool accumulate, Prefetch* prefetch = nullptr);
+// Only where PAIRS_TO_BF16.
+void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
+          const ResultOf<bf16>& result);
 #endif
 
 // Packs X[K, N] = src[k * ld + n] for use as B (or, with strides a_m = 1 and a_k = ldd, as A = X^T):

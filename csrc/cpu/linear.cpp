@@ -23,19 +23,18 @@ constexpr int64_t MOST_SLICES = 16;
 constexpr int64_t PARTIAL_ELEMENTS = 1 << 21;  // at most, of all slices' d_weight
 constexpr int64_t PAD = W;  // added to rows of scratch, or rows a power of two apart would share few cache sets
 
-// The rows [begin, begin + rows) of g, as the left operand that products with W take. g is d_out itself where there is
-// nothing to do to it.
+// Rows [N, width] of x, or of g: d_out where `positive` is above 0.
 template <class T>
 struct Rows {
     const T* data;
     int64_t ld;
-    const T* positive = nullptr;  // [N, width]: elements of data count where these are above 0; null: everywhere
+    const T* positive = nullptr;  // [N, width], or null: everywhere
     int64_t width;
 
     const T* row(int64_t i) const { return data + i * ld; }
 
-    // To dst[r * dst_ld + j] as float.
-    void masked(int64_t begin, int64_t rows, float* dst, int64_t dst_ld) const {
+    // To dst[r * dst_ld + j]; exact, since what is written was read.
+    void masked(int64_t begin, int64_t rows, T* dst, int64_t dst_ld) const {
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t j = 0; j < width; j += W) {
                 const int64_t n = width - j;
@@ -45,6 +44,19 @@ struct Rows {
                 }
                 store_tail(dst + r * dst_ld + j, v, n);
             }
+        }
+    }
+
+    // The sums of rows of `from`, added to sums[width]. Sums of sums round less than one long sum.
+    void add_up(const T* from, int64_t from_ld, int64_t rows, float* sums) const {
+        for (int64_t j = 0; j < width; j += W) {
+            const int64_t n = width - j;
+            Vec even = set1(0), odd = set1(0);
+            for (int64_t r = 0; r < rows; r += 2) {
+                even += load_tail(from + r * from_ld + j, n);
+                if (r + 1 < rows) odd += load_tail(from + (r + 1) * from_ld + j, n);
+            }
+            store_tail(sums + j, load_tail(sums + j, n) + (even + odd), n);
         }
     }
 };
@@ -69,58 +81,61 @@ template <class T>
 void rows_times(int64_t N, int64_t columns, const Rows<T>& x, const Operand<T>* b, int64_t ldb, const float* bias, T* out,
                 bool relu) {
     using E = Operand<T>;
-    constexpr bool DIRECT = std::is_same_v<T, float>;  // the product writes the result itself
+    // Whether the product writes the result itself.
+    constexpr bool DIRECT = std::is_same_v<T, float> || (std::is_same_v<T, bf16> && PAIRS_TO_BF16);
     const Output<T> write(N * columns);
     const int64_t wide = round_up(columns, W) + PAD, deep = round_up(x.width, W) + PAD;
     const int64_t lines = ROWS * (x.width * static_cast<int64_t>(sizeof(T)) / 64 + 2) + Prefetch::PADDING;
     const int64_t threads = thread_count();
-    const auto layout_of = [&](void* memory, float*& sums, float*& masked, E*& packed, const char**& list) {
+    const auto layout_of = [&](void* memory, float*& sums, T*& masked, E*& packed, const char**& list) {
         Layout layout(memory);
         sums = layout.take<float>(DIRECT ? 0 : ROWS * wide);
-        masked = layout.take<float>(x.positive == nullptr ? 0 : ROWS * deep);
-        packed = layout.take<E>(ROWS * deep);
+        masked = layout.take<T>(x.positive == nullptr ? 0 : ROWS * deep);
+        packed = layout.take<E>(std::is_same_v<T, float> ? 0 : ROWS * deep);
         list = layout.take<const char*>(lines);
         return layout.bytes();
     };
-    float *sums, *masked;
+    float* sums;
+    T* masked;
     E* packed;
     const char** list;
     const size_t bytes = layout_of(nullptr, sums, masked, packed, list);
     parallel_for((N + ROWS - 1) / ROWS, [&](int64_t block) {
-        float *sums, *masked;
+        float* sums;
+        T* masked;
         E* packed;
         const char** list;
         layout_of(thread_scratch(bytes), sums, masked, packed, list);
         const int64_t begin = block * ROWS, rows = std::min(ROWS, N - begin);
-        const E* a = packed;
-        int64_t lda = deep;
+        const T* source = x.row(begin);
+        int64_t source_ld = x.ld;
         if (x.positive != nullptr) {
             x.masked(begin, rows, masked, deep);
-            if constexpr (std::is_same_v<E, float>) {
-                a = masked;
-            } else {
-                pack_a(rows, x.width, masked, deep, packed, deep);
-            }
-        } else if constexpr (DIRECT) {
-            a = x.row(begin);
-            lda = x.ld;
+            source = masked;
+            source_ld = deep;
+        }
+        const E* a = packed;
+        int64_t lda = deep;
+        if constexpr (std::is_same_v<T, E>) {
+            a = source;
+            lda = source_ld;
         } else {
             bool in_place = false;
             if constexpr (std::is_same_v<E, pair>) {
-                in_place = x.width % 2 == 0 && x.ld % 2 == 0 && reinterpret_cast<uintptr_t>(x.row(begin)) % 4 == 0;
+                in_place = x.width % 2 == 0 && source_ld % 2 == 0 && reinterpret_cast<uintptr_t>(source) % 4 == 0;
                 if (in_place) {
-                    a = as_pairs(x.row(begin));
-                    lda = x.ld / 2;
+                    a = as_pairs(source);
+                    lda = source_ld / 2;
                 }
             }
-            if (!in_place) pack_a(rows, x.width, x.row(begin), x.ld, packed, deep);
+            if (!in_place) pack_a(rows, x.width, source, source_ld, packed, deep);
         }
         const int64_t next = std::min(N, begin + threads * ROWS), next_end = std::min(N, next + rows);
         const int64_t steps = (rows + 5) / 6 * ((columns + 4 * W - 1) / (4 * W)) * packed_k<T>(x.width);
         Prefetch prefetch = plan(x, next, next_end, list, steps);
         if constexpr (DIRECT) {
-            const Result to{out + begin * columns, columns, bias, 0, nullptr, 0, write.streams(), &prefetch, relu};
-            gemm(rows, columns, x.width, a, lda, 1, b, ldb, to);
+            const ResultOf<T> to{out + begin * columns, columns, bias, 0, nullptr, 0, write.streams(), &prefetch, relu};
+            gemm(rows, columns, packed_k<T>(x.width), a, lda, 1, b, ldb, to);
         } else {
             gemm(rows, columns, packed_k<T>(x.width), a, lda, 1, b, ldb, sums, wide, false, &prefetch);
             for (int64_t r = 0; r < rows; ++r) {
@@ -187,25 +202,27 @@ int64_t slices_of(int64_t N, int64_t M, int64_t K) {
 template <class T, class S>
 void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g) {
     using E = Operand<T>;
+    constexpr bool FLOAT = std::is_same_v<T, float>;
     const T* x = static_cast<const T*>(p.x);
     const int64_t slices = slices_of(p.N, p.M, p.K), blocks = std::max<int64_t>((p.K + WEIGHT_COLUMNS - 1) / WEIGHT_COLUMNS, 1);
     const int64_t slice_rows = round_up((p.N + slices - 1) / slices, SUMMED_ROWS);
     const int64_t wide = round_up(p.M, W) + PAD, deep = WEIGHT_COLUMNS + PAD;
-    const Buffer partial_buffer(static_cast<size_t>(slices * p.M * p.K) * sizeof(float));
+    const Buffer partial_buffer(p.d_weight == nullptr ? 0 : static_cast<size_t>(slices * p.M * p.K) * sizeof(float));
     const Buffer bias_buffer(static_cast<size_t>(slices * p.M) * sizeof(float));
     float *partial = partial_buffer.as<float>(), *partial_bias = bias_buffer.as<float>();
-    const auto layout_of = [&](void* memory, float*& masked, E*& packed, E*& columns) {
+    // Rows of g are copied: masked, in the form that products take, and not a power of two apart.
+    const auto layout_of = [&](void* memory, T*& masked, E*& packed, E*& columns) {
         Layout layout(memory);
-        masked = layout.take<float>(SUMMED_ROWS * wide);
-        packed = layout.take<E>(std::is_same_v<E, float> ? 0 : SUMMED_ROWS / 2 * wide);
-        columns = layout.take<E>(std::is_same_v<T, float> ? 0 : SUMMED_ROWS * deep);
+        masked = layout.take<T>(FLOAT || g.positive != nullptr ? SUMMED_ROWS * wide : 0);
+        packed = layout.take<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * wide);
+        columns = layout.take<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * deep);
         return layout.bytes();
     };
-    float* unused;
-    E *unused_packed, *unused_columns;
-    const size_t bytes = layout_of(nullptr, unused, unused_packed, unused_columns);
+    T* masked;
+    E *packed, *columns;
+    const size_t bytes = layout_of(nullptr, masked, packed, columns);
     parallel_for(slices * blocks, [&](int64_t task) {
-        float* masked;
+        T* masked;
         E *packed, *columns;
         layout_of(thread_scratch(bytes), masked, packed, columns);
         const int64_t slice = task / blocks, block = task % blocks;
@@ -216,30 +233,23 @@ void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g) {
         const int64_t end = std::min(p.N, (slice + 1) * slice_rows);
         for (int64_t begin = slice * slice_rows; begin < end; begin += SUMMED_ROWS) {
             const int64_t rows = std::min(SUMMED_ROWS, end - begin);
-            g.masked(begin, rows, masked, wide);
-            for (int64_t j = 0; block == 0 && j < p.M; j += W) {
-                Vec even = set1(0), odd = set1(0);
-                for (int64_t r = 0; r < rows; r += 2) {
-                    even += load_tail(masked + r * wide + j, p.M - j);
-                    if (r + 1 < rows) odd += load_tail(masked + (r + 1) * wide + j, p.M - j);
-                }
-                store_tail(bias + j, load_tail(bias + j, p.M - j) + (even + odd), p.M - j);
+            const T* rows_of_g = g.row(begin);
+            int64_t g_ld = g.ld;
+            if (FLOAT || g.positive != nullptr) {
+                g.masked(begin, rows, masked, wide);
+                rows_of_g = masked;
+                g_ld = wide;
             }
+            if (block == 0) g.add_up(rows_of_g, g_ld, rows, bias);
             if (p.d_weight == nullptr) continue;
             const bool old = begin > slice * slice_rows;
             const T* source = x + begin * p.x_ld + column;
-            if constexpr (std::is_same_v<T, float>) {
+            if constexpr (FLOAT) {
                 gemm(p.M, width, rows, masked, 1, wide, source, p.x_ld, sums, p.K, old);
             } else {
+                pack_rows(rows, p.M, rows_of_g, g_ld, packed, wide);
                 pack_rows(rows, width, source, p.x_ld, columns, deep);
-                const E* a;
-                if constexpr (std::is_same_v<E, float>) {
-                    a = masked;
-                } else {
-                    pack_rows(rows, p.M, masked, wide, packed, wide);
-                    a = packed;
-                }
-                gemm(p.M, width, packed_k<T>(rows), a, 1, wide, columns, deep, sums, p.K, old);
+                gemm(p.M, width, packed_k<T>(rows), packed, 1, wide, columns, deep, sums, p.K, old);
             }
         }
         if (p.d_weight != nullptr && slice * slice_rows >= end) {
