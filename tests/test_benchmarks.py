@@ -151,7 +151,7 @@ def test_a_refusal_ends_in_exit_code_1(
     assert "refused: errs by" in printed.out
 
 
-@pytest.mark.parametrize("table", ["attention", "dropout", "layer_norm", "loss"])
+@pytest.mark.parametrize("table", ["attention", "dropout", "layer_norm", "loader", "loss", "step"])
 def test_every_rival_is_right(table: str) -> None:
     """``torch.compile`` aside, which takes its time here and is checked by every run."""
     for case in tables()[table].cases(True):
