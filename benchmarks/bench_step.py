@@ -300,7 +300,10 @@ def make_case(
     name: str, experiment: Experiment, dtype: str, makers: dict[str, tuple[Make, str]], goals: Sequence[Goal]
 ) -> Case:
     """``makers``: contender -> how it is made and its dtype; ours first, "published" the one that is right."""
-    contenders = {key: Contender(make, bound=make is products_alone) for key, (make, _) in makers.items()}
+    contenders = {
+        key: Contender(make, bound=make is products_alone, compiled=make is compiled_step)
+        for key, (make, _) in makers.items()
+    }
 
     def prepare(contender: str) -> Callable[[], Any]:
         make, own_dtype = makers[contender]
