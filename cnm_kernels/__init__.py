@@ -5,6 +5,7 @@ Each op runs on the best backend the machine offers and can be checked against a
 """
 
 from cnm_kernels import registry
+from cnm_kernels.accelerate import accelerate, accelerate_losses, restore
 from cnm_kernels.ops import (
     contrastive_reconstruction_loss,
     dropout,
@@ -20,6 +21,8 @@ from cnm_kernels.registry import BackendUnavailable, use_backend
 
 __all__ = [
     "BackendUnavailable",
+    "accelerate",
+    "accelerate_losses",
     "contrastive_reconstruction_loss",
     "dropout",
     "dropout_add_layer_norm",
@@ -28,6 +31,7 @@ __all__ = [
     "intra_video_contrastive_loss",
     "linear",
     "linear_nll",
+    "restore",
     "use_backend",
     "weighted_attention",
 ]

@@ -1,0 +1,166 @@
+"""Research code with the published interfaces, unedited, against itself under ``accelerate``: one training step.
+
+CNM's step is its two updates on one batch, CPL's its joint one; both with clipping and Adam. Before anything is timed,
+every contender's losses and gradients, without dropout and with the same words masked, must be those of the plain code
+in float64 as nearly as the plain code's own are in its dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import cnm_kernels
+from benchmarks.op_case import relative_error
+from benchmarks.registry import OURS, Case, Contender, Goal, Refused, Table
+from examples.research_code import cnm, cnm_losses, cpl, cpl_losses
+
+ALLOWED = {"float32": 1e-4, "bfloat16": 5e-2}  # ||error|| / ||gradient||, over all parameters together
+MAX_NORM = 10.0
+LOSS = {"beta_1": 0.1, "beta_2": 0.15, "margin_1": 0.1, "margin_2": 0.15, "lambda": 0.146, "alpha_1": 1, "alpha_2": 5}
+EPOCH = 3  # CPL's negatives grow with it
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Sizes of one training batch, as the published Charades-STA configurations have them."""
+
+    name: str
+    B: int
+    L: int
+    K: int  # proposals; CNM has one Gaussian
+    T: int = 200
+    frame_dim: int = 1024
+    word_dim: int = 300
+    V: int = 1112
+    D: int = 256
+
+    def model(self, dropout: float) -> nn.Module:
+        transformer = {"d_model": self.D, "num_heads": 4, "num_decoder_layers1": 3, "num_decoder_layers2": 3}
+        config = {
+            "frames_input_size": self.frame_dim,
+            "words_input_size": self.word_dim,
+            "hidden_size": self.D,
+            "vocab_size": self.V,
+            "dropout": dropout,
+            "DualTransformer": transformer | {"dropout": dropout},
+        }
+        torch.manual_seed(0)
+        if self.K == 1:
+            return cnm.CNM(config | {"alpha": 5.5})
+        return cpl.CPL(config | {"num_props": self.K, "sigma": 9, "gamma": 0.5, "max_epoch": 30})
+
+    def batch(self) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(max(self.L // 4, 1), self.L - self.L // 6 + 1, (self.B,), generator=generator)
+        lengths[0] = self.L
+        real = torch.arange(self.L) < lengths[:, None]
+        batch = {
+            "frames_feat": torch.randn(self.B, self.T, self.frame_dim, generator=generator),
+            "frames_len": torch.full((self.B,), self.T),
+            "words_id": torch.randint(1, self.V, (self.B, self.L), generator=generator) * real,
+            "words_feat": torch.randn(self.B, self.L + 1, self.word_dim, generator=generator),
+            "words_len": lengths,
+            "weights": real.float() / lengths[:, None],
+        }
+        return batch if self.K == 1 else batch | {"epoch": EPOCH}
+
+    def losses(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Looked up when they are used: accelerating replaces them."""
+        module = cnm_losses if self.K == 1 else cpl_losses
+        return module.rec_loss, module.ivc_loss
+
+
+CNM = Experiment("CNM", B=128, L=13, K=1)
+CPL = Experiment("CPL, 8 proposals", B=32, L=20, K=8)
+
+
+def tiny(experiment: Experiment) -> Experiment:
+    return replace(experiment, B=3, L=7, T=16, frame_dim=12, word_dim=10, V=37, D=32)
+
+
+# ---- contenders: they change the model, or the module that holds the losses ----
+
+
+def plain(model: nn.Module, losses: Any) -> None:
+    pass
+
+
+def attention_alone(model: nn.Module, losses: Any) -> None:
+    cnm_kernels.accelerate(model)
+
+
+def logits_kept(model: nn.Module, losses: Any) -> None:
+    cnm_kernels.accelerate(model)
+    cnm_kernels.accelerate_losses(losses)
+
+
+def everything(model: nn.Module, losses: Any) -> None:
+    cnm_kernels.accelerate(model)
+    cnm_kernels.accelerate_losses(losses, model)
+
+
+def compiled(model: Any, losses: Any) -> None:
+    for decoder in (model.trans.decoder1, model.trans.decoder2):
+        decoder.compile(dynamic=False)
+
+
+CONTENDERS: dict[str, Callable[[nn.Module, Any], None]] = {
+    OURS: everything,
+    "itself": plain,
+    "itself, compiled": compiled,
+    "accelerate(model) alone": attention_alone,
+    "accelerate, logits kept": logits_kept,
+}
+
+
+class Trainer:
+    """What a training script does with model and losses, on one batch."""
+
+    def __init__(self, experiment: Experiment, dtype: str, contender: str, dropout: float) -> None:
+        self.experiment, self.contender = experiment, contender
+        self.autocast = dtype == "bfloat16"
+        self.model: Any = experiment.model(dropout).train()
+        self.losses = cnm_losses if experiment.K == 1 else cpl_losses
+        self.batch = experiment.batch()
+        if contender == "itself" or contender == "itself, compiled":
+            cnm_kernels.restore(self.losses)
+        CONTENDERS[contender](self.model, self.losses)
+        self.options = LOSS if experiment.K == 1 else LOSS | {"num_props": experiment.K}
+        self.optimizers: list[torch.optim.Optimizer] | None = None
+
+    def loss(self, *names: str) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            output = self.model(**self.batch)
+            losses = [getattr(self.losses, name)(**output, **self.options)[0] for name in names]
+        return torch.stack(losses).sum()
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        loss = self.loss("rec_loss", "ivc_loss")
+        return loss, *torch.autograd.grad(loss, list(self.model.parameters()))
+
+    def update(self, optimizer: torch.optim.Optimizer, *names: str) -> None:
+        optimizer.zero_grad()
+        self.loss(*names).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        optimizer.step()
+
+    def __call__(self) -> None:
+        if self.experiment.K > 1:
+            self.optimizers = self.optimizers or [torch.optim.Adam(self.model.parameters(), 4e-4)]
+            self.update(self.optimizers[0], "rec_loss", "ivc_loss")
+            return
+        if self.optimizers is None:
+            self.optimizers = []
+            for generator in (False, True):
+                self.model.train_only(generator)
+                trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+                self.optimizers.append(torch.optim.Adam(trained, 4e-4))
+        for generator, optimizer, name in zip((False, True), self.optimizers, ("rec_loss", "ivc_loss"), strict=True):
+            self.model.train_only(generator)
+            self.update(optimizer, name)
