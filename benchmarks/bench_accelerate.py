@@ -1,14 +1,15 @@
 """Research code with the published interfaces, unedited, against itself under ``accelerate``: one training step.
 
 CNM's step is its two updates on one batch, CPL's its joint one; both with clipping and Adam. Before anything is timed,
-every contender's losses and gradients, without dropout and with the same words masked, must be those of the plain code
-in float64 as nearly as the plain code's own are in its dtype.
+every contender's loss and gradients, without dropout and with the same words masked, must be those of the plain code in
+float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -69,10 +70,14 @@ class Experiment:
         }
         return batch if self.K == 1 else batch | {"epoch": EPOCH}
 
-    def losses(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Looked up when they are used: accelerating replaces them."""
+    def losses(self) -> ModuleType:
+        """A copy of the module that holds the losses, so that accelerating one contender's changes no other's."""
         module = cnm_losses if self.K == 1 else cpl_losses
-        return module.rec_loss, module.ivc_loss
+        copy = ModuleType(module.__name__)
+        for name, value in vars(module).items():
+            own = isinstance(value, FunctionType)
+            setattr(copy, name, FunctionType(value.__code__, vars(copy), name, value.__defaults__) if own else value)
+        return copy
 
 
 CNM = Experiment("CNM", B=128, L=13, K=1)
@@ -104,15 +109,10 @@ def everything(model: nn.Module, losses: Any) -> None:
     cnm_kernels.accelerate_losses(losses, model)
 
 
-def compiled(model: Any, losses: Any) -> None:
-    for decoder in (model.trans.decoder1, model.trans.decoder2):
-        decoder.compile(dynamic=False)
-
-
 CONTENDERS: dict[str, Callable[[nn.Module, Any], None]] = {
     OURS: everything,
     "itself": plain,
-    "itself, compiled": compiled,
+    "itself, compiled": plain,
     "accelerate(model) alone": attention_alone,
     "accelerate, logits kept": logits_kept,
 }
@@ -125,30 +125,32 @@ class Trainer:
         self.experiment, self.contender = experiment, contender
         self.autocast = dtype == "bfloat16"
         self.model: Any = experiment.model(dropout).train()
-        self.losses = cnm_losses if experiment.K == 1 else cpl_losses
+        self.losses = experiment.losses()
         self.batch = experiment.batch()
-        if contender == "itself" or contender == "itself, compiled":
-            cnm_kernels.restore(self.losses)
         CONTENDERS[contender](self.model, self.losses)
+        if contender == "itself, compiled":
+            for decoder in (self.model.trans.decoder1, self.model.trans.decoder2):
+                decoder.compile(dynamic=False)
         self.options = LOSS if experiment.K == 1 else LOSS | {"num_props": experiment.K}
         self.optimizers: list[torch.optim.Optimizer] | None = None
 
     def loss(self, *names: str) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             output = self.model(**self.batch)
-            losses = [getattr(self.losses, name)(**output, **self.options)[0] for name in names]
-        return torch.stack(losses).sum()
-
-    def gradients(self) -> tuple[Tensor, ...]:
-        torch.manual_seed(1)
-        loss = self.loss("rec_loss", "ivc_loss")
-        return loss, *torch.autograd.grad(loss, list(self.model.parameters()))
+            return sum(getattr(self.losses, name)(**output, **self.options)[0] for name in names)  # type: ignore[return-value]
 
     def update(self, optimizer: torch.optim.Optimizer, *names: str) -> None:
         optimizer.zero_grad()
         self.loss(*names).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         optimizer.step()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of both losses together, all parameters' in one vector."""
+        torch.manual_seed(1)  # decides the words masked
+        loss = self.loss("rec_loss", "ivc_loss")
+        gradients = torch.autograd.grad(loss, list(self.model.parameters()))
+        return {"loss": loss.detach(), "gradients": torch.cat([gradient.flatten() for gradient in gradients])}
 
     def __call__(self) -> None:
         if self.experiment.K > 1:
@@ -164,3 +166,37 @@ class Trainer:
         for generator, optimizer, name in zip((False, True), self.optimizers, ("rec_loss", "ivc_loss"), strict=True):
             self.model.train_only(generator)
             self.update(optimizer, name)
+
+
+def case(experiment: Experiment, dtype: str) -> Case:
+    exact: dict[str, Tensor] = {}
+
+    def prepare(contender: str) -> Callable[[], Any]:
+        return Trainer(experiment, dtype, contender, dropout=0.1)
+
+    def verify(contender: str, call: Callable[[], Any]) -> dict[str, float]:
+        if not exact:
+            exact.update(Trainer(experiment, "float32", "itself", dropout=0.0).gradients())
+        found = Trainer(experiment, dtype, contender, dropout=0.0).gradients()
+        errors = {key: relative_error(found[key], want) for key, want in exact.items()}
+        for key, error in errors.items():
+            if not error <= ALLOWED[dtype]:
+                raise Refused(f"errs by {error:.2g} in {key}, {ALLOWED[dtype]:.2g} allowed")
+        return errors
+
+    contenders = {name: Contender(change, compiled="compiled" in name) for name, change in CONTENDERS.items()}
+    goals = (Goal("time", "itself", 1.3), Goal("peak", "itself", round(1 / 0.6, 3))) if dtype == "float32" else ()
+    name = f"training step, {experiment.name}, B={experiment.B}, T={experiment.T}"
+    return Case(name, dtype, contenders, prepare, verify, goals)
+
+
+def cases(quick: bool) -> Sequence[Case]:
+    experiments = [tiny(experiment) if quick else experiment for experiment in (CNM, CPL)]
+    return [case(experiment, dtype) for experiment in experiments for dtype in ("float32", "bfloat16")]
+
+
+TABLE = Table("accelerate", "Research code, unedited, under accelerate", cases, repeats=3)
+
+
+def test_accelerate(benchmark: Any, call: Any) -> None:
+    benchmark(call)

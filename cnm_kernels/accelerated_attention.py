@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cnm_kernels import ops
@@ -73,8 +74,26 @@ class AcceleratedAttention:
                 fast_weights,
                 gauss_weight,
             )
-        packed = self._project(query, key, value)
-        Lq, Lk = query.size(0), key.size(0)
+        sources = _batch_first(query, key, value)
+        out, weights = self.attend(sources, key_padding_mask, attn_mask, gauss_weight, need_weights)
+        layer = self.out_proj
+        if type(layer) is nn.Linear and not hooked(layer):
+            return ops.linear(out, layer.weight, layer.bias).transpose(0, 1).contiguous(), weights
+        return layer(out.transpose(0, 1).contiguous()), weights
+
+    def attend(
+        self,
+        sources: tuple[Tensor, ...],
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        gauss_weight: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What ``forward`` does up to the output projection, batch first: (heads joined [B, Lq, D], attention).
+
+        ``sources`` [B, L, D]: the source of query, key and value; or query's and that of key and value; or of each.
+        """
+        Lq, Lk = sources[0].size(1), sources[-1].size(1)
         seen = _seen(attn_mask, Lq, Lk)
         dropout = getattr(self, "dropout", 0.0) if cast(nn.Module, self).training else 0.0
         padding = _padding(key_padding_mask, seen == "past")
@@ -83,14 +102,27 @@ class AcceleratedAttention:
                 _say_once("an attention mask other than a causal one is computed by PyTorch, without acceleration")
             elif dropout > 0:
                 _say_once("dropout on the attention is computed by PyTorch, without acceleration")
+            packed = self._project(sources)
             out, weights = _plainly(packed, attn_mask, padding.mask, gauss_weight, dropout)
-            return self._project_out(out), weights if need_weights else None
+            return out.transpose(1, 2).flatten(2), weights if need_weights else None
 
-        key_weight = _key_weight(gauss_weight, padding, packed[0])
+        key_weight = _key_weight(gauss_weight, padding, sources[0])
         causal = seen == "past"
-        out = ops.weighted_attention(*packed, key_weight, causal=causal, key_lengths=padding.lengths)
+
+        def compute(*sources: Tensor) -> tuple[Tensor, ...]:
+            packed = self._project(sources)
+            out = ops.weighted_attention(*packed, key_weight, causal=causal, key_lengths=padding.lengths)
+            return out, *packed
+
+        if torch.is_grad_enabled() and sources[0].device.type == "cpu" and not torch.compiler.is_compiling():
+            # Projections are kept for the backward threefold as wide as what they are made from, and made anew faster
+            # than PyTorch's were made once. (On a GPU the launches would cost more than the memory is worth.)
+            out, *packed = checkpoint(compute, *sources, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out, *packed = compute(*sources)
+        joined = out.transpose(1, 2).flatten(2)
         if not need_weights:
-            return self._project_out(out), None
+            return joined, None
 
         def averaged(*inputs: Tensor | None) -> Tensor:
             *operands, weight, lengths = inputs
@@ -100,36 +132,41 @@ class AcceleratedAttention:
             )[1]
 
         like = torch.empty(out.size(0), Lq, Lk, dtype=out.dtype, device="meta")
-        return self._project_out(out), defer(averaged, like, *packed, key_weight, padding.lengths)
+        return joined, defer(averaged, like, *packed, key_weight, padding.lengths)
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The operands of ``weighted_attention``: packed where query, key and value (or the last two) are the same."""
-        D = query.size(-1)
-        same = _same(key, value)
-        if same and _same(query, key):
-            return self._heads(query, 0, 3 * D), None, None
-        q = self._heads(query, 0, D)[:, :, 0].transpose(1, 2)  # [B, H, Lq, d]
-        if same:
-            return q, self._heads(key, D, 3 * D), None
-        k, v = self._heads(key, D, 2 * D), self._heads(value, 2 * D, 3 * D)
-        return q, k[:, :, 0].transpose(1, 2), v[:, :, 0].transpose(1, 2)
+    def _project(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The operands of ``weighted_attention``: packed where query, key and value (or the last two) share a source."""
+        D = sources[0].size(-1)
+        if len(sources) == 1:
+            return self._heads(sources[0], 0, 3 * D), None, None
+        query = self._heads(sources[0], 0, D)[:, :, 0].transpose(1, 2)  # [B, H, Lq, d]
+        if len(sources) == 2:
+            return query, self._heads(sources[1], D, 3 * D), None
+        key, value = self._heads(sources[1], D, 2 * D), self._heads(sources[2], 2 * D, 3 * D)
+        return query, key[:, :, 0].transpose(1, 2), value[:, :, 0].transpose(1, 2)
 
     def _heads(self, x: Tensor, start: int, end: int) -> Tensor:
-        """x [L, B, D] through rows ``start`` to ``end`` of the input projection: [B, L, parts, H, d]."""
+        """x [B, L, D] through rows ``start`` to ``end`` of the input projection: [B, L, parts, H, d]."""
         whole = end - start == self.in_proj_weight.size(0)
         weight = self.in_proj_weight if whole else self.in_proj_weight[start:end]
         bias = self.in_proj_bias if whole or self.in_proj_bias is None else self.in_proj_bias[start:end]
-        # Batch first before the projection: its result and their gradients are wider and stay as they are.
-        projected = ops.linear(x.transpose(0, 1).contiguous(), weight, bias)
-        return projected.unflatten(-1, (-1, self.num_heads, self.head_dim))
+        return ops.linear(x, weight, bias).unflatten(-1, (-1, self.num_heads, self.head_dim))
 
-    def _project_out(self, out: Tensor) -> Tensor:
-        """[B, H, Lq, d] -> [Lq, B, D], contiguous as the published module's."""
-        joined = out.transpose(1, 2).flatten(2)  # [B, Lq, D]
-        layer = self.out_proj
-        if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks):
-            return ops.linear(joined, layer.weight, layer.bias).transpose(0, 1).contiguous()
-        return layer(joined.transpose(0, 1).contiguous())
+
+def _batch_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """[L, B, D] each -> [B, L, D], each source once. Copied before it is projected: projections are wider."""
+    if not _same(key, value):
+        sources = (query, key, value)
+    else:
+        sources = (query,) if _same(query, key) else (query, key)
+    return tuple(source.transpose(0, 1).contiguous() for source in sources)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Somebody watches what goes in and out of this very module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 @dataclass(frozen=True)
