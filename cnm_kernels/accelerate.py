@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from cnm_kernels import accelerated_losses
 from cnm_kernels.accelerated_attention import AcceleratedAttention
+from cnm_kernels.accelerated_layer import AcceleratedLayer, stands_for
 from cnm_kernels.accelerated_losses import DeferredLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FORWARD_ARGUMENTS = [
+ATTENTION_ARGUMENTS = [
     "query",
     "key",
     "value",
@@ -34,6 +35,15 @@ FORWARD_ARGUMENTS = [
     "attn_mask",
     "fast_weights",
     "gauss_weight",
+]
+LAYER_ARGUMENTS = [
+    "x",
+    "mask",
+    "encoder_out",
+    "encoder_mask",
+    "self_attn_mask",
+    "src_gauss_weight",
+    "tgt_gauss_weight",
 ]
 # ||ours - theirs|| / ||theirs|| on the small example: far above rounding, far below another formula.
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -60,22 +70,27 @@ def accelerate(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
     found = 0
-    refusals: dict[type, str | None] = {}
-    for module in model.modules():
-        if isinstance(module, AcceleratedAttention):
-            found += 1
-            continue
-        if not _looks_like_attention(module):
-            continue
-        kind = type(module)
-        if kind not in refusals:
-            refusals[kind] = _differs(module)
-        reason = _unsupported(module) or refusals[kind]
-        if reason is None:
-            module.__class__ = _accelerated(kind)
-            found += 1
-        else:
-            warnings.warn(f"accelerate: {kind.__name__} is left alone: {reason}", RuntimeWarning, stacklevel=2)
+    for mixin, looks_right, differs in (
+        (AcceleratedAttention, _looks_like_attention, _attention_differs),
+        (AcceleratedLayer, _looks_like_layer, _layer_differs),
+    ):
+        reasons: dict[type, str | None] = {}  # one of each class is tried
+        for module in model.modules():
+            if isinstance(module, mixin):
+                found += 1
+            elif looks_right(module):
+                kind = type(module)
+                ours = _accelerated(mixin, kind)
+                reason = _unsupported(module) if mixin is AcceleratedAttention else None
+                if reason is None:
+                    if kind not in reasons:
+                        reasons[kind] = differs(module, ours)
+                    reason = reasons[kind]
+                if reason is None:
+                    module.__class__ = ours
+                    found += 1
+                else:
+                    warnings.warn(f"accelerate: {kind.__name__} is left alone: {reason}", RuntimeWarning, stacklevel=2)
     if not found:
         warnings.warn(
             f"accelerate: {type(model).__name__} has no attention module with the published interface; nothing changed",
@@ -113,38 +128,45 @@ def restore(target: Any) -> None:
         accelerated_losses.restore(target)
         return
     for module in target.modules():
-        if isinstance(module, AcceleratedAttention):
-            module.__class__ = type(module)._original  # type: ignore[attr-defined]
+        if isinstance(module, AcceleratedAttention | AcceleratedLayer):
+            module.__class__ = type(module)._original  # type: ignore[union-attr]
         elif isinstance(module, DeferredLinear):
             module.__class__ = nn.Linear
 
 
 @functools.cache
-def _accelerated(original: type[nn.Module]) -> type[nn.Module]:
-    """``original`` with the accelerated ``forward``; instances of it are still instances of ``original``."""
-    attributes = {"_original": original, "__reduce_ex__": _reduce, "__module__": original.__module__}
-    return type(f"Accelerated{original.__name__}", (AcceleratedAttention, original), attributes)
+def _accelerated(mixin: type, original: type[nn.Module]) -> Any:
+    """``original`` with the mixin's ``forward``; instances of it are still instances of ``original``."""
+    attributes = {"_mixin": mixin, "_original": original, "__reduce_ex__": _reduce, "__module__": original.__module__}
+    return type(f"Accelerated{original.__name__}", (mixin, original), attributes)
 
 
-def _reduce(self: nn.Module, protocol: Any) -> Any:
+def _reduce(self: Any, protocol: Any) -> Any:
     """Pickles and copies by the original class, which can be imported."""
-    original = type(self)._original  # type: ignore[attr-defined]
-    made_by, arguments, *state = original.__reduce_ex__(self, protocol)
+    kind = type(self)
+    made_by, arguments, *state = kind._original.__reduce_ex__(self, protocol)
     if made_by is not copyreg.__newobj__:  # type: ignore[attr-defined]
         return (made_by, arguments, *state)
-    return (_new, (original,), *state)
+    return (_new, (kind._mixin, kind._original), *state)
 
 
-def _new(original: type[nn.Module]) -> nn.Module:
-    accelerated = _accelerated(original)
-    return accelerated.__new__(accelerated)
+def _new(mixin: type, original: type[nn.Module]) -> Any:
+    kind = _accelerated(mixin, original)
+    return kind.__new__(kind)
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
     names = ("in_proj_weight", "in_proj_bias", "out_proj", "num_heads", "head_dim")
     if not all(hasattr(module, name) for name in names) or "forward" in vars(module):
         return False
-    return list(inspect.signature(type(module).forward).parameters)[1:] == FORWARD_ARGUMENTS
+    return list(inspect.signature(type(module).forward).parameters)[1:] == ATTENTION_ARGUMENTS
+
+
+def _looks_like_layer(module: nn.Module) -> bool:
+    if not stands_for(module) or not isinstance(getattr(module, "dropout", None), float | int):
+        return False
+    arguments = list(inspect.signature(type(module).forward).parameters)[1:]
+    return arguments == LAYER_ARGUMENTS and "forward" not in vars(module)
 
 
 def _unsupported(module: Any) -> str | None:
@@ -162,58 +184,87 @@ def _unsupported(module: Any) -> str | None:
     return None
 
 
-def _differs(module: nn.Module) -> str | None:
-    """What a small example shows: None if the accelerated class gives what the module's own gives, or else why not.
-
-    A module that cannot run by itself (the published one needs fairseq) is taken by its word.
-    """
-    weight: Tensor = module.in_proj_weight  # type: ignore[assignment]
-    if weight.is_meta or _unsupported(module) is not None:
-        return None
-    L, B, D = 4, 2, weight.size(1)
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
-
+def _attention_differs(module: Any, ours: Any) -> str | None:
+    draw = _Draw(module.in_proj_weight)
+    L, B, D = 4, 2, module.in_proj_weight.size(1)
     x, source = draw(L, B, D), draw(L + 1, B, D)
-    padding = torch.zeros(B, L, dtype=torch.bool, device=weight.device)
-    padding[0, -1] = True
-    future = torch.full((L, L), -torch.inf, device=weight.device, dtype=weight.dtype).triu(1)
-    calls: list[tuple[tuple[Tensor, ...], dict[str, Tensor]]] = [
-        ((x, x, x, padding), {"attn_mask": future, "gauss_weight": draw(B, L).sigmoid()}),
+    calls = [
+        ((x, x, x, draw.padding(B, L)), {"attn_mask": draw.future(L), "gauss_weight": draw(B, L).sigmoid()}),
         ((x, source, source), {"gauss_weight": draw(B, L + 1).sigmoid()}),
     ]
-    own, ours = type(module).forward, _accelerated(type(module))
-    with _evaluating(module), torch.no_grad():
-        for arguments, options in calls:
+    with _set(module, training=False):
+        return _differs(module, ours, calls)
+
+
+def _layer_differs(module: Any, ours: Any) -> str | None:
+    draw = _Draw(module.fc1.weight)
+    L, B, D = 4, 2, module.fc1.weight.size(1)
+    x, source = draw(L, B, D), draw(L + 1, B, D)
+    alone = (x, draw.padding(B, L), None, None, draw.future(L), None, draw(B, L).sigmoid())
+    reading = (x, draw.padding(B, L), source, draw.padding(B, L + 1), draw.future(L), draw(B, L + 1).sigmoid(), None)
+    with _set(module.self_attn, training=False), _set(module.encoder_attn, training=False):
+        with _set(module, training=True, dropout=0.0):  # whatever else it does in training shows
+            return _differs(module, ours, [(alone, {}), (reading, {})])
+
+
+def _differs(module: nn.Module, ours: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> str | None:
+    """What small examples show: None if ``ours`` gives what the module's own class gives, or else why not.
+
+    A module that cannot run by itself (the published attention needs fairseq) is taken at its word.
+    """
+    own = type(module)
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return None
+    for arguments, options in calls:
+        with torch.no_grad():
             try:
-                expected = own(module, *arguments, **options)
+                expected = own.forward(module, *arguments, **options)
             except ImportError:
                 return None
             except Exception as error:
                 return f"its own forward fails on a small example ({type(error).__name__}: {error})"
-            module.__class__ = ours
-            try:
+            with _set(module, __class__=ours):
                 found = ours.forward(module, *arguments, **options)
-            finally:
-                module.__class__ = ours._original  # type: ignore[attr-defined]
-            for name, mine, theirs in zip(("output", "attention"), found, expected, strict=True):
-                difference = torch.linalg.vector_norm(mine.double() - theirs.double())
-                if not difference <= PROBE_TOLERANCE[weight.dtype] * torch.linalg.vector_norm(theirs.double()):
-                    return f"its own forward gives another {name} than the published one on a small example"
+        if not isinstance(expected, tuple) or len(expected) != len(found):
+            return "its own forward does not return an output and its attention"
+        for name, mine, theirs in zip(("output", "attention"), found, expected, strict=True):
+            difference = torch.linalg.vector_norm(mine.double() - theirs.double())
+            if not difference <= PROBE_TOLERANCE[mine.dtype] * torch.linalg.vector_norm(theirs.double()):
+                return f"its own forward gives another {name} than the published one on a small example"
     return None
 
 
+class _Draw:
+    """Small examples on a parameter's device, in its dtype; PyTorch's generators are not touched."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.to = {"device": like.device, "dtype": like.dtype}
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(**self.to)
+
+    def padding(self, B: int, L: int) -> Tensor:
+        """[B, L]: the first sample's last position."""
+        padded = torch.zeros(B, L, dtype=torch.bool, device=self.to["device"])
+        padded[0, -1] = True
+        return padded
+
+    def future(self, L: int) -> Tensor:
+        return torch.full((L, L), -torch.inf, **self.to).triu(1)
+
+
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode, without telling its children."""
-    training = module.training
-    module.training = False
+def _set(target: Any, **attributes: Any) -> Iterator[None]:
+    """These attributes for a while; a module's children are not told."""
+    before = {name: getattr(target, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(target, name, value)
     try:
         yield
     finally:
-        module.training = training
+        for name, value in before.items():
+            setattr(target, name, value)
 
 
 def _vocabulary_layers(model: nn.Module) -> list[nn.Linear]:

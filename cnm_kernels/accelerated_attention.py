@@ -76,10 +76,7 @@ class AcceleratedAttention:
             )
         sources = _batch_first(query, key, value)
         out, weights = self.attend(sources, key_padding_mask, attn_mask, gauss_weight, need_weights)
-        layer = self.out_proj
-        if type(layer) is nn.Linear and not hooked(layer):
-            return ops.linear(out, layer.weight, layer.bias).transpose(0, 1).contiguous(), weights
-        return layer(out.transpose(0, 1).contiguous()), weights
+        return out.transpose(0, 1).contiguous(), weights
 
     def attend(
         self,
@@ -89,10 +86,25 @@ class AcceleratedAttention:
         gauss_weight: Tensor | None,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """What ``forward`` does up to the output projection, batch first: (heads joined [B, Lq, D], attention).
+        """``forward``, batch first: (output [B, Lq, D], attention).
 
         ``sources`` [B, L, D]: the source of query, key and value; or query's and that of key and value; or of each.
         """
+        joined, weights = self._attend(sources, key_padding_mask, attn_mask, gauss_weight, need_weights)
+        layer = self.out_proj
+        if plain(layer, nn.Linear):
+            return ops.linear(joined, layer.weight, layer.bias), weights  # type: ignore[arg-type]
+        return layer(joined.transpose(0, 1).contiguous()).transpose(0, 1), weights
+
+    def _attend(
+        self,
+        sources: tuple[Tensor, ...],
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        gauss_weight: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``attend`` up to the output projection: (heads joined [B, Lq, D], attention)."""
         Lq, Lk = sources[0].size(1), sources[-1].size(1)
         seen = _seen(attn_mask, Lq, Lk)
         dropout = getattr(self, "dropout", 0.0) if cast(nn.Module, self).training else 0.0
@@ -162,11 +174,10 @@ def _batch_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...
     return tuple(source.transpose(0, 1).contiguous() for source in sources)
 
 
-def hooked(module: nn.Module) -> bool:
-    """Somebody watches what goes in and out of this very module."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Of this very class, and nobody watches what goes in and out of it: its parameters are all there is to it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,20 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        padding: Tensor,
-        source: Tensor | None,
-        source_padding: Tensor | None,
-        future: Tensor,
-        source_weight: Tensor | None,
-        own_weight: Tensor | None,
+        mask: Tensor | None,
+        encoder_out: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+        self_attn_mask: Tensor | None = None,
+        src_gauss_weight: Tensor | None = None,
+        tgt_gauss_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        update, attention = self.self_attn(x, x, x, padding, attn_mask=future, gauss_weight=own_weight)
+        """x [L, B, D]; masks are 1 where padded -> the layer's result [L, B, D] and its last attention."""
+        update, attention = self.self_attn(x, x, x, mask, attn_mask=self_attn_mask, gauss_weight=tgt_gauss_weight)
         x = self.self_attn_layer_norm(x + F.dropout(update, self.dropout, self.training))
-        if source is not None:
-            update, attention = self.encoder_attn(x, source, source, source_padding, gauss_weight=source_weight)
+        if encoder_out is not None:
+            update, attention = self.encoder_attn(
+                x, encoder_out, encoder_out, encoder_mask, gauss_weight=src_gauss_weight
+            )
             x = self.encoder_attn_layer_norm(x + F.dropout(update, self.dropout, self.training))
         update = self.fc2(F.relu(self.fc1(x)))
         return self.final_layer_norm(x + F.dropout(update, self.dropout, self.training)), attention
