@@ -2,7 +2,7 @@
 
 CNM's step is its two updates on one batch, CPL's its joint one; both with clipping and Adam. Before anything is timed,
 every contender's loss and gradients, without dropout and with the same words masked, must be those of the plain code in
-float32.
+float32; in bfloat16 they may err four times what the plain code under autocast errs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from benchmarks.op_case import relative_error
 from benchmarks.registry import OURS, Case, Contender, Goal, Refused, Table
 from examples.research_code import cnm, cnm_losses, cpl, cpl_losses
 
-ALLOWED = {"float32": 1e-4, "bfloat16": 5e-2}  # ||error|| / ||gradient||, over all parameters together
+ALLOWED = 1e-4  # ||error|| / ||gradient||, over all parameters together, beyond that of the plain code
+TIMES_PLAIN = 4
 MAX_NORM = 10.0
 LOSS = {"beta_1": 0.1, "beta_2": 0.15, "margin_1": 0.1, "margin_2": 0.15, "lambda": 0.146, "alpha_1": 1, "alpha_2": 5}
 EPOCH = 3  # CPL's negatives grow with it
@@ -129,7 +130,8 @@ class Trainer:
         self.batch = experiment.batch()
         CONTENDERS[contender](self.model, self.losses)
         if contender == "itself, compiled":
-            for decoder in (self.model.trans.decoder1, self.model.trans.decoder2):
+            transformer: Any = self.model.trans
+            for decoder in (transformer.decoder1, transformer.decoder2):
                 decoder.compile(dynamic=False)
         self.options = LOSS if experiment.K == 1 else LOSS | {"num_props": experiment.K}
         self.optimizers: list[torch.optim.Optimizer] | None = None
@@ -137,11 +139,11 @@ class Trainer:
     def loss(self, *names: str) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             output = self.model(**self.batch)
-            return sum(getattr(self.losses, name)(**output, **self.options)[0] for name in names)  # type: ignore[return-value]
+            return sum(getattr(self.losses, name)(**output, **self.options)[0] for name in names)
 
     def update(self, optimizer: torch.optim.Optimizer, *names: str) -> None:
         optimizer.zero_grad()
-        self.loss(*names).backward()  # type: ignore[no-untyped-call]
+        self.loss(*names).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         optimizer.step()
 
@@ -170,6 +172,7 @@ class Trainer:
 
 def case(experiment: Experiment, dtype: str) -> Case:
     exact: dict[str, Tensor] = {}
+    plain_errors: dict[str, float] = {}
 
     def prepare(contender: str) -> Callable[[], Any]:
         return Trainer(experiment, dtype, contender, dropout=0.1)
@@ -177,12 +180,17 @@ def case(experiment: Experiment, dtype: str) -> Case:
     def verify(contender: str, call: Callable[[], Any]) -> dict[str, float]:
         if not exact:
             exact.update(Trainer(experiment, "float32", "itself", dropout=0.0).gradients())
-        found = Trainer(experiment, dtype, contender, dropout=0.0).gradients()
-        errors = {key: relative_error(found[key], want) for key, want in exact.items()}
+            plain_errors.update(errors_of("itself"))
+        errors = errors_of(contender)
         for key, error in errors.items():
-            if not error <= ALLOWED[dtype]:
-                raise Refused(f"errs by {error:.2g} in {key}, {ALLOWED[dtype]:.2g} allowed")
+            allowed = TIMES_PLAIN * plain_errors[key] + ALLOWED
+            if not error <= allowed:
+                raise Refused(f"errs by {error:.2g} in {key}, {allowed:.2g} allowed")
         return errors
+
+    def errors_of(contender: str) -> dict[str, float]:
+        found = Trainer(experiment, dtype, contender, dropout=0.0).gradients()
+        return {key: relative_error(found[key], want) for key, want in exact.items()}
 
     contenders = {name: Contender(change, compiled="compiled" in name) for name, change in CONTENDERS.items()}
     goals = (Goal("time", "itself", 1.3), Goal("peak", "itself", round(1 / 0.6, 3))) if dtype == "float32" else ()

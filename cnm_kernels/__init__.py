@@ -15,6 +15,7 @@ from cnm_kernels.ops import (
     intra_video_contrastive_loss,
     linear,
     linear_nll,
+    negative_gaussian_masks,
     weighted_attention,
 )
 from cnm_kernels.registry import BackendUnavailable, use_backend
@@ -31,6 +32,7 @@ __all__ = [
     "intra_video_contrastive_loss",
     "linear",
     "linear_nll",
+    "negative_gaussian_masks",
     "restore",
     "use_backend",
     "weighted_attention",

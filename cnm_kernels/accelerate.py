@@ -12,7 +12,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +50,17 @@ PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1
 
 
 def accelerate(model: Model) -> Model:
-    """Routes every attention module of ``model`` that has the published interface to ``weighted_attention``.
+    """Routes every attention module of ``model`` that has the published interface to ``weighted_attention``, and every
+    decoder layer that has the published interface to ``dropout_add_layer_norm`` and ``linear`` as well.
 
-    Such a module has ``in_proj_weight`` [3D, D], ``in_proj_bias``, ``out_proj``, ``num_heads``, ``head_dim`` and
+    Such an attention has ``in_proj_weight`` [3D, D], ``in_proj_bias``, ``out_proj``, ``num_heads``, ``head_dim`` and
     ``forward(query, key, value, key_padding_mask, incremental_state, need_weights, static_kv, attn_mask, fast_weights,
-    gauss_weight)``, time first. Only its class changes: parameters, state_dict, hooks, train and eval mode, device
-    moves, copies, DataParallel and DDP work as before, and ``restore`` undoes it. The attention it returns beside its
-    output is computed when it is read. A model pickled whole needs cnm_kernels to be loaded again; a state_dict does
-    not.
+    gauss_weight)``, time first; such a layer ``self_attn``, ``encoder_attn``, ``fc1``, ``fc2``, their LayerNorms and
+    ``forward(x, mask, encoder_out, encoder_mask, self_attn_mask, src_gauss_weight, tgt_gauss_weight)``. Only their
+    classes change: parameters, state_dict, hooks, train and eval mode, device moves, copies, DataParallel and DDP work
+    as before, and ``restore`` undoes it. A layer's dropout keeps its rate and follows ``torch.manual_seed``, but its
+    masks are not those that PyTorch would draw. The attention returned beside an output is computed when it is read. A
+    model pickled whole needs cnm_kernels to be loaded again; a state_dict does not.
 
     Source: the published code of CNM (AAAI 2022) and CPL (CVPR 2022), as behaviour.
 
@@ -80,7 +83,7 @@ def accelerate(model: Model) -> Model:
                 found += 1
             elif looks_right(module):
                 kind = type(module)
-                ours = _accelerated(mixin, kind)
+                ours = _accelerated(mixin, cast(Any, kind))
                 reason = _unsupported(module) if mixin is AcceleratedAttention else None
                 if reason is None:
                     if kind not in reasons:
@@ -131,11 +134,11 @@ def restore(target: Any) -> None:
         if isinstance(module, AcceleratedAttention | AcceleratedLayer):
             module.__class__ = type(module)._original  # type: ignore[union-attr]
         elif isinstance(module, DeferredLinear):
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 @functools.cache
-def _accelerated(mixin: type, original: type[nn.Module]) -> Any:
+def _accelerated(mixin: Any, original: Any) -> Any:
     """``original`` with the mixin's ``forward``; instances of it are still instances of ``original``."""
     attributes = {"_mixin": mixin, "_original": original, "__reduce_ex__": _reduce, "__module__": original.__module__}
     return type(f"Accelerated{original.__name__}", (mixin, original), attributes)
@@ -150,7 +153,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
     return (_new, (kind._mixin, kind._original), *state)
 
 
-def _new(mixin: type, original: type[nn.Module]) -> Any:
+def _new(mixin: Any, original: Any) -> Any:
     kind = _accelerated(mixin, original)
     return kind.__new__(kind)
 
@@ -202,9 +205,12 @@ def _layer_differs(module: Any, ours: Any) -> str | None:
     x, source = draw(L, B, D), draw(L + 1, B, D)
     alone = (x, draw.padding(B, L), None, None, draw.future(L), None, draw(B, L).sigmoid())
     reading = (x, draw.padding(B, L), source, draw.padding(B, L + 1), draw.future(L), draw(B, L + 1).sigmoid(), None)
-    with _set(module.self_attn, training=False), _set(module.encoder_attn, training=False):
-        with _set(module, training=True, dropout=0.0):  # whatever else it does in training shows
-            return _differs(module, ours, [(alone, {}), (reading, {})])
+    with (
+        _set(module.self_attn, training=False),
+        _set(module.encoder_attn, training=False),
+        _set(module, training=True, dropout=0.0),  # whatever else it does in training shows
+    ):
+        return _differs(module, ours, [(alone, {}), (reading, {})])
 
 
 def _differs(module: nn.Module, ours: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> str | None:
@@ -238,20 +244,20 @@ class _Draw:
     """Small examples on a parameter's device, in its dtype; PyTorch's generators are not touched."""
 
     def __init__(self, like: Tensor) -> None:
-        self.to = {"device": like.device, "dtype": like.dtype}
+        self.like = like
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(**self.to)
+        return torch.randn(shape, generator=self.generator).to(self.like)
 
     def padding(self, B: int, L: int) -> Tensor:
         """[B, L]: the first sample's last position."""
-        padded = torch.zeros(B, L, dtype=torch.bool, device=self.to["device"])
+        padded = torch.zeros(B, L, dtype=torch.bool, device=self.like.device)
         padded[0, -1] = True
         return padded
 
     def future(self, L: int) -> Tensor:
-        return torch.full((L, L), -torch.inf, **self.to).triu(1)
+        return torch.full((L, L), -torch.inf).to(self.like).triu(1)
 
 
 @contextmanager
@@ -267,17 +273,16 @@ def _set(target: Any, **attributes: Any) -> Iterator[None]:
             setattr(target, name, value)
 
 
-def _vocabulary_layers(model: nn.Module) -> list[nn.Linear]:
+def _vocabulary_layers(model: nn.Module) -> list[nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate_losses: model must be a torch.nn.Module, got {type(model).__name__}")
     if type(model) in (nn.Linear, DeferredLinear):
-        return [model]  # type: ignore[list-item]
+        return [model]
     layers = [
         layer
         for module in model.modules()
         for layer in module.children()
-        if type(layer) in (nn.Linear, DeferredLinear)
-        and layer.out_features == getattr(module, "vocab_size", None)
+        if type(layer) in (nn.Linear, DeferredLinear) and layer.out_features == getattr(module, "vocab_size", None)
     ]
     if not layers:
         raise ValueError(
@@ -285,4 +290,3 @@ def _vocabulary_layers(model: nn.Module) -> list[nn.Linear]:
             f"pass the layer that makes the logits instead"
         )
     return layers
-

@@ -1,8 +1,8 @@
 """The published ``MultiheadAttention``, computed by ``weighted_attention``.
 
-Time-first tensors, a packed input projection, key padding masks, an additive attention mask and a weight per key, as in
-the published CNM and CPL code. ``AcceleratedAttention`` is mixed into the class of a module that has this interface (see
-``accelerate``) and replaces its ``forward``; parameters, state_dict and everything else stay the module's own.
+Time-first tensors, a packed input projection, key padding masks, an additive attention mask and a weight per key, as
+in the published CNM and CPL code. ``AcceleratedAttention`` is mixed into the class of a module that has this interface
+(see ``accelerate``) and replaces its ``forward``; parameters, state_dict and everything else stay the module's own.
 """
 
 from __future__ import annotations
@@ -114,14 +114,13 @@ class AcceleratedAttention:
                 _say_once("an attention mask other than a causal one is computed by PyTorch, without acceleration")
             elif dropout > 0:
                 _say_once("dropout on the attention is computed by PyTorch, without acceleration")
-            packed = self._project(sources)
-            out, weights = _plainly(packed, attn_mask, padding.mask, gauss_weight, dropout)
+            out, weights = _plainly(self._project(sources), attn_mask, padding.mask, gauss_weight, dropout)
             return out.transpose(1, 2).flatten(2), weights if need_weights else None
 
         key_weight = _key_weight(gauss_weight, padding, sources[0])
         causal = seen == "past"
 
-        def compute(*sources: Tensor) -> tuple[Tensor, ...]:
+        def compute(*sources: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
             packed = self._project(sources)
             out = ops.weighted_attention(*packed, key_weight, causal=causal, key_lengths=padding.lengths)
             return out, *packed
@@ -147,7 +146,7 @@ class AcceleratedAttention:
         return joined, defer(averaged, like, *packed, key_weight, padding.lengths)
 
     def _project(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The operands of ``weighted_attention``: packed where query, key and value (or the last two) share a source."""
+        """The operands of ``weighted_attention``, packed where two or three share a source."""
         D = sources[0].size(-1)
         if len(sources) == 1:
             return self._heads(sources[0], 0, 3 * D), None, None
@@ -167,10 +166,9 @@ class AcceleratedAttention:
 
 def _batch_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """[L, B, D] each -> [B, L, D], each source once. Copied before it is projected: projections are wider."""
-    if not _same(key, value):
-        sources = (query, key, value)
-    else:
-        sources = (query,) if _same(query, key) else (query, key)
+    sources = [query, key, value]
+    if _same(key, value):
+        sources = [query] if _same(query, key) else [query, key]
     return tuple(source.transpose(0, 1).contiguous() for source in sources)
 
 

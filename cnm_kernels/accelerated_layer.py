@@ -1,8 +1,9 @@
-"""The published decoder layer around an accelerated attention: batch first inside, and each sublayer's dropout, residual
+"""The published decoder layer around an accelerated attention: batch first inside, each sublayer's dropout, residual
 and LayerNorm in one op.
 
-``AcceleratedLayer`` is mixed into the class of a module that has the published ``TransformerDecoderLayer`` interface (see
-``accelerate``). Dropout keeps its rate and follows ``torch.manual_seed``, but draws other masks than PyTorch's would be.
+``AcceleratedLayer`` is mixed into the class of a module that has the published ``TransformerDecoderLayer`` interface
+(see ``accelerate``). Dropout keeps its rate and follows ``torch.manual_seed``, but its masks are not those that PyTorch
+would draw.
 """
 
 from __future__ import annotations

@@ -107,9 +107,7 @@ def _loss_dtype(logits: Tensor) -> torch.dtype:
     return logits.dtype
 
 
-def cal_nll_loss(
-    logit: Tensor, idx: Tensor, mask: Tensor, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def cal_nll_loss(logit: Tensor, idx: Tensor, mask: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Label-smoothed nll per row [M], over the tokens where ``mask`` is 1 or weighted by ``weights``, and the accuracy
     over all of ``mask``. logit [M, L, V]; idx, mask, weights [M, L]. Source: published, CNM and CPL."""
     return _nll_and_accuracy(logit, idx, mask, weights)
@@ -180,9 +178,8 @@ def cpl_ivc_loss(
     ref_words_logit: Tensor | None = None,
     **kwargs: Any,
 ) -> Loss:
-    """The best proposal's margins to the reference (``margin_1``) and to its own left and right negatives
-    (``margin_2``), times ``alpha_1``; and ``alpha_2`` times the overlap of a sentence's proposals. Source: published CPL.
-    """
+    """``alpha_1`` times the best proposal's margins to the reference (``margin_1``) and to its own left and right
+    negatives (``margin_2``), plus ``alpha_2`` times the overlap of a sentence's proposals. Source: published CPL."""
     nll = nll_of(words_logit, words_id, words_mask, num_props)
     best, index = nll.view(-1, num_props).min(dim=-1)
     reference = negative_1 = negative_2 = nll.new_zeros(())
@@ -223,8 +220,8 @@ def _with_numbers(name: str, loss: Tensor, others: dict[str, Tensor]) -> Loss:
 
 # ---- taking the published functions' place ----
 
-CNM = {"cal_nll_loss": cal_nll_loss, "rec_loss": cnm_rec_loss, "ivc_loss": cnm_ivc_loss}
-CPL = {"cal_nll_loss": cal_nll_loss, "rec_loss": cpl_rec_loss, "ivc_loss": cpl_ivc_loss}
+CNM: dict[str, Callable[..., Any]] = {"cal_nll_loss": cal_nll_loss, "rec_loss": cnm_rec_loss, "ivc_loss": cnm_ivc_loss}
+CPL: dict[str, Callable[..., Any]] = {"cal_nll_loss": cal_nll_loss, "rec_loss": cpl_rec_loss, "ivc_loss": cpl_ivc_loss}
 
 
 def replace(losses: Any, stacklevel: int) -> None:
@@ -238,17 +235,15 @@ def replace(losses: Any, stacklevel: int) -> None:
             found = True
             continue
         ours = next((family[name] for family in (CNM, CPL) if _arguments(family[name]) == _arguments(theirs)), None)
-        if ours is None:
-            reason = f"its arguments {_arguments(theirs)} are neither CNM's nor CPL's"
-        else:
-            reason = _differs(theirs, ours)
+        unknown = f"its arguments {_arguments(theirs)} are neither CNM's nor CPL's"
+        reason = unknown if ours is None else _differs(theirs, ours)
         if ours is None or reason is not None:
             warnings.warn(f"accelerate_losses: {name} is left alone: {reason}", RuntimeWarning, stacklevel=stacklevel)
             continue
         found = True
 
-        replacement = functools.wraps(theirs)(functools.partial(ours))
-        replacement._accelerated = True  # type: ignore[attr-defined]
+        replacement: Any = functools.wraps(theirs)(functools.partial(ours))
+        replacement._accelerated = True
         _swap(losses, theirs, replacement)
     if not found:
         raise ValueError(
@@ -260,7 +255,7 @@ def replace(losses: Any, stacklevel: int) -> None:
 def restore(losses: Any) -> None:
     """Puts the published functions back, everywhere."""
     for name in NAMES:
-        ours = getattr(losses, name, None)
+        ours: Any = getattr(losses, name, None)
         if hasattr(ours, "_accelerated"):
             _swap(losses, ours, ours.__wrapped__)
 
@@ -308,7 +303,12 @@ def _examples(parameters: list[str]) -> Iterator[dict[str, Any]]:
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.uint8, device=device)
     if "logit" in parameters:
         yield {"logit": logits(B), "idx": ids, "mask": mask}
-        yield {"logit": logits(B), "idx": ids, "mask": mask, "weights": torch.rand(B, L, generator=generator).to(device)}
+        yield {
+            "logit": logits(B),
+            "idx": ids,
+            "mask": mask,
+            "weights": torch.rand(B, L, generator=generator).to(device),
+        }
         return
     K = K if "num_props" in parameters else 1
     example: dict[str, Any] = {"words_logit": logits(B * K), "words_id": ids, "words_mask": mask}

@@ -72,7 +72,7 @@ class Deferred(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """C++ code that passes by ``__torch_function__`` ends here, below autograd."""
         args, kwargs = tree_map(_read, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -88,7 +88,7 @@ def defer(function: Callable[..., Tensor], like: Tensor, *inputs: Tensor | None)
     if torch.compiler.is_compiling() or any(isinstance(tensor, Deferred) for tensor in inputs):
         return function(*inputs)
     device = next(tensor.device for tensor in inputs if tensor is not None)
-    result: Deferred = _Defer.apply(function, like, device, *inputs)  # type: ignore[no-untyped-call]
+    result: Deferred = _Defer.apply(function, like, device, *inputs)
     result._grad_enabled = torch.is_grad_enabled()
     return result
 
@@ -100,8 +100,7 @@ class _Defer(torch.autograd.Function):
     def forward(ctx: Any, function: Any, like: Tensor, device: torch.device, *inputs: Tensor | None) -> Tensor:
         ctx.function = function
         ctx.save_for_backward(*inputs)
-        wrapper = Tensor._make_wrapper_subclass(Deferred, like.shape, dtype=like.dtype, device=device)
-        result: Deferred = wrapper  # type: ignore[assignment]
+        result: Any = Tensor._make_wrapper_subclass(Deferred, like.shape, dtype=like.dtype, device=device)
         result._function, result._inputs, result._value = function, inputs, None
         result._versions = _versions(inputs)
         return result
@@ -116,7 +115,7 @@ class _Defer(torch.autograd.Function):
         ]
         with torch.enable_grad():
             result = ctx.function(*leaves)
-        wanted = [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed]
+        wanted: Any = [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed]
         gradients = iter(torch.autograd.grad(result, wanted, d_result, allow_unused=True))
         return (None, None, None, *(next(gradients) if needed else None for needed in needs))
 

@@ -30,7 +30,7 @@ def logits_nll(logits: Tensor, target: Tensor, label_smoothing: float) -> tuple[
     Returns:
         [...] in float32 (float64 for float64), and [...] bool.
     """
-    nll, correct = _LogitsNLL.apply(logits.flatten(0, -2), target.flatten(), label_smoothing)  # type: ignore[no-untyped-call]
+    nll, correct = _LogitsNLL.apply(logits.flatten(0, -2), target.flatten(), label_smoothing)
     return nll.view(target.shape), correct.view(target.shape)
 
 

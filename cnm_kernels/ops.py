@@ -13,19 +13,24 @@ other ops run in the dtype they are given. Losses come back in float32 (float64 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from cnm_kernels import registry
+from cnm_kernels import registry, torch_backend
 from cnm_kernels.checks import Arguments
-from cnm_kernels.constants import BETA_1, BETA_2, LABEL_SMOOTHING, LAYER_NORM_EPS, MIN_WIDTH
+from cnm_kernels.constants import BETA_1, BETA_2, LABEL_SMOOTHING, LAYER_NORM_EPS, MIN_PROPOSAL_WIDTH, MIN_WIDTH
 
 
 def _run(op: str, tensor: Tensor, *arguments: Any) -> Any:
-    """Calls the backend's function, outside autocast: the ops fix their own precision."""
-    function = registry.implementation(op, tensor)
+    """Calls the backend's function."""
+    return _outside_autocast(registry.implementation(op, tensor), tensor, *arguments)
+
+
+def _outside_autocast(function: Callable[..., Any], tensor: Tensor, *arguments: Any) -> Any:
+    """The ops fix their own precision."""
     if torch.is_autocast_enabled(tensor.device.type):
         with torch.autocast(tensor.device.type, enabled=False):
             return function(*arguments)
@@ -48,22 +53,27 @@ def gaussian_mask(
     width: Tensor,
     length: int,
     *,
-    alpha: float,
-    min_width: float = MIN_WIDTH,
+    alpha: float | None = None,
+    sigma: float | None = None,
+    min_width: float | None = None,
     complement: bool = False,
 ) -> Tensor:
     """A Gaussian over time, sampled at ``length`` equally spaced points of the video.
 
-    g_j = exp(-alpha (x_j - center)^2 / max(width, min_width)^2), x = linspace(0, 1, length); a length of 1 has x = 0.
-    The gradient to ``width`` is 0 below ``min_width`` and passes at equality, as ``torch.clamp`` does.
-    Source: CNM eq. 3 (published ``generate_gauss_weight``).
+    With ``alpha``: g_j = exp(-alpha (x_j - center)^2 / max(width, min_width)^2), x = linspace(0, 1, length); a length
+    of 1 has x = 0. With ``sigma``: the same Gaussian given by its standard deviation max(width, min_width) / sigma and
+    divided by its largest sample, g_j / max_k g_k, whose gradient counts. The gradient to ``width`` is 0 below
+    ``min_width`` and passes at equality, as ``torch.clamp`` does. Source: ``alpha``: CNM eq. 3 (published
+    ``generate_gauss_weight``); ``sigma``: the function of that name in CPL, where [B, K] centers are K proposals.
 
     Args:
         center: [...], fraction of the video; may lie outside [0, 1].
         width: [...], fraction of the video.
         length: number of points, >= 0.
         alpha: sharpness (published: 5.5 Charades-STA, 5 ActivityNet).
-        min_width: widths below are clamped to it, > 0.
+        sigma: standard deviations in a width, > 0 (published: 9), instead of ``alpha``. Such masks are computed by
+            PyTorch whatever the backend: they are small, and a tensor as weight goes anywhere.
+        min_width: widths below are clamped to it, > 0; default 0.1, with ``sigma`` 0.01, as published.
         complement: give 1 - g, the easy negative's weight.
 
     Returns:
@@ -73,8 +83,47 @@ def gaussian_mask(
     check.floating("center", center, "...")
     check.floating("width", width, "...")
     check.number("length", length, 0, 1 << 31)
-    _check_gaussian(check, alpha, min_width)
-    return _run("gaussian_mask", center, center, width, length, alpha, min_width, complement)
+    if (alpha is None) == (sigma is None):
+        raise ValueError(f"gaussian_mask: give either alpha or sigma, got alpha={alpha} and sigma={sigma}")
+    if alpha is not None:
+        min_width = MIN_WIDTH if min_width is None else min_width
+        _check_gaussian(check, alpha, min_width)
+        return _run("gaussian_mask", center, center, width, length, alpha, min_width, complement)
+    assert sigma is not None
+    min_width = MIN_PROPOSAL_WIDTH if min_width is None else min_width
+    if not 0 < sigma < float("inf"):
+        raise ValueError(f"gaussian_mask: sigma must be a finite number above 0, got {sigma}")
+    _check_gaussian(check, sigma**2 / 2, min_width)
+    arguments = (center, width, length, sigma**2 / 2, min_width, complement)
+    return _outside_autocast(torch_backend.normalized_gaussian_mask, center, *arguments)
+
+
+def negative_gaussian_masks(
+    center: Tensor, width: Tensor, length: int, *, sigma: float, growth: float
+) -> tuple[Tensor, Tensor]:
+    """CPL's easy negatives: Gaussians in what a proposal leaves free on its left and on its right.
+
+    left = growth / 2 max(center - width / 2, 0) is center and width of the one, right = growth / 2 max(1 - center -
+    width / 2, 0) the width of the other, centered at 1 - right; both as ``gaussian_mask`` with ``sigma`` / 2.
+    Differentiable in center and width. Source: published CPL, ``negative_proposal_mining``.
+
+    Args:
+        center, width, length, sigma: as in ``gaussian_mask``, of the positive.
+        growth: how far the negatives have grown, in [0, 1] (published: min(epoch / max_epoch, 1) ** gamma).
+
+    Returns:
+        (left, right), [..., length] each in the dtype of ``center``.
+    """
+    check = Arguments("negative_gaussian_masks")
+    check.floating("center", center, "...")
+    check.floating("width", width, "...")
+    check.number("growth", growth, 0, 1)
+    left = (center - width / 2).clamp(min=0) * (growth / 2)
+    right = (1 - center - width / 2).clamp(min=0) * (growth / 2)
+    return (
+        gaussian_mask(left, left, length, sigma=sigma / 2),
+        gaussian_mask(1 - right, right, length, sigma=sigma / 2),
+    )
 
 
 @overload
@@ -127,7 +176,8 @@ def weighted_attention(
         query: [B, H, Lq, d]; without key and value all three packed, [B, L, 3, H, d], as one projection gives them.
         key: [B, H, Lk, d], the query's dtype; without value both packed, [B, Lk, 2, H, d].
         value: [B, H, Lk, d], the query's dtype.
-        key_weight: m, [B, Lk], >= 0, the query's dtype or float32; None weighs all keys alike.
+        key_weight: m, [B, Lk] or, for K proposals of each of B / K sentences, [B / K, K, Lk]; >= 0, the query's dtype
+            or float32; None weighs all keys alike. A weight of -1e-10 leaves its key out.
         causal: query i sees keys 0 to i.
         key_lengths: [B] int64; keys from there on are padding. None: all keys are real.
         scale: default d ** -0.5.
@@ -139,6 +189,8 @@ def weighted_attention(
     check = Arguments("weighted_attention")
     query, key, value = _check_attention(check, query, key, value, key_lengths)
     if key_weight is not None:
+        if isinstance(key_weight, Tensor) and key_weight.dim() == 3:
+            key_weight = key_weight.flatten(0, 1)
         check.floating("key_weight", key_weight, "B Lk", own_dtype=True)
     scale = query.size(-1) ** -0.5 if scale is None else float(scale)
     query, key, value = _for_backend("weighted_attention", query, key, value)
@@ -204,7 +256,8 @@ def gaussian_attention(
 
     Args:
         query, key, value: as in ``weighted_attention``, packed or not.
-        center, width: [B], fraction of the video, the query's dtype or float32.
+        center, width: [B] or, for K proposals of each of B / K sentences, [B / K, K]; fraction of the video, the
+            query's dtype or float32.
         alpha, min_width, complement: as in ``gaussian_mask``.
         causal, key_lengths, scale, return_weights: as in ``weighted_attention``.
 
@@ -213,6 +266,8 @@ def gaussian_attention(
     """
     check = Arguments("gaussian_attention")
     query, key, value = _check_attention(check, query, key, value, key_lengths)
+    if isinstance(center, Tensor) and isinstance(width, Tensor) and center.shape == width.shape and center.dim() == 2:
+        center, width = center.flatten(), width.flatten()
     check.floating("center", center, "B", own_dtype=True)
     check.floating("width", width, "B", own_dtype=True)
     _check_gaussian(check, alpha, min_width)

@@ -45,6 +45,21 @@ def gaussian_mask(
     return (1 - g if complement else g).to(center.dtype)
 
 
+def normalized_gaussian_mask(
+    center: Tensor, width: Tensor, length: int, alpha: float, min_width: float, complement: bool
+) -> Tensor:
+    """``gaussian_mask`` divided by its largest sample: exp(e - max e), which no narrow Gaussian underflows."""
+    c = _wide(center).unsqueeze(-1)  # [..., 1]
+    w = _wide(width).unsqueeze(-1)
+    w = torch.where(w < min_width, min_width, w)
+    x = torch.linspace(0, 1, length, dtype=c.dtype, device=c.device)
+    exponent = -alpha * ((x - c) / w).square()  # [..., length]
+    if length > 0:
+        exponent = exponent - exponent.max(-1, keepdim=True).values  # one sample is the largest, also where two tie
+    g = torch.exp(exponent)
+    return (1 - g if complement else g).to(center.dtype)
+
+
 def weighted_attention(
     query: Tensor,
     key: Tensor,

@@ -143,7 +143,7 @@ def test_a_size_that_disagrees(op: str, name: str) -> None:
 )
 def test_a_dimension_too_many(op: str, name: str) -> None:
     inputs = valid(op)
-    inputs[name] = inputs[name].unsqueeze(0)
+    inputs[name] = inputs[name][None, None]  # one more may mean K proposals per sentence
     refused(op, inputs, ValueError, f"{name} must have shape [", f"got {list(inputs[name].shape)}")
 
 

@@ -34,7 +34,7 @@ class MultiheadAttention(nn.Module):
         fast_weights: Any = None,
         gauss_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """query [Lq, B, D], key and value [Lk, B, D] -> output [Lq, B, D], attention averaged over heads [B, Lq, Lk]."""
+        """query [Lq, B, D], key and value [Lk, B, D] -> output [Lq, B, D], the heads' mean attention [B, Lq, Lk]."""
         (Lq, B, D), Lk, H = query.shape, key.size(0), self.num_heads
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (

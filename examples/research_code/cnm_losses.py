@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 
-def cal_nll_loss(
-    logit: Tensor, idx: Tensor, mask: Tensor, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def cal_nll_loss(logit: Tensor, idx: Tensor, mask: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Label-smoothed nll per sentence, and the accuracy. logit [B, L, V]; the rest [B, L]."""
     accuracy = ((logit.argmax(-1) == idx).float() * mask).sum() / mask.sum()
     log_p = logit.log_softmax(-1)

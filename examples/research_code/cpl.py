@@ -66,13 +66,16 @@ class CPL(nn.Module):
         frames, frames_real = frames[:, keep], frames_real[:, keep]
         words = torch.where(choose_words(words_len, weights)[:, :, None], self.word_fc(self.mask_vec), words)
         words, words_real = (words + places)[:, :-1], words_real[:, :-1]
-        per_proposal = tuple(x.repeat_interleave(K, 0) for x in (frames, frames_real, words, words_real))
+
+        def reconstruct(weight: Tensor) -> tuple[Tensor, Tensor]:
+            inputs = (x.repeat_interleave(K, 0) for x in (frames, frames_real, words, words_real))
+            return self.trans.reconstruct(*inputs, weight=weight)
 
         positive = self.gaussian(T // 4, center, width, self.sigma)
         left, right = self.negatives(T // 4, center, width, epoch)
-        hidden, attention = self.trans.reconstruct(*per_proposal, positive)
-        left_hidden, _ = self.trans.reconstruct(*per_proposal, left)
-        right_hidden, _ = self.trans.reconstruct(*per_proposal, right)
+        hidden, attention = reconstruct(positive)
+        left_hidden, _ = reconstruct(left)
+        right_hidden, _ = reconstruct(right)
         reference, _ = self.trans.reconstruct(frames, frames_real, words, words_real, None)
         return {
             "words_logit": self.fc_comp(hidden),

@@ -1,0 +1,124 @@
+"""CPL's Gaussians: normalised by sigma, left and right negatives, K proposals per sentence, mixtures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from samples import targets
+from torch import Tensor
+
+import cnm_kernels
+
+SIGMA = 9.0
+
+
+def published(length: int, center: Tensor, width: Tensor, sigma: float, min_width: float = 0.01) -> Tensor:
+    """A density of standard deviation width / sigma over its maximum, as CPL writes it."""
+    x = torch.linspace(0, 1, length, dtype=center.dtype)
+    deviation = width.unsqueeze(-1).clamp(min_width) / sigma
+    density = 0.3989422804014327 / deviation * torch.exp(-((x - center.unsqueeze(-1)) ** 2) / (2 * deviation**2))
+    return density / density.max(dim=-1, keepdim=True)[0]
+
+
+def gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+    return torch.autograd.grad(output, inputs, upstream)
+
+
+def proposals(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    center = torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+    width = (0.4 + 0.5 * torch.rand(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    return center.requires_grad_(), width.requires_grad_()
+
+
+@pytest.mark.parametrize("length", [1, 2, 50, 37])
+@pytest.mark.parametrize("shape", [(5,), (3, 8)])
+def test_sigma_gives_the_published_form(length: int, shape: tuple[int, ...]) -> None:
+    center, width = proposals(*shape)
+    ours = cnm_kernels.gaussian_mask(center, width, length, sigma=SIGMA)
+    theirs = published(length, center, width, SIGMA)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    for mine, other in zip(gradients(ours, center, width), gradients(theirs, center, width), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.3, 1.0])
+def test_negatives_are_the_published_ones(growth: float) -> None:
+    center, width = proposals(4, 8)
+    left_size = (center - width / 2).clamp(min=0)
+    right_center = 1 - (1 - center - width / 2).clamp(min=0) * growth * 0.5
+    left_center = left_size * growth * 0.5
+    theirs = (
+        published(50, left_center, left_center, SIGMA / 2),
+        published(50, right_center, 1 - right_center, SIGMA / 2),
+    )
+    ours = cnm_kernels.negative_gaussian_masks(center, width, 50, sigma=SIGMA, growth=growth)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-11)
+        for d_mine, d_other in zip(gradients(mine, center, width), gradients(other, center, width), strict=True):
+            torch.testing.assert_close(d_mine, d_other, rtol=1e-8, atol=1e-8)
+
+
+def test_a_mask_between_two_far_points_is_finite() -> None:
+    center, width = torch.tensor([0.25], requires_grad=True), torch.tensor([0.0], requires_grad=True)
+    mask = cnm_kernels.gaussian_mask(center, width, 3, sigma=SIGMA)
+    assert mask.tolist() == [[1.0, 1.0, 0.0]]
+    assert all(gradient.isfinite().all() for gradient in gradients(mask, center, width))
+    assert published(3, center, width, SIGMA).isnan().all()  # the density underflows to 0 / 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_dtypes_are_computed_in_float32(dtype: torch.dtype) -> None:
+    center, width = proposals(3, 8, dtype=dtype)
+    mask = cnm_kernels.gaussian_mask(center, width, 50, sigma=SIGMA)
+    exact = published(50, center.double(), width.double(), SIGMA)
+    assert mask.dtype == dtype
+    torch.testing.assert_close(mask.double(), exact, rtol=0, atol=torch.finfo(dtype).eps + 1e-5)
+    complement = cnm_kernels.gaussian_mask(center, width, 50, sigma=SIGMA, complement=True)
+    torch.testing.assert_close(complement.double(), 1 - exact, rtol=0, atol=torch.finfo(dtype).eps + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give either alpha or sigma, got alpha=None and sigma=None"),
+        ({"alpha": 5.0, "sigma": 9.0}, "give either alpha or sigma"),
+        ({"sigma": 0.0}, "sigma must be a finite number above 0, got 0.0"),
+        ({"sigma": 9.0, "min_width": 0.0}, "min_width must be above 0, got 0.0"),
+    ],
+)
+def test_refusals(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cnm_kernels.gaussian_mask(torch.rand(2), torch.rand(2), 5, **options)
+
+
+def test_growth_beyond_its_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"growth must be between 0 and 1, got 1.5"):
+        cnm_kernels.negative_gaussian_masks(torch.rand(2), torch.rand(2), 5, sigma=9.0, growth=1.5)
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype"), targets("weighted_attention", (torch.float32,)))
+def test_k_proposals_per_sentence(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Centers [N, K], or weights [N, K, Lk], for N K rows of queries: as if they came flat."""
+    N, K, H, L, S, d = 2, 3, 2, 5, 7, 8
+    query, key, value = (torch.randn(N * K, H, length, d) for length in (L, S, S))
+    center, width = proposals(N, K, dtype=torch.float32)
+    with cnm_kernels.use_backend(backend):
+        together = cnm_kernels.gaussian_attention(query, key, value, center, width, alpha=5.5)
+        flat = cnm_kernels.gaussian_attention(query, key, value, center.flatten(), width.flatten(), alpha=5.5)
+        assert torch.equal(together, flat)
+        for mine, other in zip(gradients(together, center, width), gradients(flat, center, width), strict=True):
+            assert mine.shape == (N, K)
+            assert torch.equal(mine, other)
+        mask = cnm_kernels.gaussian_mask(center, width, S, sigma=SIGMA)
+        weighted = cnm_kernels.weighted_attention(query, key, value, mask)
+        assert torch.equal(weighted, cnm_kernels.weighted_attention(query, key, value, mask.flatten(0, 1)))
+
+
+def test_proposals_that_do_not_fit_are_refused() -> None:
+    query = torch.randn(6, 2, 5, 8)
+    with pytest.raises(ValueError, match=r"center must have shape \[B\] with B = 6, got \[8\]"):
+        cnm_kernels.gaussian_attention(query, query, query, torch.rand(2, 4), torch.rand(2, 4), alpha=5.5)
