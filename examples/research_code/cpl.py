@@ -68,8 +68,8 @@ class CPL(nn.Module):
         words, words_real = (words + places)[:, :-1], words_real[:, :-1]
 
         def reconstruct(weight: Tensor) -> tuple[Tensor, Tensor]:
-            inputs = (x.repeat_interleave(K, 0) for x in (frames, frames_real, words, words_real))
-            return self.trans.reconstruct(*inputs, weight=weight)
+            seen, real, read, read_real = (x.repeat_interleave(K, 0) for x in (frames, frames_real, words, words_real))
+            return self.trans.reconstruct(seen, real, read, read_real, weight)
 
         positive = self.gaussian(T // 4, center, width, self.sigma)
         left, right = self.negatives(T // 4, center, width, epoch)
