@@ -30,12 +30,28 @@ class Adam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update": 0})
+        self._sizes: dict[int, Tensor] = {}  # of each group's next step: rate, and what weight decay leaves
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         if closure is not None:
             raise TypeError("Adam.step takes no closure")
+        self.advance()
+        self.apply()
+
+    def advance(self) -> None:
+        """The host's part of an update: counts it, and puts its step size where ``apply`` finds it on the device."""
+        for group in self.param_groups:
+            group["update"] += 1
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            correction = math.sqrt(1 - beta2 ** group["update"]) / (1 - beta1 ** group["update"])
+            sizes = self._sizes.setdefault(id(group), group["params"][0].new_empty(2))
+            sizes[0].fill_(lr * correction)
+            sizes[1].fill_(1 - group["weight_decay"] * lr)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """The device's part: the same kernels every time, so that a CUDA graph can hold it."""
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
@@ -49,18 +65,19 @@ class Adam(torch.optim.Optimizer):
                     }
             means = [self.state[parameter]["exp_avg"] for parameter in parameters]
             squares = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
-            group["update"] += 1
-            (beta1, beta2), lr = group["betas"], group["lr"]
+            (beta1, beta2), (rate, shrink) = group["betas"], self._sizes[id(group)].unbind()
             torch._foreach_mul_(means, beta1)
             torch._foreach_add_(means, gradients, alpha=1 - beta1)
             torch._foreach_mul_(squares, beta2)
             torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-            denominators = torch._foreach_sqrt(squares)
-            torch._foreach_add_(denominators, group["eps"])
+            steps = torch._foreach_sqrt(squares)
+            torch._foreach_add_(steps, group["eps"])
+            torch._foreach_reciprocal_(steps)
+            torch._foreach_mul_(steps, means)
+            torch._foreach_mul_(steps, rate)
             if group["weight_decay"] != 0:
-                torch._foreach_mul_(parameters, 1 - group["weight_decay"] * lr)
-            correction = math.sqrt(1 - beta2 ** group["update"]) / (1 - beta1 ** group["update"])
-            torch._foreach_addcdiv_(parameters, means, denominators, value=-lr * correction)
+                torch._foreach_mul_(parameters, shrink)
+            torch._foreach_sub_(parameters, steps)
 
 
 def learning_rate(config: OptimizerConfig, updates: int) -> float:
@@ -87,10 +104,14 @@ class ScheduledAdam:
         """The rate the next update will use."""
         return learning_rate(self.config, self.updates)
 
-    def update(self) -> None:
-        """Applies the parameters' gradients; update n runs at ``learning_rate(n - 1)``."""
+    def advance(self) -> None:
+        """Begins update n, which runs at ``learning_rate(n - 1)``."""
         self.adam.param_groups[0]["lr"] = self.learning_rate
-        self.adam.step()
+        self.adam.advance()
+
+    def apply(self) -> None:
+        """Applies the parameters' gradients."""
+        self.adam.apply()
 
     def state_dict(self) -> dict[str, Any]:
         return self.adam.state_dict()

@@ -39,6 +39,7 @@ class TrainingStep(ABC):
         self.loss = config.loss
         self.generator = ScheduledAdam(generator, config.train.generator)
         self.reconstructor = ScheduledAdam(reconstructor, config.train.reconstructor)
+        self.fixed_gradients = False  # whether gradients keep their places in memory, as a CUDA graph needs
 
     @property
     def num_updates(self) -> int:
@@ -62,6 +63,18 @@ class TrainingStep(ABC):
         Returns:
             Losses, per-branch nll and gradient norms, as 0-dim tensors on the device (nothing waits for the host).
         """
+        self.advance()
+        return self.run(batch, masked_words=masked_words)
+
+    def advance(self) -> None:
+        """The host's part of a step: counts the updates and sets their rates."""
+        self.reconstructor.advance()
+        self.generator.advance()
+
+    def run(
+        self, batch: Batch, *, masked_words: tuple[Tensor | None, Tensor | None] = (None, None)
+    ) -> dict[str, Tensor]:
+        """The device's part of a step: it waits for nothing and its shapes depend on the batch's alone."""
         masks = [
             sample_masked_words(batch.mask_weights, batch.word_lengths) if given is None else given
             for given in masked_words
@@ -101,9 +114,12 @@ class TrainingStep(ABC):
         """Gradients for this group alone, clip over all, update. Returns the norm before the clip."""
         gradients = torch.autograd.grad(loss, optimizer.parameters)
         for parameter, gradient in zip(optimizer.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            if self.fixed_gradients and parameter.grad is not None:
+                parameter.grad.copy_(gradient)
+            else:
+                parameter.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
-        optimizer.update()
+        optimizer.apply()
         return norm
 
     def state_dict(self) -> dict[str, Any]:

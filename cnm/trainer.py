@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from cnm import checkpoint, metrics, plot
 from cnm.config import CNMConfig
+from cnm.cuda_graph import GraphedStep
 from cnm.data import BatchLoader, Split, open_split
 from cnm.errors import InputError
 from cnm.evaluation import Evaluation, check_vocabulary, evaluate
@@ -126,6 +127,7 @@ class Trainer:
         self.model = CNM(self.config).to(self.device)
         self.model.compute_dtype = PRECISIONS[self.options["precision"]]
         self.step = STEPS[self.options["step"]](self.model, self.config)
+        self.run_step = GraphedStep(self.step) if self.device.type == "cuda" else self.step
         self.loader = BatchLoader(self.train_split, train.batch_size, shuffle=True, seed=train.seed)
         self.epoch = 0  # the one under way, counted from 0
         self.batch = 0  # batches of it that are done; all of them: its evaluation is due
@@ -195,7 +197,7 @@ class Trainer:
         self.row_started, self.row_samples = time.monotonic(), 0
         for indices, batch in self.loader.epoch(self.epoch, self.batch):
             rate = self.step.learning_rate
-            found = self.step(batch.to(self.device, non_blocking=True))
+            found = self.run_step(batch.to(self.device, non_blocking=True))
             self.metric_names = list(found)
             self.pending.append(torch.stack([value.float() for value in found.values()]))
             self.row_samples += len(indices)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks; last, so that installed packages are what is tested
 
 settings.register_profile("deterministic", deadline=None, derandomize=True, max_examples=12, database=None)
 settings.load_profile("deterministic")

@@ -10,6 +10,7 @@ from small_runs import synthetic_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cnm import CNM
+from cnm.cuda_graph import WARM_UP_STEPS, GraphedStep
 from cnm.data.batch import Batch
 from cnm.model import PRECISIONS
 from cnm.step import STEPS, LeanStep
@@ -100,3 +101,62 @@ def test_an_encoded_video_serves_many_sentences(layers: int) -> None:
     torch.testing.assert_close((center, width), wanted)
     with pytest.raises(ValueError, match="2 encoded videos for 5 sentences"):
         model.localize_encoded(encoded, batch.words, batch.word_lengths)
+
+
+def one_word_batch(device: str) -> Batch:
+    """Sentences of one word, which is the one that is masked: nothing is left to chance."""
+    batch = make_batch()
+    ones = torch.ones(B, dtype=torch.int64)
+    return dataclasses.replace(
+        batch,
+        words=batch.words[:, :2],
+        word_ids=batch.word_ids[:, :1].clamp_min(1),
+        word_lengths=ones,
+        mask_weights=ones[:, None].float(),
+    ).to(device)
+
+
+def test_fixed_gradients_change_nothing() -> None:
+    trained = []
+    for fixed in (False, True):
+        model = make_model().eval()
+        step = LeanStep(model, model.config)
+        step.fixed_gradients = fixed
+        for _ in range(3):
+            step(one_word_batch("cpu"))
+        trained.append([parameter.detach().clone() for parameter in model.parameters()])
+    for free, fixed_one in zip(*trained, strict=True):
+        assert torch.equal(free, fixed_one)
+
+
+def test_a_graph_that_cannot_be_captured_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model().eval()
+    graphed = GraphedStep(LeanStep(model, model.config))
+
+    def refuse(batch: Batch) -> None:
+        raise RuntimeError("no capture today")
+
+    monkeypatch.setattr(graphed, "_on_side_stream", graphed.step)
+    monkeypatch.setattr(graphed, "_capture", refuse)
+    batch = one_word_batch("cpu")
+    for _ in range(WARM_UP_STEPS):
+        graphed(batch)
+    with pytest.warns(UserWarning, match="without CUDA graphs: no capture today"):
+        graphed(batch)
+    graphed(batch)
+    assert graphed.step.num_updates == WARM_UP_STEPS + 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_replays_train_as_the_step_does() -> None:
+    metrics, trained = [], []
+    for graphs in (False, True):
+        model = make_model().to("cuda").eval()
+        step = LeanStep(model, model.config)
+        call = GraphedStep(step) if graphs else step
+        metrics.append([call(one_word_batch("cuda"))["loss/reconstruction"].item() for _ in range(WARM_UP_STEPS + 4)])
+        trained.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+        assert not graphs or call.graphs
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
+    torch.testing.assert_close(*trained)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from op_checks import check_gradients, check_values
 from samples import Draw, attention, run, sample, targets
 
+import cnm_kernels
+
 OP = "weighted_attention"
 on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))
 
@@ -104,3 +106,35 @@ def test_any_shape(
         inputs["key_weight"] = draw.uniform(B, Lk)
     check_values(OP, inputs, backend)
     check_gradients(OP, inputs, backend)
+
+
+@on_every_float32
+@pytest.mark.parametrize("together", [True, False], ids=["all-three", "key-and-value"])
+def test_packed_heads_are_the_same_heads(backend: str, device: str, dtype: torch.dtype, together: bool) -> None:
+    """As one projection gives them, with the gradients packed likewise."""
+    draw = Draw("packed", dtype, device)
+    B, L, H, d = 3, 11, 2, 7
+    packed = draw.normal(B, L, 3, H, d)
+    upstream = draw.normal(B, H, L, d)
+    lengths = draw.lengths(11, 4, 1)
+
+    def results(pack: bool) -> list[torch.Tensor]:
+        leaf = packed.detach().requires_grad_()
+        query, key, value = leaf.permute(2, 0, 3, 1, 4).unbind(0)
+        operands = ([leaf] if together else [query, leaf[:, :, 1:]]) if pack else [query, key, value]
+        with cnm_kernels.use_backend(backend):
+            out = cnm_kernels.weighted_attention(*operands, causal=True, key_lengths=lengths)
+            return [out, *torch.autograd.grad(out, leaf, upstream)]
+
+    for got, wanted in zip(results(True), results(False), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_packed_heads_that_do_not_fit_are_refused() -> None:
+    packed = torch.randn(2, 5, 3, 4, 8)
+    with pytest.raises(ValueError, match=r"query must have shape \[B, Lk, 3, H, d\] with .*, got \[2, 5, 2, 4, 8\]"):
+        cnm_kernels.weighted_attention(packed[:, :, :2])
+    with pytest.raises(ValueError, match=r"key must have shape \[B, Lk, 2, H, d\]"):
+        cnm_kernels.weighted_attention(torch.randn(2, 4, 5, 8), packed)
+    with pytest.raises(TypeError, match="value is given without key"):
+        cnm_kernels.weighted_attention(torch.randn(2, 4, 5, 8), None, torch.randn(2, 4, 5, 8))

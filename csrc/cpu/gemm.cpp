@@ -49,10 +49,7 @@ void tile(int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t l
     CNM_UNROLL
     for (int i = 0; i < MR; ++i) {
         CNM_UNROLL
-        for (int j = 0; j < NV; ++j) {
-            const float* p = to.start + (row + i) * to.start_ld + column + j * W;
-            sums[i][j] = to.start == nullptr ? set1(0) : FULL || j + 1 < NV ? load(p) : load_n(p, tail);
-        }
+        for (int j = 0; j < NV; ++j) sums[i][j] = set1(0);
     }
     for (int64_t k = 0; k < K; ++k, a += a_k, b += ldb) {
         __builtin_prefetch(lines[k >> shift], 0, 2);
@@ -64,6 +61,14 @@ void tile(int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t l
             const Vec element = broadcast(a + i * a_m);
             CNM_UNROLL
             for (int j = 0; j < NV; ++j) sums[i][j] = multiply_add(element, values[j], sums[i][j], b);
+        }
+    }
+    if (to.start != nullptr) {  // added last: a sum of sums rounds less than one long sum
+        CNM_UNROLL
+        for (int i = 0; i < MR; ++i) {
+            const float* p = to.start + (row + i) * to.start_ld + column;
+            CNM_UNROLL
+            for (int j = 0; j < NV; ++j) sums[i][j] += FULL || j + 1 < NV ? load(p + j * W) : load_n(p + j * W, tail);
         }
     }
     if (to.scale != nullptr) {

@@ -1,0 +1,71 @@
+"""linear: what is particular to it; what holds for every op is in ``test_every_op.py``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_checks import check_gradients, check_values
+from samples import Draw, layer, targets
+
+import cnm_kernels
+from cnm_kernels import registry
+
+OP = "linear"
+on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))
+on_every_target = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP))
+
+
+@on_every_target
+@given(
+    rows=st.integers(0, 220),
+    K=st.integers(1, 70),
+    M=st.integers(1, 70),
+    relu=st.booleans(),
+    bias=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_any_size(
+    backend: str, device: str, dtype: torch.dtype, rows: int, K: int, M: int, relu: bool, bias: bool, seed: int
+) -> None:
+    inputs = layer(Draw(f"any size {seed}", dtype, device), rows, K, M=M, relu=relu)
+    if not bias:
+        inputs["bias"] = None
+    check_values(OP, inputs, backend)
+    if not relu:  # next to its kink rounding decides
+        check_gradients(OP, inputs, backend)
+
+
+@on_every_float32
+def test_relu_stops_gradients_and_keeps_nan(backend: str, device: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]], device=device, requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]], device=device)
+    with cnm_kernels.use_backend(backend):
+        out = cnm_kernels.linear(x, weight, relu=True)
+        (gradient,) = torch.autograd.grad(out[0].sum(), x)
+    assert out[0].tolist() == [1.0, 0.0, 0.0]
+    assert out[1].isnan().all()
+    assert gradient[0].tolist() == [1.0, 0.0]
+
+
+@on_every_float32
+def test_narrow_inputs_train_float32_parameters(backend: str, device: str, dtype: torch.dtype) -> None:
+    draw = Draw("master weights", torch.float32, device)
+    weight, bias = draw.normal(5, 8).requires_grad_(), draw.normal(5).requires_grad_()
+    with cnm_kernels.use_backend(backend):
+        out = cnm_kernels.linear(draw.normal(3, 8).bfloat16(), weight, bias)
+        out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert weight.grad is not None
+    assert bias.grad is not None
+    assert weight.grad.dtype == bias.grad.dtype == torch.float32
+
+
+def test_a_backend_without_it_leaves_it_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vendors' libraries do plain products best on their processors; every other op is refused by name."""
+    monkeypatch.setitem(registry._modules, "triton", None)
+    with cnm_kernels.use_backend("triton"):
+        assert registry.choice("linear", "cpu", torch.float32) == "torch"
+        with pytest.raises(cnm_kernels.BackendUnavailable):
+            registry.choice("linear_nll", "cpu", torch.float32)
