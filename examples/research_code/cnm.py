@@ -19,6 +19,7 @@ class CNM(nn.Module):
         self.dropout = config["dropout"]
         self.vocab_size = config["vocab_size"]
         self.alpha = config["alpha"]
+        self.max_width = config.get("max_width", 1)
         self.frame_fc = nn.Linear(config["frames_input_size"], D)
         self.word_fc = nn.Linear(config["words_input_size"], D)
         self.mask_vec = nn.Parameter(torch.zeros(config["words_input_size"]))
@@ -47,6 +48,7 @@ class CNM(nn.Module):
 
         states = self.trans.ground(frames, frames_real, words + places, words_real)
         center, width = torch.sigmoid(self.fc_mask_gen(states[:, -1])).unbind(1)
+        width = width * self.max_width
         if not self.training:
             return {"width": width, "center": center}
 
