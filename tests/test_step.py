@@ -136,7 +136,10 @@ def test_a_graph_that_cannot_be_captured_is_done_without(monkeypatch: pytest.Mon
     model = make_model().eval()
     graphed = GraphedStep(LeanStep(model, model.config))
 
+    attempts = []
+
     def refuse(batch: Batch) -> None:
+        attempts.append(batch)
         raise RuntimeError("no capture today")
 
     monkeypatch.setattr(graphed, "_on_side_stream", graphed.step)
@@ -147,6 +150,7 @@ def test_a_graph_that_cannot_be_captured_is_done_without(monkeypatch: pytest.Mon
     with pytest.warns(UserWarning, match="without CUDA graphs: no capture today"):
         graphed(batch)
     graphed(batch)
+    assert len(attempts) == 1
     assert graphed.step.num_updates == WARM_UP_STEPS + 2
 
 
