@@ -21,7 +21,7 @@ def layer_norm_case(rows: int, D: int, dtype: torch.dtype, *goals: Goal) -> Case
         generator = torch.Generator().manual_seed(0)
         x, residual = (torch.randn(rows, D, generator=generator).to(dtype) for _ in range(2))
         weight, bias = 1 + 0.1 * torch.randn(D, generator=generator), 0.1 * torch.randn(D, generator=generator)
-        return {"x": x, "residual": residual, "weight": weight.to(dtype), "bias": bias.to(dtype), "p": P_DROP}
+        return {"x": x, "residual": residual, "weight": weight, "bias": bias, "p": P_DROP}
 
     def recover(inputs: Inputs, result: Result) -> Inputs:
         return {"kept": kept_by(result[1][0])}

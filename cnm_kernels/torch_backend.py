@@ -11,18 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnm_kernels.constants import DROPOUT_LEVELS, KEY_WEIGHT_EPS
+from cnm_kernels.registry import OPS as OPS  # all of them
 
-OPS = (
-    "gaussian_mask",
-    "weighted_attention",
-    "gaussian_attention",
-    "linear",
-    "linear_nll",
-    "intra_video_contrastive_loss",
-    "contrastive_reconstruction_loss",
-    "dropout",
-    "dropout_add_layer_norm",
-)
 DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LOAD_ERROR = None

@@ -59,11 +59,12 @@ class Attention(nn.Module):
         """query [B, Lq, D] attends to the positions of source [B, Lk, D] where ``source_real`` [B, Lk] is True."""
         B, Lq, D = query.shape
         Lk, H = source.size(1), self.num_heads
-        weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)
-        bias_q, bias_k, bias_v = self.in_proj_bias.chunk(3)
-        q = F.linear(query, weight_q, bias_q) * (D // H) ** -0.5
-        k = F.linear(source, weight_k, bias_k)
-        v = F.linear(source, weight_v, bias_v)
+        if query is source:
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            q = F.linear(query, self.in_proj_weight[:D], self.in_proj_bias[:D])
+            k, v = F.linear(source, self.in_proj_weight[D:], self.in_proj_bias[D:]).chunk(2, dim=-1)
+        q = q * (D // H) ** -0.5
         q, k, v = (x.reshape(B, -1, H, D // H).transpose(1, 2).reshape(B * H, -1, D // H) for x in (q, k, v))
 
         scores = torch.bmm(q, k.transpose(1, 2)).view(B, H, Lq, Lk)

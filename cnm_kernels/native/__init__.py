@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from cnm_kernels.registry import OPS as OPS  # all of them
+
 ISA_VARIABLE = "CNM_KERNELS_CPU_ISA"  # forces a lower instruction set: portable, avx2, avx512, avx512bf16, amx
 
 
@@ -37,17 +39,6 @@ def _load() -> str | None:
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOAD_ERROR = _load()
-OPS = (
-    "gaussian_mask",
-    "weighted_attention",
-    "gaussian_attention",
-    "linear",
-    "linear_nll",
-    "intra_video_contrastive_loss",
-    "contrastive_reconstruction_loss",
-    "dropout",
-    "dropout_add_layer_norm",
-)
 
 if LOAD_ERROR is None:
     from cnm_kernels.native.attention import gaussian_attention as gaussian_attention

@@ -26,15 +26,6 @@ constexpr float KEY_WEIGHT_EPS = 1e-10f;       // as in cnm_kernels/constants.py
 constexpr int64_t BLOCK_ROWS = 48;             // at most, of queries
 constexpr int64_t BLOCK_ELEMENTS = 16384;      // at most, of a block's scores: 64 KiB
 
-// Rows of a matrix as gemm takes them.
-template <class E>
-struct Rows {
-    const E* data;
-    int64_t ld;
-
-    Rows from(int64_t row) const { return {data + row * ld, ld}; }
-};
-
 // Of query rows: `keys` is how many keys any of them sees.
 struct Block {
     int64_t begin, rows, keys;
@@ -64,7 +55,7 @@ class Attention {
         query_ = layout_.take<E>(p.Lq * wide_);
         key_t_ = layout_.take<E>(wide_ * long_);
         value_ = layout_.take<E>(long_ * wide_);
-        lines_ = layout_.take<const char*>(2 * (p.Lq + p.Lk) * (row_bytes() / 64 + 1) + Prefetch::PADDING);
+        lines_ = layout_.take<const char*>(PrefetchList::capacity(2 * (p.Lq + p.Lk), p.d * static_cast<int64_t>(sizeof(T))));
         if (!backward) return;
         value_t_ = layout_.take<E>(wide_ * long_);
         key_ = layout_.take<E>(long_ * wide_);
@@ -102,7 +93,7 @@ class Attention {
     void forward(const AttentionParams& p, int64_t h) {
         begin_head(h);
         plan(nullptr);
-        const Rows<E> value = as_b(p_.value, 0, length_, value_);
+        const OperandRows<E> value = as_b(p_.value, 0, length_, value_);
         float* stats = p.stats + 2 * (b_ * p_.H + h) * p_.Lq;
         for_each_block([&](const Block& block) {
             score(block);
@@ -117,8 +108,8 @@ class Attention {
         begin_head(h);
         plan(&p.d_out);
         pack_transposed(p_.d, length_, row(p_.value, 0), p_.value.row, value_t_, long_);
-        const Rows<E> key = as_b(p_.key, 0, length_, key_);
-        const Rows<E> d_out = as_a(p.d_out, p_.Lq, d_out_);
+        const OperandRows<E> key = as_b(p_.key, 0, length_, key_);
+        const OperandRows<E> d_out = as_a(p.d_out, p_.Lq, d_out_);
         const bool want_weight = p.d_key_weight != nullptr || p.d_center != nullptr;
         const float* stats = p.stats + 2 * (b_ * p_.H + h) * p_.Lq;
         if (want_weight && h == 0) std::fill(d_weight_, d_weight_ + 2 * long_, 0.0f);
@@ -190,13 +181,9 @@ class Attention {
 
     // Lists the cache lines of the next head, for the products of this one to ask for.
     void plan(const Heads* d_out) {
-        const char** line = lines_;
+        PrefetchList list(lines_);
         const auto add = [&](const Heads& t, int64_t rows) {
-            const T* head = static_cast<const T*>(t.data) + next_b_ * t.batch + next_h_ * t.head;
-            for (int64_t i = 0; i < rows; ++i) {
-                const char* at = reinterpret_cast<const char*>(head + i * t.row);
-                for (int64_t byte = 0; byte < row_bytes(); byte += 64) *line++ = at + byte;
-            }
+            list.add(static_cast<const T*>(t.data) + next_b_ * t.batch + next_h_ * t.head, t.row, rows, p_.d);
         };
         if (next_b_ < p_.B) {
             add(p_.key, p_.Lk);
@@ -204,26 +191,15 @@ class Attention {
             add(p_.value, p_.Lk);
             if (d_out != nullptr) add(*d_out, p_.Lq);
         }
-        std::fill(line, line + Prefetch::PADDING, reinterpret_cast<const char*>(lines_));
-        prefetch_ = {lines_, line, d_out == nullptr ? 0 : 1};
+        prefetch_ = list.finish(d_out == nullptr ? 0 : 1);  // a backward has twice the steps
     }
-    int64_t row_bytes() const { return p_.d * static_cast<int64_t>(sizeof(T)); }
 
-    // The head's rows as a left operand whose rows are multiplied: where they lie, if dtype and layout allow it.
-    Rows<E> as_a(const Heads& t, int64_t rows, E* buffer) const {
-        if constexpr (std::is_same_v<T, E>) {
-            return {row(t, 0), t.row};
-        } else {
-            if constexpr (std::is_same_v<E, pair>) {
-                const bool pairs = p_.d % 2 == 0 && t.row % 2 == 0 && reinterpret_cast<uintptr_t>(row(t, 0)) % 4 == 0;
-                if (pairs) return {as_pairs(row(t, 0)), t.row / 2};
-            }
-            pack_a(rows, p_.d, row(t, 0), t.row, buffer, wide_);
-            return {buffer, wide_};
-        }
+    // The head's rows as a left operand.
+    OperandRows<E> as_a(const Heads& t, int64_t rows, E* buffer) const {
+        return left_rows(rows, p_.d, row(t, 0), t.row, buffer, wide_);
     }
-    // The same, of rows from `begin` on, as a right operand.
-    Rows<E> as_b(const Heads& t, int64_t begin, int64_t rows, E* buffer) const {
+    // Its rows from `begin` on as a right operand.
+    OperandRows<E> as_b(const Heads& t, int64_t begin, int64_t rows, E* buffer) const {
         if constexpr (std::is_same_v<T, E>) {
             return {row(t, begin), t.row};
         } else {
@@ -232,7 +208,7 @@ class Attention {
         }
     }
     // A block of scores as a left operand whose rows are multiplied.
-    Rows<E> packed_a(const float* scores, const Block& block) const {
+    OperandRows<E> packed_a(const float* scores, const Block& block) const {
         if constexpr (std::is_same_v<E, float>) {
             return {scores, long_};
         } else {
@@ -242,7 +218,7 @@ class Attention {
     }
 
     // The block's rows of `out` = factors[2 r] a[rows, keys] b[keys, d]; null factors are ones.
-    void multiply(Rows<E> a, Rows<E> b, const Block& block, const Heads& out, const float* factors) const {
+    void multiply(OperandRows<E> a, OperandRows<E> b, const Block& block, const Heads& out, const float* factors) const {
         if constexpr (std::is_same_v<T, float>) {
             const Result to{row(out, block.begin), out.row, nullptr, 0, factors, 2, write_.streams(), &prefetch_};
             gemm(block.rows, p_.d, block.keys, a.data, a.ld, 1, b.data, b.ld, to);
@@ -258,7 +234,7 @@ class Attention {
     // Adds scores[rows, keys]^T t[the block's rows, d] to sums[keys, d], or in the last block to what the sums are for.
     // Keys that no block saw before start here.
     void add_transposed(const float* scores, const Heads& t, const Block& block, float* sums, const Heads& out) const {
-        const Rows<E> b = as_b(t, block.begin, block.rows, rows_);
+        const OperandRows<E> b = as_b(t, block.begin, block.rows, rows_);
         const bool last = block.begin + block.rows == p_.Lq;
         const E* a;
         if constexpr (std::is_same_v<E, float>) {
@@ -287,7 +263,7 @@ class Attention {
     }
 
     // out[rows, keys] = a[the block's rows, d] b[d, keys]
-    void product(Rows<E> a, const Block& block, const E* b, float* out) const {
+    void product(OperandRows<E> a, const Block& block, const E* b, float* out) const {
         gemm(block.rows, block.keys, packed_k<T>(p_.d), a.from(block.begin).data, a.ld, 1, b, long_, out, long_, false,
              &prefetch_);
     }
@@ -398,7 +374,7 @@ class Attention {
     const Output<T> write_;
     float *scores_, *out_, *weight_, *d_scores_, *d_key_, *d_value_, *d_weight_, *block_weight_;
     E *packed_, *query_, *key_t_, *value_, *value_t_, *key_, *d_out_, *rows_;
-    Rows<E> query_rows_{};
+    OperandRows<E> query_rows_{};
     int64_t b_ = 0, h_ = 0, length_ = 0;
     int64_t next_b_ = 0, next_h_ = 0;
     const char** lines_;

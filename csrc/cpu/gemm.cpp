@@ -6,7 +6,7 @@
 
 #include "transpose.h"
 
-#if defined(__AMX_TILE__) || defined(CNM_AMX_HEADER)
+#if defined(CNM_AMX)
 #include "gemm_amx.h"
 #endif
 
@@ -249,14 +249,14 @@ void pack_transposed(int64_t K, int64_t N, const f16* src, int64_t ld, float* ds
 #if defined(__AVX512BF16__)
 void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
           float* c, int64_t ldc, bool accumulate, [[maybe_unused]] Prefetch* prefetch) {
-#if defined(__AMX_TILE__) || defined(CNM_AMX_HEADER)
+#if defined(CNM_AMX)
     gemm_tiles(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
 #else
     blocked(M, N, K, a, a_m, a_k, b, ldb, Result{c, ldc, accumulate ? c : nullptr, ldc, nullptr, 0, false, prefetch});
 #endif
 }
 
-#if !(defined(__AMX_TILE__) || defined(CNM_AMX_HEADER))
+#if !defined(CNM_AMX)
 void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
           const ResultOf<bf16>& result) {
     blocked(M, N, K, a, a_m, a_k, b, ldb, result);

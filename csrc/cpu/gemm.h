@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "prefetch.h"
 #include "simd.h"
 #include "types.h"
 
@@ -23,11 +24,11 @@ constexpr bool PAIRS = true;
 #else
 constexpr bool PAIRS = false;
 #endif
-// Whether products of pairs can write bf16; tiles cannot.
 #if defined(__AMX_TILE__) || defined(CNM_AMX_HEADER)
+#define CNM_AMX  // products of pairs run on tiles
 constexpr bool PAIRS_TO_BF16 = false;
 #else
-constexpr bool PAIRS_TO_BF16 = PAIRS;
+constexpr bool PAIRS_TO_BF16 = PAIRS;  // whether products of pairs can write bf16
 #endif
 
 // Two bf16 neighbours along K, the lower k in the lower half; beyond an odd K the upper half is 0.
@@ -44,23 +45,6 @@ template <class T>
 constexpr int64_t packed_k(int64_t K) {
     return std::is_same_v<Operand<T>, pair> ? (K + 1) / 2 : K;
 }
-
-// Cache lines to be asked for while a product runs, one in `1 << shift` steps of its inner loop: a processor has few
-// requests to memory under way at a time, and waits when they come in bursts. The list ends with PADDING lines that do
-// no harm.
-struct Prefetch {
-    static constexpr int64_t PADDING = 512;
-    const char* const* next;
-    const char* const* end;
-    int shift;
-
-    // The lines for K steps.
-    const char* const* take(int64_t K) {
-        const char* const* lines = next;
-        next = std::min(next + (K >> shift) + 1, end);
-        return lines;
-    }
-};
 
 // Where a product goes: c[i * ldc + j] = scale[i * scale_step] (start[i * start_ld + j] + (A B)(i, j)), or 0 where that
 // is negative and `relu`.
@@ -118,5 +102,36 @@ void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, pair* dst, int64
 void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, pair* dst, int64_t ldd);
 
 inline const pair* as_pairs(const bf16* p) { return reinterpret_cast<const pair*>(p); }
+
+// Rows of a row-major operand.
+template <class E>
+struct OperandRows {
+    const E* data;
+    int64_t ld;
+
+    OperandRows from(int64_t row) const { return {data + row * ld, ld}; }
+};
+
+// Whether rows of K elements can be multiplied where they lie.
+template <class T>
+inline bool lies_ready(int64_t K, const T* src, int64_t ld) {
+    if constexpr (std::is_same_v<T, Operand<T>>) return true;
+    const bool whole_pairs = K % 2 == 0 && ld % 2 == 0 && reinterpret_cast<uintptr_t>(src) % alignof(pair) == 0;
+    return std::is_same_v<Operand<T>, pair> && whole_pairs;
+}
+
+// src[i * ld + k] as a left operand: where it lies if that is possible, else packed into `buffer`.
+template <class T>
+inline OperandRows<Operand<T>> left_rows(int64_t M, int64_t K, const T* src, int64_t ld, Operand<T>* buffer, int64_t ldd) {
+    if constexpr (std::is_same_v<T, Operand<T>>) {
+        return {src, ld};
+    } else {
+        if constexpr (std::is_same_v<Operand<T>, pair>) {
+            if (lies_ready(K, src, ld)) return {as_pairs(src), ld / 2};
+        }
+        pack_a(M, K, src, ld, buffer, ldd);
+        return {buffer, ldd};
+    }
+}
 
 }  // namespace cnm::CNM_ISA

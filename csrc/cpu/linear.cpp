@@ -61,21 +61,6 @@ struct Rows {
     }
 };
 
-// Cache lines of the rows that the thread will probably take next.
-template <class T>
-Prefetch plan(const Rows<T>& x, int64_t begin, int64_t end, const char** lines, int64_t steps) {
-    const char** line = lines;
-    const int64_t bytes = x.width * static_cast<int64_t>(sizeof(T));
-    for (int64_t i = begin; i < end; ++i) {
-        const char* at = reinterpret_cast<const char*>(x.row(i));
-        for (int64_t byte = 0; byte < bytes; byte += 64) *line++ = at + byte;
-    }
-    std::fill(line, line + Prefetch::PADDING, reinterpret_cast<const char*>(lines));
-    int shift = 0;
-    while ((steps >> (shift + 1)) > line - lines) ++shift;
-    return {lines, line, shift};
-}
-
 // out[N, columns] = x[N, width] b[width, columns] + bias: y from W^T, d_x from W.
 template <class T>
 void rows_times(int64_t N, int64_t columns, const Rows<T>& x, const Operand<T>* b, int64_t ldb, const float* bias, T* out,
@@ -85,54 +70,44 @@ void rows_times(int64_t N, int64_t columns, const Rows<T>& x, const Operand<T>* 
     constexpr bool DIRECT = std::is_same_v<T, float> || (std::is_same_v<T, bf16> && PAIRS_TO_BF16);
     const Output<T> write(N * columns);
     const int64_t wide = round_up(columns, W) + PAD, deep = round_up(x.width, W) + PAD;
-    const int64_t lines = ROWS * (x.width * static_cast<int64_t>(sizeof(T)) / 64 + 2) + Prefetch::PADDING;
     const int64_t threads = thread_count();
-    const auto layout_of = [&](void* memory, float*& sums, T*& masked, E*& packed, const char**& list) {
-        Layout layout(memory);
-        sums = layout.take<float>(DIRECT ? 0 : ROWS * wide);
-        masked = layout.take<T>(x.positive == nullptr ? 0 : ROWS * deep);
-        packed = layout.take<E>(std::is_same_v<T, float> ? 0 : ROWS * deep);
-        list = layout.take<const char*>(lines);
-        return layout.bytes();
-    };
-    float* sums;
-    T* masked;
-    E* packed;
-    const char** list;
-    const size_t bytes = layout_of(nullptr, sums, masked, packed, list);
-    parallel_for((N + ROWS - 1) / ROWS, [&](int64_t block) {
+    struct Scratch {
         float* sums;
         T* masked;
         E* packed;
-        const char** list;
-        layout_of(thread_scratch(bytes), sums, masked, packed, list);
+        const char** lines;
+        size_t bytes;
+
+        Scratch(void* memory, const Rows<T>& x, int64_t wide, int64_t deep) {
+            Layout layout(memory);
+            sums = layout.take<float>(DIRECT ? 0 : ROWS * wide);
+            masked = layout.take<T>(x.positive == nullptr ? 0 : ROWS * deep);
+            packed = layout.take<E>(std::is_same_v<T, E> ? 0 : ROWS * deep);
+            lines = layout.take<const char*>(PrefetchList::capacity(ROWS, x.width * static_cast<int64_t>(sizeof(T))));
+            bytes = layout.bytes();
+        }
+    };
+    const size_t bytes = Scratch(nullptr, x, wide, deep).bytes;
+    parallel_for((N + ROWS - 1) / ROWS, [&](int64_t block) {
+        const Scratch scratch(thread_scratch(bytes), x, wide, deep);
+        float* sums = scratch.sums;
         const int64_t begin = block * ROWS, rows = std::min(ROWS, N - begin);
         const T* source = x.row(begin);
         int64_t source_ld = x.ld;
         if (x.positive != nullptr) {
-            x.masked(begin, rows, masked, deep);
-            source = masked;
+            x.masked(begin, rows, scratch.masked, deep);
+            source = scratch.masked;
             source_ld = deep;
         }
-        const E* a = packed;
-        int64_t lda = deep;
-        if constexpr (std::is_same_v<T, E>) {
-            a = source;
-            lda = source_ld;
-        } else {
-            bool in_place = false;
-            if constexpr (std::is_same_v<E, pair>) {
-                in_place = x.width % 2 == 0 && source_ld % 2 == 0 && reinterpret_cast<uintptr_t>(source) % 4 == 0;
-                if (in_place) {
-                    a = as_pairs(source);
-                    lda = source_ld / 2;
-                }
-            }
-            if (!in_place) pack_a(rows, x.width, source, source_ld, packed, deep);
-        }
-        const int64_t next = std::min(N, begin + threads * ROWS), next_end = std::min(N, next + rows);
+        const auto [a, lda] = left_rows(rows, x.width, source, source_ld, scratch.packed, deep);
+        // The rows that the thread will probably take next, spread over the steps of this block's product.
+        const int64_t next = std::min(N, begin + threads * ROWS);
+        PrefetchList list(scratch.lines);
+        list.add(x.row(next), x.ld, std::min(ROWS, N - next), x.width);
         const int64_t steps = (rows + 5) / 6 * ((columns + 4 * W - 1) / (4 * W)) * packed_k<T>(x.width);
-        Prefetch prefetch = plan(x, next, next_end, list, steps);
+        int shift = 0;
+        while ((steps >> (shift + 1)) > list.size()) ++shift;
+        Prefetch prefetch = list.finish(shift);
         if constexpr (DIRECT) {
             const ResultOf<T> to{out + begin * columns, columns, bias, 0, nullptr, 0, write.streams(), &prefetch, relu};
             gemm(rows, columns, packed_k<T>(x.width), a, lda, 1, b, ldb, to);
@@ -210,21 +185,23 @@ void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g) {
     const Buffer partial_buffer(p.d_weight == nullptr ? 0 : static_cast<size_t>(slices * p.M * p.K) * sizeof(float));
     const Buffer bias_buffer(static_cast<size_t>(slices * p.M) * sizeof(float));
     float *partial = partial_buffer.as<float>(), *partial_bias = bias_buffer.as<float>();
-    // Rows of g are copied: masked, in the form that products take, and not a power of two apart.
-    const auto layout_of = [&](void* memory, T*& masked, E*& packed, E*& columns) {
-        Layout layout(memory);
-        masked = layout.take<T>(FLOAT || g.positive != nullptr ? SUMMED_ROWS * wide : 0);
-        packed = layout.take<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * wide);
-        columns = layout.take<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * deep);
-        return layout.bytes();
-    };
-    T* masked;
-    E *packed, *columns;
-    const size_t bytes = layout_of(nullptr, masked, packed, columns);
-    parallel_for(slices * blocks, [&](int64_t task) {
-        T* masked;
+    struct Scratch {
+        T* masked;  // rows of g: masked, and in float32 not a power of two apart
         E *packed, *columns;
-        layout_of(thread_scratch(bytes), masked, packed, columns);
+        size_t bytes;
+
+        Scratch(void* memory, bool masks, int64_t wide, int64_t deep) {
+            Layout layout(memory);
+            masked = layout.take<T>(masks ? SUMMED_ROWS * wide : 0);
+            packed = layout.take<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * wide);
+            columns = layout.take<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * deep);
+            bytes = layout.bytes();
+        }
+    };
+    const bool masks = FLOAT || g.positive != nullptr;
+    const size_t bytes = Scratch(nullptr, masks, wide, deep).bytes;
+    parallel_for(slices * blocks, [&](int64_t task) {
+        const Scratch scratch(thread_scratch(bytes), masks, wide, deep);
         const int64_t slice = task / blocks, block = task % blocks;
         const int64_t column = block * WEIGHT_COLUMNS, width = std::min(WEIGHT_COLUMNS, p.K - column);
         float* sums = partial + slice * p.M * p.K + column;
@@ -235,9 +212,9 @@ void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g) {
             const int64_t rows = std::min(SUMMED_ROWS, end - begin);
             const T* rows_of_g = g.row(begin);
             int64_t g_ld = g.ld;
-            if (FLOAT || g.positive != nullptr) {
-                g.masked(begin, rows, masked, wide);
-                rows_of_g = masked;
+            if (masks) {
+                g.masked(begin, rows, scratch.masked, wide);
+                rows_of_g = scratch.masked;
                 g_ld = wide;
             }
             if (block == 0) g.add_up(rows_of_g, g_ld, rows, bias);
@@ -245,11 +222,11 @@ void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g) {
             const bool old = begin > slice * slice_rows;
             const T* source = x + begin * p.x_ld + column;
             if constexpr (FLOAT) {
-                gemm(p.M, width, rows, masked, 1, wide, source, p.x_ld, sums, p.K, old);
+                gemm(p.M, width, rows, rows_of_g, 1, g_ld, source, p.x_ld, sums, p.K, old);
             } else {
-                pack_rows(rows, p.M, rows_of_g, g_ld, packed, wide);
-                pack_rows(rows, width, source, p.x_ld, columns, deep);
-                gemm(p.M, width, packed_k<T>(rows), packed, 1, wide, columns, deep, sums, p.K, old);
+                pack_rows(rows, p.M, rows_of_g, g_ld, scratch.packed, wide);
+                pack_rows(rows, width, source, p.x_ld, scratch.columns, deep);
+                gemm(p.M, width, packed_k<T>(rows), scratch.packed, 1, wide, scratch.columns, deep, sums, p.K, old);
             }
         }
         if (p.d_weight != nullptr && slice * slice_rows >= end) {

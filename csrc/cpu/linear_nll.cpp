@@ -67,16 +67,15 @@ struct Vocabulary {
             rows = summed = weight;
             rows_ld = summed_ld = p.D;
         } else {
-            bool in_place = false;
+            const bool in_place = lies_ready(p.D, weight, p.D);
+            if (!in_place) rows_buffer_ = Buffer(static_cast<size_t>(p.V * wide) * sizeof(E));
+            rows = rows_buffer_.as<E>();
+            rows_ld = wide;
             if constexpr (std::is_same_v<E, pair>) {
-                in_place = p.D % 2 == 0 && reinterpret_cast<uintptr_t>(weight) % 4 == 0;
-                rows = as_pairs(weight);
-                rows_ld = p.D / 2;
-            }
-            if (!in_place) {
-                rows_buffer_ = Buffer(static_cast<size_t>(p.V * wide) * sizeof(E));
-                rows = rows_buffer_.as<E>();
-                rows_ld = wide;
+                if (in_place) {
+                    rows = as_pairs(weight);
+                    rows_ld = p.D / 2;
+                }
             }
             // Converted rows are float, and then serve both ways.
             const bool pack = want_summed && std::is_same_v<E, pair>;
