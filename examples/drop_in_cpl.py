@@ -1,7 +1,7 @@
 """Training code with the published CPL's interfaces, 8 proposals per sentence, accelerated without editing it.
 
-    python -m examples.drop_in_cpl            # accelerated
-    python -m examples.drop_in_cpl --plain    # the same without the two lines
+python -m examples.drop_in_cpl            # accelerated
+python -m examples.drop_in_cpl --plain    # the same without the two lines
 """
 
 from __future__ import annotations

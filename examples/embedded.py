@@ -78,7 +78,9 @@ def train(
             seen.append(step(batch, epoch))
         seconds, batches = seconds + time.perf_counter() - start, batches + len(seen)
         means = {name: sum(numbers[name] for numbers in seen) / len(seen) for name in seen[0]}
-        print(f"epoch {epoch + 1}/{count}:", ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
+        print(
+            f"epoch {epoch + 1}/{count}:", ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True
+        )
     print(f"{1e3 * seconds / batches:.0f} ms per batch of {BATCH_SIZE}")
     return seconds / batches
 
