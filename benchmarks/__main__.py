@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_json(path, results)  # what is measured is safe, whatever happens next
     print(report.text(results))
     report.plot(results, options.output / "results.png")
-    print(f"\nWritten: {path}, {options.output / 'results.png'}", file=sys.stderr)
+    report.plot_growth(results, options.output / "growth.png")
+    print(f"\nWritten: {path} and its plots", file=sys.stderr)
     bad = [record for record in results["measurements"] if record["status"] in ("refused", "failed")]
     for record in bad:
         where = ", ".join(record[key] for key in ("case", "dtype", "contender"))

@@ -195,7 +195,7 @@ def case(experiment: Experiment, dtype: str) -> Case:
     contenders = {name: Contender(change, compiled="compiled" in name) for name, change in CONTENDERS.items()}
     goals = (Goal("time", "itself", 1.3), Goal("peak", "itself", round(1 / 0.6, 3))) if dtype == "float32" else ()
     name = f"training step, {experiment.name}, B={experiment.B}, T={experiment.T}"
-    return Case(name, dtype, contenders, prepare, verify, goals)
+    return Case(name, dtype, contenders, prepare, verify, goals, trains=True)
 
 
 def cases(quick: bool) -> Sequence[Case]:

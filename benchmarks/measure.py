@@ -33,7 +33,7 @@ def measure(
         if rivals is not None and name not in rivals | {OURS}:
             continue
         record = records[name] = {"table": table.name, "case": case.name, "dtype": case.dtype, "contender": name}
-        record |= {"bound": contender.bound, "status": "measured"}
+        record |= {"bound": contender.bound, "along": case.along, "status": "measured"}
         if contender.unavailable is not None:
             record |= {"status": "unavailable", "reason": contender.unavailable}
             continue
@@ -120,13 +120,20 @@ def rates(case: Case, milliseconds: float) -> Record:
 
 def evaluate(goal: Goal, records: dict[str, Record]) -> Record:
     """The goal beside what was measured; ``met`` is None where it could not be measured."""
-    result: Record = {"metric": goal.metric, "against": goal.against, "bound": goal.bound, "measured": None}
+    result: Record = {
+        "metric": goal.metric,
+        "against": goal.against,
+        "bound": goal.bound,
+        "of": goal.of,
+        "measured": None,
+    }
     if goal.metric == "time":
         ratio = records.get(goal.against, {}).get("ratio")
-        if ratio is not None:
-            result["measured"] = ratio["median"]
+        own = {"median": 1.0} if goal.of == OURS else records.get(goal.of, {}).get("ratio")
+        if ratio is not None and own is not None:
+            result["measured"] = ratio["median"] / own["median"]
     elif goal.metric == "peak":
-        rival, mine = records.get(goal.against, {}).get("memory"), records[OURS]["memory"]
+        rival, mine = (records.get(name, {}).get("memory") for name in (goal.against, goal.of))
         if rival and mine:
             result["measured"] = rival["peak_bytes"] / max(mine["peak_bytes"], 1)
     elif records[OURS]["memory"] is not None:

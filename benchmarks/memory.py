@@ -75,7 +75,7 @@ def _child(sender: Connection, table: str, index: int, contender: str, quick: bo
     found.cases(True)[index].prepare(contender)()
     case = found.cases(quick)[index]
     call = case.prepare(contender)
-    if case.contenders[contender].compiled:
+    if case.contenders[contender].compiled or case.trains:
         call()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

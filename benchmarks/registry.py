@@ -20,12 +20,13 @@ class Goal:
 
     ``time``: the rival's time is at least ``bound`` times ours. ``memory``: ours works in at most ``bound`` bytes
     beyond what every contender has to hold, its inputs and its results; ``against`` then says what the bound is.
-    ``peak``: the rival's peak above the inputs is at least ``bound`` times ours.
+    ``peak``: the rival's peak above the inputs is at least ``bound`` times ours. ``of`` names another of our own ways.
     """
 
     metric: Literal["time", "memory", "peak"]
     against: str
     bound: float
+    of: str = OURS
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Case:
         verify: (name, prepared call) -> relative error per tensor. Raises ``Refused`` when a contender is wrong.
         goals: of ours, here.
         flops, bytes: the least any implementation does; None where it says nothing.
+        trains: a call leaves gradients and optimizer states behind; peak memory is that of a later call.
+        along: the size that grows from case to case, and its value here; such cases are also drawn as curves.
     """
 
     name: str
@@ -70,6 +73,8 @@ class Case:
     goals: tuple[Goal, ...] = ()
     flops: float | None = None
     bytes: float | None = None
+    trains: bool = False
+    along: tuple[str, int] | None = None
 
 
 class Refused(AssertionError):

@@ -71,9 +71,13 @@ def _goals(records: Iterable[Record]) -> list[Record]:
 def _goal_words(goal: Record) -> tuple[str, str]:
     measured = goal["measured"]
     if goal["metric"] == "time":
-        return f">= {goal['bound']:g}x {goal['against']}", "-" if measured is None else f"{measured:.2f}x"
+        of = "" if goal["of"] == OURS else f"{goal['of']}: "
+        return f"{of}>= {goal['bound']:g}x {goal['against']}", "-" if measured is None else f"{measured:.2f}x"
     if goal["metric"] == "peak":
-        return f"{goal['against']}'s peak >= {goal['bound']:g}x ours", "-" if measured is None else f"{measured:.2f}x"
+        return (
+            f"{goal['against']}'s peak >= {goal['bound']:g}x {goal['of']}",
+            "-" if measured is None else f"{measured:.2f}x",
+        )
     words = f"working memory <= {goal['against']} ({goal['bound'] / 1e6:.1f} MB)"
     return words, "-" if measured is None else f"{measured / 1e6:.1f} MB"
 
@@ -144,6 +148,43 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes[-1, 0].set_xlabel("time over ours (green: goal met, red: goal missed, black tick: the goal)", fontsize=8)
     machine = results["machine"]
     figure.suptitle(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_growth(results: dict[str, Any], path: Path) -> None:
+    """Time and peak memory against each size that grows, a curve per contender; nothing where nothing grows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    grown = [record for record in results["measurements"] if record["along"] and record["status"] == "measured"]
+    axes_names = list(dict.fromkeys(record["along"][0] for record in grown))
+    if not axes_names:
+        return
+    figure, axes = plt.subplots(2, len(axes_names), figsize=(3.4 * len(axes_names), 5.4), squeeze=False)
+    quantities = {
+        "seconds per step": lambda record: record["milliseconds"]["median"] / 1e3,
+        "peak GB": lambda record: record["memory"] and record["memory"]["peak_bytes"] / 1e9,
+    }
+    for row, (label, quantity) in zip(axes, quantities.items(), strict=True):
+        row[0].set_ylabel(label)
+        for axis, size in zip(row, axes_names, strict=True):
+            curves: dict[str, list[tuple[int, float]]] = {}
+            for record in grown:
+                if record["along"][0] == size and (value := quantity(record)) is not None:
+                    curves.setdefault(record["contender"], []).append((record["along"][1], value))
+            for name, points in curves.items():
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks([point[0] for point in points], [str(point[0]) for point in points], fontsize=7)
+            axis.set_xticks([], minor=True)
+            axis.set_xlabel(size)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

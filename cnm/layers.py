@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import cnm_kernels as kernels
 
@@ -40,12 +43,14 @@ class DropoutDraws:
         input_p: probability of dropping an input feature; 0 draws nothing.
         p: the same for the residual branches.
         seed: int64 [] on the device of the activations.
+        recompute: of each layer only the input is kept for the backward, which computes the rest again.
     """
 
-    def __init__(self, input_p: float, p: float, seed: Tensor) -> None:
+    def __init__(self, input_p: float, p: float, seed: Tensor, *, recompute: bool = False) -> None:
         self.input_p = input_p
         self.p = p
         self.seed = seed
+        self.recompute = recompute
         self.offset = 0
 
     def on_input(self, x: Tensor) -> Tensor:
@@ -56,6 +61,19 @@ class DropoutDraws:
         return kernels.dropout_add_layer_norm(
             x, residual, norm.weight, norm.bias, self.p, seed=self.seed, offset=self._next_offset(), eps=norm.eps
         )
+
+    def layer(self, compute: Callable[[DropoutDraws], Tensor]) -> Tensor:
+        """``compute(draws)``, with the same masks whenever it is computed."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return compute(self)
+        start = copy.copy(self)
+
+        def compute_again() -> tuple[Tensor, int]:
+            draws = copy.copy(start)
+            return compute(draws), draws.offset
+
+        result, self.offset = checkpoint(compute_again, use_reentrant=False, preserve_rng_state=False)
+        return cast(Tensor, result)
 
     def _next_offset(self) -> int:
         self.offset += 1
@@ -141,8 +159,12 @@ class DecoderLayer(nn.Module):
         last_only: bool = False,
     ) -> Tensor:
         """x [B, L, D] -> [B, L, D]; with ``last_only`` just the last position's state, [B, 1, D]."""
-        x = self.self_attention(x, lengths, draws, weighting, last_only=last_only)
-        return self.after_self_attention(x, draws, source)
+
+        def compute(draws: DropoutDraws) -> Tensor:
+            attended = self.self_attention(x, lengths, draws, weighting, last_only=last_only)
+            return self.after_self_attention(attended, draws, source)
+
+        return draws.layer(compute)
 
     def self_attention(
         self, x: Tensor, lengths: Tensor, draws: DropoutDraws, weighting: Weighting = None, *, last_only: bool = False

@@ -254,16 +254,17 @@ class CNM(nn.Module):
         words = words[:, :-1]  # [B, L, D]
         return words, (word_lengths + 1).clamp(max=words.size(1))
 
-    def draws(self, seed: Tensor | None = None) -> DropoutDraws:
+    def draws(self, seed: Tensor | None = None, *, recompute: bool = False) -> DropoutDraws:
         """The dropout masks of one forward pass, none in evaluation mode; without a seed one is drawn."""
         if not self.training or self.input_dropout == self.dropout == 0:
-            return self._no_dropout()
+            return self._no_dropout(recompute=recompute)
         if seed is None:
             seed = torch.randint(2**63 - 1, (), device=self.mask_vec.device)
-        return DropoutDraws(self.input_dropout, self.dropout, seed)
+        return DropoutDraws(self.input_dropout, self.dropout, seed, recompute=recompute)
 
-    def _no_dropout(self) -> DropoutDraws:
-        return DropoutDraws(0.0, 0.0, torch.zeros((), dtype=torch.int64, device=self.mask_vec.device))
+    def _no_dropout(self, *, recompute: bool = False) -> DropoutDraws:
+        seed = torch.zeros((), dtype=torch.int64, device=self.mask_vec.device)
+        return DropoutDraws(0.0, 0.0, seed, recompute=recompute)
 
     def _positions(self, words: Tensor) -> Tensor:
         if words.size(1) > self.positions.size(0):  # sentences longer than the configuration foresaw

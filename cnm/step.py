@@ -84,8 +84,8 @@ class TrainingStep(ABC):
 
         self._reconstructor_requires_grad(False)
         contrastive_loss, nll = self.contrastive_loss(batch, masks[1])
-        self._reconstructor_requires_grad(True)
         generator_norm = self._update(self.generator, contrastive_loss)
+        self._reconstructor_requires_grad(True)
 
         positive, hard, easy = nll.detach().mean(1)
         return {
@@ -172,8 +172,10 @@ class LeanStep(TrainingStep):
       layers run on all branches as one batch. The key weights of that batch are rows of g, ones and 1 - g.
     """
 
+    recompute = False
+
     def reconstruction_loss(self, batch: Batch, masked_words: Tensor) -> Tensor:
-        model, draws = self.model, self.model.draws()
+        model, draws = self.model, self.model.draws(recompute=self.recompute)
         frames, words = model.project_inputs(batch.frames, batch.words, draws)
         center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, draws, last_only=True)
         inputs = _ReconstructorInputs(model, batch, frames, words, masked_words)
@@ -182,7 +184,7 @@ class LeanStep(TrainingStep):
         return nll[0].mean() + nll[1].mean()
 
     def contrastive_loss(self, batch: Batch, masked_words: Tensor) -> tuple[Tensor, Tensor]:
-        model, draws = self.model, self.model.draws()
+        model, draws = self.model, self.model.draws(recompute=self.recompute)
         frames, words = model.project_inputs(batch.frames, batch.words, draws)
         center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, draws, last_only=True)
         inputs = _ReconstructorInputs(model, batch, frames, words, masked_words)
@@ -226,21 +228,27 @@ class _ReconstructorInputs:
         attended = torch.cat(
             [attention.attend(packed_frames, None, self.frame_lengths, weight, causal=True) for weight in key_weights]
         )
-        frames = draws.add_and_norm(attended, self.frames.repeat(n, 1, 1), first.self_attn_layer_norm)
-        frames = first.after_self_attention(frames, draws, None)
+        entered = draws.add_and_norm(attended, self.frames.repeat(n, 1, 1), first.self_attn_layer_norm)
+        frames = draws.layer(lambda draws: first.after_self_attention(entered, draws, None))
         for layer in later:
             frames = layer(frames, frame_lengths, draws, weighting)
         source = Source(frames, frame_lengths, weighting)
 
-        first, *later = model.trans.decoder2.layers
-        words = draws.add_and_norm(
-            self.attended_words.repeat(n, 1, 1), self.words.repeat(n, 1, 1), first.self_attn_layer_norm
+        first_of_words, *later = model.trans.decoder2.layers
+        entered_words = draws.add_and_norm(
+            self.attended_words.repeat(n, 1, 1), self.words.repeat(n, 1, 1), first_of_words.self_attn_layer_norm
         )
-        words = first.after_self_attention(words, draws, source)
+        words = draws.layer(lambda draws: first_of_words.after_self_attention(entered_words, draws, source))
         for layer in later:
             words = layer(words, row_lengths, draws, source=source)
         nll = kernels.linear_nll(words, model.fc_rec.weight, model.fc_rec.bias, self.word_ids.repeat(n, 1), row_lengths)
         return nll.view(n, -1)
 
 
-STEPS: dict[str, type[TrainingStep]] = {"lean": LeanStep, "published": PublishedStep}
+class RecomputingStep(LeanStep):
+    """The lean step, bit for bit, in half its memory: layers are computed again in the backward instead of kept."""
+
+    recompute = True
+
+
+STEPS: dict[str, type[TrainingStep]] = {"lean": LeanStep, "recompute": RecomputingStep, "published": PublishedStep}

@@ -73,7 +73,7 @@ class Trainer:
         device: where to train.
         precision: of activations, "float32" or "bf16"; parameters, their gradients, optimizer states, losses and
             statistics are float32 either way. None: as the resumed run; a new one computes in float32.
-        step: "lean", or "published" for the formulation without its rewrites. None: as the resumed run, or lean.
+        step: one of ``cnm.step.STEPS``. None: as the resumed run, or lean.
         log_every: updates per metrics row.
         quiet: show no progress.
 

@@ -86,6 +86,17 @@ def test_a_record_holds_what_a_reader_needs(results: dict[str, Any]) -> None:
     )
 
 
+def test_what_grows_is_drawn(results: dict[str, Any], tmp_path: Path) -> None:
+    report.plot_growth(results, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    grown = copy.deepcopy(results)
+    for size, record in zip((64, 128, 64, 128), grown["measurements"], strict=True):
+        record["along"] = ("T", size)
+    grown["measurements"][0]["memory"] = None
+    report.plot_growth(grown, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
 def test_the_machine_is_described(results: dict[str, Any]) -> None:
     described = results["machine"]
     assert described["torch"] == torch.__version__
@@ -151,7 +162,7 @@ def test_a_refusal_ends_in_exit_code_1(
     assert "refused: errs by" in printed.out
 
 
-@pytest.mark.parametrize("table", ["attention", "dropout", "layer_norm", "loader", "loss", "step"])
+@pytest.mark.parametrize("table", tables())
 def test_every_rival_is_right(table: str) -> None:
     """``torch.compile`` aside, which takes its time here and is checked by every run."""
     for case in tables()[table].cases(True):
@@ -178,6 +189,11 @@ def test_what_cannot_run_says_why(no_memory: None) -> None:
         (Goal("time", "eager", 3.0), True),
         (Goal("time", "eager", 3.1), False),
         (Goal("time", "R2", 1.0), None),
+        (Goal("time", "eager", 1.5, of="ours, smaller"), True),
+        (Goal("time", "eager", 1.6, of="ours, smaller"), False),
+        (Goal("peak", "eager", 2.0), True),
+        (Goal("peak", "eager", 2.1), False),
+        (Goal("peak", "eager", 4.0, of="ours, smaller"), True),
         (Goal("memory", "a twentieth of the logits", 1000), True),
         (Goal("memory", "a twentieth of the logits", 999), False),
     ],
@@ -185,7 +201,8 @@ def test_what_cannot_run_says_why(no_memory: None) -> None:
 def test_goals(goal: Goal, met: bool | None) -> None:
     records = {
         OURS: {"memory": {"peak_bytes": 5000, "result_bytes": 4000, "working_bytes": 1000}},
-        "eager": {"ratio": {"median": 3.0}},
+        "ours, smaller": {"ratio": {"median": 2.0}, "memory": {"peak_bytes": 2500}},
+        "eager": {"ratio": {"median": 3.0}, "memory": {"peak_bytes": 10000}},
     }
     assert measure.evaluate(goal, records)["met"] is met
 
@@ -241,7 +258,7 @@ def test_relative_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["atention"], "no table 'atention'; there are attention,"),
+        (["atention"], "no table 'atention'; there are accelerate,"),
         (["dropout", "--rivals", "eager;R9"], "no 'R9' in these tables; there are compile; eager; ours"),
         (["--repeats", "0"], "--repeats"),
         (["--threads", "two"], "--threads"),

@@ -19,7 +19,7 @@ import cnm_kernels
 from cnm import CNM, CNMConfig, checkpoint
 from cnm.data.batch import Batch
 from cnm.optim import learning_rate
-from cnm.step import LeanStep, PublishedStep, TrainingStep
+from cnm.step import LeanStep, PublishedStep, RecomputingStep, TrainingStep
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 GRADIENT_NOISE = {torch.float64: 1e-12, torch.float32: 1e-6}  # of the largest gradient of all parameters
@@ -248,7 +248,7 @@ def test_every_gradient(case: Case, dtype: torch.dtype, loss: str) -> None:
         assert_agrees(name, parameter.grad, expected[name], TOLERANCE[dtype], GRADIENT_NOISE[dtype] * largest)
 
 
-both_steps = pytest.mark.parametrize("step_class", [PublishedStep, LeanStep])
+both_steps = pytest.mark.parametrize("step_class", [PublishedStep, LeanStep, RecomputingStep])
 
 
 @pytest.mark.parametrize("loss", ["reconstruction", "contrastive"])

@@ -13,7 +13,7 @@ from cnm import CNM
 from cnm.cuda_graph import WARM_UP_STEPS, GraphedStep
 from cnm.data.batch import Batch
 from cnm.model import PRECISIONS
-from cnm.step import STEPS, LeanStep
+from cnm.step import STEPS, LeanStep, RecomputingStep
 
 B, T, L, V = 5, 16, 7, 40
 
@@ -70,6 +70,34 @@ def test_the_batch_stays_as_it_is() -> None:
     LeanStep(model, model.config)(batch)
     for name, value in before.items():
         assert torch.equal(getattr(batch, name), value), name
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS.values(), ids=PRECISIONS)
+def test_recomputing_changes_no_bit_and_keeps_less(dtype: torch.dtype | None) -> None:
+    """Same parameters after three steps with dropout, which must be drawn the same again."""
+    parameters, kept = [], []
+    for step_class in (LeanStep, RecomputingStep):
+        model, batch = make_model().train(), make_batch()
+        model.compute_dtype = dtype
+        step = step_class(model, model.config)
+        torch.manual_seed(1)
+        for _ in range(3):
+            step(batch)
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = step.reconstruction_loss(batch, torch.zeros(B, L + 1, dtype=torch.bool))
+        kept.append(sum(size for place, size in sizes.items() if place not in own))
+        parameters.append([parameter.detach() for parameter in model.parameters()])
+        del loss
+    for lean, recomputed in zip(*parameters, strict=True):
+        assert torch.equal(lean, recomputed)
+    assert kept[1] < 0.6 * kept[0]
 
 
 def test_bf16_follows_float32() -> None:

@@ -372,7 +372,9 @@ void backward(const LinearNllBackwardParams& p) {
     Tile<T>(p, vocabulary, counted);
 
     // dz of the tiles at hand [tile][word][token], their hidden states and their shares of d_bias [tile][word].
-    const int64_t at_hand = want_words ? std::min(tokens.tiles(), std::max<int64_t>(4, 2 * thread_count())) : tokens.tiles();
+    // Every group passes once over the float32 sums, which weighs twice as much beside a narrow product.
+    const int64_t group = std::is_same_v<E, float> ? std::max<int64_t>(2, thread_count()) : std::max<int64_t>(4, 2 * thread_count());
+    const int64_t at_hand = want_words ? std::min(tokens.tiles(), group) : tokens.tiles();
     const int64_t wide = round_up(p.D, W), dz_ld = packed_k<T>(TOKENS);
     const size_t kept = want_words ? static_cast<size_t>(at_hand) : 0;
     const Buffer dz_buffer(kept * static_cast<size_t>(p.V * dz_ld) * sizeof(E));
