@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCES = Path("csrc")
-REASON_FILE = "native_skipped.txt"  # beside native/: why the C++ module is missing, for `python -m cnm_kernels`
+REASON_FILE = "native_skipped.txt"  # beside native.py: why the C++ module is missing, for `python -m cnm_kernels`
 MATRIX_KERNELS = {
     "gemm",
     "attention",

@@ -1,7 +1,7 @@
 """The C++ backend: loads the compiled module and hands each op to it.
 
 The module registers the operators ``cnm_kernels::<op>`` and ``cnm_kernels::<op>_backward`` with PyTorch; the files of
-this package add what only Python can: fake kernels, which tell ``torch.compile`` the shapes, and the autograd formula.
+``formulas`` add what only Python can: fake kernels, which tell ``torch.compile`` the shapes, and the autograd formula.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from cnm_kernels import formulas
 from cnm_kernels.registry import OPS as OPS  # all of them
 
 ISA_VARIABLE = "CNM_KERNELS_CPU_ISA"  # forces a lower instruction set: portable, avx2, avx512, avx512bf16, amx
@@ -21,7 +23,7 @@ def _load() -> str | None:
     try:
         from cnm_kernels import _C_cpu
     except ImportError as error:
-        reason = Path(__file__).parents[1] / "native_skipped.txt"
+        reason = Path(__file__).parent / "native_skipped.txt"
         if reason.exists():
             return reason.read_text(encoding="utf-8").strip()
         if isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error):
@@ -40,15 +42,22 @@ DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOAD_ERROR = _load()
 
+# Where the layer itself is not trained, softmax(z) W of every token is kept for the backward: two products instead of
+# three. It takes the memory of a quarter of the float32 logits at most.
+EXPECTED_WORD_SHARE = 4
+
+
+def _keeps_expected(hidden: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    return weight.size(0) >= EXPECTED_WORD_SHARE * weight.size(1) and not (weight.requires_grad or bias.requires_grad)
+
+
 if LOAD_ERROR is None:
-    from cnm_kernels.native.attention import gaussian_attention as gaussian_attention
-    from cnm_kernels.native.attention import weighted_attention as weighted_attention
-    from cnm_kernels.native.dropout import dropout as dropout
-    from cnm_kernels.native.dropout_add_layer_norm import dropout_add_layer_norm as dropout_add_layer_norm
-    from cnm_kernels.native.gaussian_mask import gaussian_mask as gaussian_mask
-    from cnm_kernels.native.intra_video_contrastive_loss import (
-        intra_video_contrastive_loss as intra_video_contrastive_loss,
+    gaussian_mask = formulas.gaussian_mask.bind("cnm_kernels")
+    weighted_attention, gaussian_attention = formulas.attention.bind("cnm_kernels")
+    linear = formulas.linear.bind("cnm_kernels")
+    intra_video_contrastive_loss = formulas.intra_video_contrastive_loss.bind("cnm_kernels")
+    linear_nll, contrastive_reconstruction_loss = formulas.linear_nll.bind(
+        "cnm_kernels", intra_video_contrastive_loss, _keeps_expected
     )
-    from cnm_kernels.native.linear import linear as linear
-    from cnm_kernels.native.linear_nll import contrastive_reconstruction_loss as contrastive_reconstruction_loss
-    from cnm_kernels.native.linear_nll import linear_nll as linear_nll
+    dropout = formulas.dropout.bind("cnm_kernels")
+    dropout_add_layer_norm = formulas.dropout_add_layer_norm.bind("cnm_kernels")
