@@ -14,7 +14,7 @@ from torch import Tensor
 from cnm_kernels.formulas.library import Operator
 
 
-def _sizes(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[int, int, int, int, int]:
+def sizes(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[int, int, int, int, int]:
     """B, H, Lq, Lk, d."""
     if key is None:
         B, L, _, H, d = query.shape
@@ -23,17 +23,17 @@ def _sizes(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[int
     return B, H, Lq, key.size(1 if value is None else 2), d
 
 
-def _heads(like: Tensor, B: int, H: int, L: int, d: int) -> Tensor:
+def heads_last(like: Tensor, B: int, H: int, L: int, d: int) -> Tensor:
     """[B, H, L, d] in memory as [B, L, H, d], as the kernels write it."""
     return like.new_empty(B, L, H, d).transpose(1, 2)
 
 
 def _fake(query: Tensor, key: Tensor | None, value: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return_weights = others[-1]
-    B, H, Lq, Lk, d = _sizes(query, key, value)
+    B, H, Lq, Lk, d = sizes(query, key, value)
     stats = query.new_empty(B, H, Lq, 2, dtype=torch.float32)
     weights = query.new_empty((B, Lq, Lk) if return_weights else (0,))
-    return _heads(query, B, H, Lq, d), stats, weights
+    return heads_last(query, B, H, Lq, d), stats, weights
 
 
 def _fake_backward(
@@ -48,7 +48,7 @@ def _fake_backward(
         if tensor.dim() == 5:
             return tensor.new_empty(tensor.shape)
         B, H, L, d = tensor.shape
-        return _heads(tensor, B, H, L, d)
+        return heads_last(tensor, B, H, L, d)
 
     def like(tensor: Tensor | None) -> Tensor:
         if tensor is None:
@@ -113,8 +113,8 @@ def bind(namespace: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         if d_out is None:
             if d_weights is None:
                 return (None,) * 13
-            B, H, Lq, _, d = _sizes(*tensors[:3])
-            d_out = _heads(tensors[0], B, H, Lq, d).zero_()
+            B, H, Lq, _, d = sizes(*tensors[:3])
+            d_out = heads_last(tensors[0], B, H, Lq, d).zero_()
         needs = ctx.needs_input_grad[:6]
         gradients = operator.backward(
             d_out, d_weights, *tensors, *ctx.numbers, key_lengths, ctx.scale, stats, *needs[:3], any(needs[3:])

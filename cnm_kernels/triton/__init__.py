@@ -1,0 +1,84 @@
+"""The Triton backend: GPUs, and CPU tensors under the interpreter (``TRITON_INTERPRET=1``), which is for tests.
+
+Every file holds the kernels of one op, its schemas and what the operators call; products are left to ``linear``'s
+vendor library. Kernels use no atomics, sum in a fixed order, and neither wait for the host nor depend on values for
+their shapes, so that CUDA graphs can hold them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cnm_kernels import formulas, registry
+
+NAMESPACE = "cnm_kernels_triton"
+_FILES = (
+    "attention",
+    "dropout",
+    "dropout_add_layer_norm",
+    "gaussian_mask",
+    "intra_video_contrastive_loss",
+    "linear_nll",
+)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+OPS = tuple(op for op in registry.OPS if op not in registry.LIBRARY_OPS)
+DEVICES = ("cpu",) if _INTERPRETED else ("cuda",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load_error() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not _INTERPRETED and not torch.cuda.is_available():
+        return "needs an NVIDIA GPU (TRITON_INTERPRET=1 runs it on CPUs, for tests)"
+    return None
+
+
+LOAD_ERROR = _load_error()
+_libraries: list[torch.library.Library] = []  # operators live as long as these
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Kernels are launched on the device that is current: make it the tensors'."""
+
+    def call(*arguments: Any) -> Any:
+        tensor = next(argument for argument in arguments if isinstance(argument, torch.Tensor))
+        with torch.cuda.device(tensor.device):
+            return function(*arguments)
+
+    return call
+
+
+def _define_operators() -> None:
+    library = torch.library.Library(NAMESPACE, "DEF")
+    _libraries.append(library)
+    for name in _FILES:
+        file = importlib.import_module(f"{__name__}.{name}")
+        for op, schema in file.SCHEMAS.items():
+            library.define(op + schema)
+            function = file.IMPLEMENTATIONS[op]
+            if _INTERPRETED:
+                library.impl(op, function, "CPU")
+            else:
+                library.impl(op, _on_its_device(function), "CUDA")
+
+
+if LOAD_ERROR is None:
+    _define_operators()
+    from cnm_kernels.triton.linear_nll import keeps_expected
+
+    gaussian_mask = formulas.gaussian_mask.bind(NAMESPACE)
+    weighted_attention, gaussian_attention = formulas.attention.bind(NAMESPACE)
+    intra_video_contrastive_loss = formulas.intra_video_contrastive_loss.bind(NAMESPACE)
+    linear_nll, contrastive_reconstruction_loss = formulas.linear_nll.bind(
+        NAMESPACE, intra_video_contrastive_loss, keeps_expected
+    )
+    dropout = formulas.dropout.bind(NAMESPACE)
+    dropout_add_layer_norm = formulas.dropout_add_layer_norm.bind(NAMESPACE)

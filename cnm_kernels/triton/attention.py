@@ -1,0 +1,304 @@
+"""weighted_attention and gaussian_attention in Triton, for keys that fit ``WHOLE_ROWS``: no online softmax.
+
+P_ij = e_ij m_j / Z_i, e_ij = exp(s_ij - max), Z_i = sum_j e_ij m_j; with p0 = e / Z
+dS = P (dP - delta), delta_i = sum_j P_ij dP_ij, dm_j = sum over heads and queries of p0_ij (dP_ij - delta_i).
+
+A program holds a head's keys and values whole and the scores of a tile of queries; delta comes out of the tile itself.
+Where the weights need a gradient, a program takes all heads of a sample one after the other: a fixed order, no atomics.
+Longer sequences go to ``attention_blocked``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cnm_kernels.formulas.attention import heads_last, sizes
+from cnm_kernels.triton import attention_blocked
+from cnm_kernels.triton.attention_tiles import (
+    load_rows,
+    real_keys,
+    store_rows,
+    strides,
+    unpack,
+    visible,
+)
+from cnm_kernels.triton.common import block, dot, floats, narrow, rows_contiguous
+from cnm_kernels.triton.configurations import configuration
+from cnm_kernels.triton.key_weights import (
+    NONE,
+    TENSOR,
+    KeyWeights,
+    load_key_weights,
+    store_key_weight_gradient,
+)
+
+WHOLE_ROWS = {2: 256 * 64, 4: 128 * 64}  # numbers in a head's keys at most, by the bytes of one
+
+
+@triton.jit
+def _forward_tile(
+    q_ptr, k_ptr, v_ptr, first_ptr, second_ptr, out_ptr, stats_ptr, weights_ptr,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
+    b, first_head, rows, limit, Lq, Lk, d, H, scale, alpha, min_width,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, RETURN_WEIGHTS: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    keys = tl.arange(0, BLOCK_N)
+    m = load_key_weights(first_ptr, second_ptr, b, keys, Lk, alpha, min_width, KIND)
+    seen = visible(rows, keys, limit, CAUSAL)
+    averaged = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for index in range(0, HEADS):
+        h = first_head + index
+        k = load_rows(k_ptr + b * k_b + h * k_h, keys, limit, k_l, d, BLOCK_D)
+        q = load_rows(q_ptr + b * q_b + h * q_h, rows, Lq, q_l, d, BLOCK_D)
+        v = load_rows(v_ptr + b * v_b + h * v_h, keys, limit, v_l, d, BLOCK_D)
+        s = tl.where(seen, dot(q, tl.trans(k)) * scale, float("-inf"))
+        highest = tl.max(s, 1)
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
+        e = tl.exp(s - highest[:, None]) * m[None, :]
+        total = tl.sum(e, 1)
+        inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+        p = e * inverse[:, None]
+        out = dot(narrow(p, v.dtype), v)
+        store_rows(out_ptr + b * out_b + h * out_h, out, rows, Lq, out_l, d, BLOCK_D)
+        stats = stats_ptr + ((b * H + h) * Lq + rows) * 2
+        tl.store(stats, highest, mask=rows < Lq)
+        tl.store(stats + 1, inverse, mask=rows < Lq)
+        if RETURN_WEIGHTS:
+            averaged += p
+    if RETURN_WEIGHTS:
+        place = weights_ptr + (b * Lq + rows[:, None]) * Lk + keys[None, :]
+        inside = (rows[:, None] < Lq) & (keys[None, :] < Lk)
+        tl.store(place, narrow(averaged / HEADS, weights_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, first_ptr, second_ptr, lengths_ptr, out_ptr, stats_ptr, weights_ptr,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
+    Lq, Lk, d, H, scale, alpha, min_width,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, RETURN_WEIGHTS: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    groups = H // HEADS
+    b = (tl.program_id(0) // groups).to(tl.int64)
+    first_head = (tl.program_id(0) % groups) * HEADS
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    limit = real_keys(lengths_ptr, b, Lk, HAS_LENGTHS)
+    reach = limit
+    if CAUSAL:
+        reach = tl.minimum(limit, (tl.program_id(1) + 1) * BLOCK_M)
+    if BLOCK_N >= 128 and not RETURN_WEIGHTS and reach <= BLOCK_N // 2:  # half the keys, half the work
+        _forward_tile(
+            q_ptr, k_ptr, v_ptr, first_ptr, second_ptr, out_ptr, stats_ptr, weights_ptr,
+            q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
+            b, first_head, rows, limit, Lq, Lk, d, H, scale, alpha, min_width,
+            KIND, CAUSAL, RETURN_WEIGHTS, HEADS, BLOCK_M, BLOCK_N // 2, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _forward_tile(
+            q_ptr, k_ptr, v_ptr, first_ptr, second_ptr, out_ptr, stats_ptr, weights_ptr,
+            q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
+            b, first_head, rows, limit, Lq, Lk, d, H, scale, alpha, min_width,
+            KIND, CAUSAL, RETURN_WEIGHTS, HEADS, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_kernel(
+    d_out_ptr, d_weights_ptr, q_ptr, k_ptr, v_ptr, first_ptr, second_ptr, lengths_ptr, stats_ptr,
+    d_q_ptr, d_k_ptr, d_v_ptr, d_first_ptr, d_second_ptr,
+    d_out_b, d_out_h, d_out_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
+    d_q_b, d_q_h, d_q_l, d_k_b, d_k_h, d_k_l, d_v_b, d_v_h, d_v_l,
+    Lq, Lk, d, H, scale, alpha, min_width,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_D_WEIGHTS: tl.constexpr,
+    NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    groups = H // HEADS
+    b = (tl.program_id(0) // groups).to(tl.int64)
+    first_head = (tl.program_id(0) % groups) * HEADS
+    limit = real_keys(lengths_ptr, b, Lk, HAS_LENGTHS)
+    keys = tl.arange(0, BLOCK_N)
+    m = load_key_weights(first_ptr, second_ptr, b, keys, Lk, alpha, min_width, KIND)
+    d_m = tl.zeros([BLOCK_N], tl.float32)
+    for index in range(0, HEADS):
+        h = first_head + index
+        k = load_rows(k_ptr + b * k_b + h * k_h, keys, limit, k_l, d, BLOCK_D)
+        v = load_rows(v_ptr + b * v_b + h * v_h, keys, limit, v_l, d, BLOCK_D)
+        d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for start in range(0, Lq, BLOCK_M):
+            rows = start + tl.arange(0, BLOCK_M)
+            q = load_rows(q_ptr + b * q_b + h * q_h, rows, Lq, q_l, d, BLOCK_D)
+            d_out = load_rows(d_out_ptr + b * d_out_b + h * d_out_h, rows, Lq, d_out_l, d, BLOCK_D)
+            stats = stats_ptr + ((b * H + h) * Lq + rows) * 2
+            highest = tl.load(stats, mask=rows < Lq, other=0.0)
+            inverse = tl.load(stats + 1, mask=rows < Lq, other=0.0)
+            s = dot(q, tl.trans(k)) * scale - highest[:, None]
+            p0 = tl.where(visible(rows, keys, limit, CAUSAL), tl.exp(s), 0.0) * inverse[:, None]
+            p = p0 * m[None, :]
+            d_p = dot(d_out, tl.trans(v))
+            if HAS_D_WEIGHTS:
+                place = d_weights_ptr + (b * Lq + rows[:, None]) * Lk + keys[None, :]
+                inside = (rows[:, None] < Lq) & (keys[None, :] < Lk)
+                d_p += tl.load(place, mask=inside, other=0.0).to(tl.float32) / H
+            delta = tl.sum(p * d_p, 1)
+            centered = d_p - delta[:, None]
+            if NEED_WEIGHT:
+                d_m += tl.sum(p0 * centered, 0)
+            d_s = narrow(p * centered, q.dtype)
+            if NEED_V:
+                d_v += dot(tl.trans(narrow(p, q.dtype)), d_out)
+            if NEED_K:
+                d_k += dot(tl.trans(d_s), q)
+            if NEED_Q:
+                d_q = dot(d_s, k) * scale
+                store_rows(d_q_ptr + b * d_q_b + h * d_q_h, d_q, rows, Lq, d_q_l, d, BLOCK_D)
+        if NEED_K:
+            store_rows(d_k_ptr + b * d_k_b + h * d_k_h, d_k * scale, keys, Lk, d_k_l, d, BLOCK_D)
+        if NEED_V:
+            store_rows(d_v_ptr + b * d_v_b + h * d_v_h, d_v, keys, Lk, d_v_l, d, BLOCK_D)
+    if NEED_WEIGHT:
+        store_key_weight_gradient(
+            d_first_ptr, d_second_ptr, first_ptr, second_ptr, b, keys, d_m, Lk, alpha, min_width, KIND
+        )
+
+
+SCHEMAS = {
+    "attention": "(Tensor query, Tensor? key, Tensor? value, Tensor? key_weight, Tensor? center, Tensor? width, "
+    "float alpha, float min_width, bool complement, bool causal, Tensor? key_lengths, float scale, "
+    "bool return_weights) -> (Tensor, Tensor, Tensor)",
+    "attention_backward": "(Tensor d_out, Tensor? d_weights, Tensor query, Tensor? key, Tensor? value, "
+    "Tensor? key_weight, Tensor? center, Tensor? width, float alpha, float min_width, bool complement, "
+    "bool causal, Tensor? key_lengths, float scale, Tensor stats, bool need_query, bool need_key, "
+    "bool need_value, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+}
+
+
+def forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    key_weight: Tensor | None,
+    center: Tensor | None,
+    width: Tensor | None,
+    alpha: float,
+    min_width: float,
+    complement: bool,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, Lq, Lk, d = sizes(query, key, value)
+    q, k, v = map(rows_contiguous, unpack(query, key, value))
+    out = heads_last(query, B, H, Lq, d)
+    stats = floats(query, B, H, Lq, 2)
+    weights = query.new_empty((B, Lq, Lk) if return_weights else (0,))
+    if out.numel() == 0 or Lk == 0:
+        return out.zero_(), stats.zero_(), weights.zero_()
+    weighting = KeyWeights.of(key_weight, center, width, alpha, min_width, complement)
+    lengths = None if key_lengths is None else key_lengths.contiguous()
+    if block(Lk) * block(d) > WHOLE_ROWS[q.element_size()]:
+        attention_blocked.forward(q, k, v, weighting, causal, lengths, scale, out, stats, weights)
+        return out, stats, weights
+    chosen = configuration("attention", q, Lk)
+    heads = H if return_weights else 1
+    BLOCK_M = min(block(Lq), chosen.rows)
+    grid = (B * H // heads, triton.cdiv(Lq, BLOCK_M))
+    _forward_kernel[grid](
+        q, k, v, weighting.first, weighting.second, lengths, out, stats, weights, *strides(q, k, v, out),
+        Lq, Lk, d, H, scale, alpha, min_width,
+        weighting.kind, causal, lengths is not None, return_weights, heads, BLOCK_M, block(Lk), block(d),
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+    )  # fmt: skip
+    return out, stats, weights
+
+
+def backward(
+    d_out: Tensor,
+    d_weights: Tensor | None,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    key_weight: Tensor | None,
+    center: Tensor | None,
+    width: Tensor | None,
+    alpha: float,
+    min_width: float,
+    complement: bool,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    stats: Tensor,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+    need_weight: bool,
+) -> tuple[Tensor, ...]:
+    B, H, Lq, Lk, d = sizes(query, key, value)
+    needs: tuple[bool, ...] = (need_query, need_key, need_value)
+    gradients = [
+        _operand_gradient(query, tensor, need) for tensor, need in zip((query, key, value), needs, strict=True)
+    ]
+    d_moment = [
+        floats(query, 0) if tensor is None else tensor.new_empty(tensor.shape if need_weight else 0)
+        for tensor in (key_weight, center, width)
+    ]
+    if B * H * Lq * d == 0 or Lk == 0:
+        return (*(gradient.zero_() for gradient in gradients), *(gradient.zero_() for gradient in d_moment))
+    packed = 3 if key is None else 2 if value is None else 1
+    if packed == 3:
+        needs = (need_query,) * 3
+    elif packed == 2:
+        needs = (need_query, need_key, need_key)
+    views: list[Tensor | None] = [None, None, None]
+    if packed == 3 and need_query:
+        views = [*gradients[0].permute(2, 0, 3, 1, 4).unbind(0)]
+    elif packed < 3:
+        views[0] = gradients[0] if need_query else None
+        if packed == 2 and need_key:
+            views[1:] = gradients[1].permute(2, 0, 3, 1, 4).unbind(0)
+        elif packed == 1:
+            views[1:] = [gradient if need else None for gradient, need in zip(gradients[1:], needs[1:], strict=True)]
+
+    q, k, v = map(rows_contiguous, unpack(query, key, value))
+    d_out = rows_contiguous(d_out)
+    d_weights = None if d_weights is None else d_weights.contiguous()
+    weighting = KeyWeights.of(key_weight, center, width, alpha, min_width, complement)
+    need_weight = need_weight and weighting.kind != NONE
+    d_first, d_second = (d_moment[0], None) if weighting.kind == TENSOR else (d_moment[1], d_moment[2])
+    lengths = None if key_lengths is None else key_lengths.contiguous()
+    if block(Lk) * block(d) > WHOLE_ROWS[q.element_size()]:
+        attention_blocked.backward(
+            d_out, d_weights, q, k, v, weighting, causal, lengths, scale, stats, views,
+            (d_first, d_second) if need_weight else None,
+        )  # fmt: skip
+        return (*gradients, *d_moment)
+    chosen = configuration("attention_backward", q, Lk)
+    heads = H if need_weight else 1
+    given = [q if view is None else view for view in views]
+    _backward_kernel[(B * H // heads,)](
+        d_out, d_weights, q, k, v, weighting.first, weighting.second, lengths, stats, *views, d_first, d_second,
+        *strides(d_out, q, k, v, *given), Lq, Lk, d, H, scale, alpha, min_width,
+        weighting.kind, causal, lengths is not None, d_weights is not None, *needs, need_weight,
+        heads, min(block(Lq), chosen.rows), block(Lk), block(d),
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+    )  # fmt: skip
+    return (*gradients, *d_moment)
+
+
+def _operand_gradient(query: Tensor, operand: Tensor | None, needed: bool) -> Tensor:
+    """Where an operand's gradient goes: packed as the operand is; nothing where nothing is needed."""
+    if operand is None or not needed:
+        return query.new_empty(0)
+    if operand.dim() == 5:
+        return operand.new_empty(operand.shape)
+    B, H, L, d = operand.shape
+    return heads_last(operand, B, H, L, d)
+
+
+IMPLEMENTATIONS = {"attention": forward, "attention_backward": backward}

@@ -1,0 +1,56 @@
+"""Tiles of queries and keys, as every attention kernel loads, masks and stores them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cnm_kernels.triton.common import narrow
+
+
+@triton.jit
+def load_rows(ptr, rows, L, stride_l, d, BLOCK_D: tl.constexpr):
+    """Rows [N, BLOCK_D] of one head, zeros beyond the last row and column."""
+    columns = tl.arange(0, BLOCK_D)
+    inside = (rows[:, None] < L) & (columns[None, :] < d)
+    return tl.load(ptr + rows[:, None] * stride_l + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, values, rows, L, stride_l, d, BLOCK_D: tl.constexpr):
+    columns = tl.arange(0, BLOCK_D)
+    inside = (rows[:, None] < L) & (columns[None, :] < d)
+    tl.store(ptr + rows[:, None] * stride_l + columns[None, :], narrow(values, ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def real_keys(lengths_ptr, b, Lk, HAS_LENGTHS: tl.constexpr):
+    """How many of a sample's keys are not padding."""
+    if HAS_LENGTHS:
+        return tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), Lk).to(tl.int32)
+    else:
+        return Lk
+
+
+@triton.jit
+def visible(rows, keys, limit, CAUSAL: tl.constexpr):
+    """[M, N]: which keys a query sees."""
+    if CAUSAL:
+        return (keys[None, :] < limit) & (keys[None, :] <= rows[:, None])
+    else:
+        return (keys[None, :] < limit) & (rows[:, None] >= 0)
+
+
+def unpack(query: Tensor, key: Tensor | None, value: Tensor | None) -> list[Tensor]:
+    """query, key and value as views [B, H, L, d] of what may come packed."""
+    if key is None:
+        return list(query.permute(2, 0, 3, 1, 4).unbind(0))
+    if value is None:
+        return [query, *key.permute(2, 0, 3, 1, 4).unbind(0)]
+    return [query, key, value]
+
+
+def strides(*heads: Tensor) -> list[int]:
+    """Of batch, head and position of each."""
+    return [stride for tensor in heads for stride in tensor.stride()[:3]]

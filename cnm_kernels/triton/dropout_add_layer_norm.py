@@ -1,0 +1,195 @@
+"""dropout_add_layer_norm in Triton: one pass forward, one backward that draws the mask again, one over the partial sums
+of the parameters' gradients, whose number and order depend on the sizes alone."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cnm_kernels.torch_backend import dropout_threshold
+from cnm_kernels.triton.common import floats, narrow
+from cnm_kernels.triton.dropout import kept_scale
+from cnm_kernels.triton.philox import keep_elements, keep_groups
+
+TILE = 2048  # numbers in the rows of one tile
+MOST_PARTS = 512  # partial sums of the parameters' gradients
+
+
+@triton.jit
+def _keep(
+    rows, D, threshold, seed_ptr, offset, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Which elements of a tile dropout keeps. [ROWS, BLOCK_D]"""
+    seed = tl.load(seed_ptr)
+    first = rows.to(tl.int64)[:, None] * D
+    if ALIGNED:  # rows are whole groups of eight
+        group = first // 8 + tl.arange(0, BLOCK_D // 8)[None, :]
+        return tl.reshape(keep_groups(group, threshold, seed, offset), [ROWS, BLOCK_D])
+    else:
+        return keep_elements(first + tl.arange(0, BLOCK_D)[None, :], threshold, seed, offset)
+
+
+@triton.jit
+def _total(
+    x_ptr, residual_ptr, seed_ptr, rows, N, D, threshold, kept_scale, offset,
+    DROPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """residual + dropout(x) of a tile, and what was kept."""
+    columns = tl.arange(0, BLOCK_D)
+    place = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    inside = (rows < N)[:, None] & (columns < D)[None, :]
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    keep = inside
+    if DROPS:
+        keep = _keep(rows, D, threshold, seed_ptr, offset, ROWS, BLOCK_D, ALIGNED)
+        x = tl.where(keep, x * kept_scale, 0.0)
+    return residual + x, keep
+
+
+@triton.jit(do_not_specialize=["threshold", "offset"])
+def _forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, out_ptr, stats_ptr,
+    N, D, threshold, kept_scale, offset, eps,
+    DROPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    total, _ = _total(
+        x_ptr, residual_ptr, seed_ptr, rows, N, D, threshold, kept_scale, offset.to(tl.int64),
+        DROPS, ROWS, BLOCK_D, ALIGNED,
+    )  # fmt: skip
+    within = (columns < D)[None, :]
+    mean = tl.sum(total, 1) / D
+    centered = tl.where(within, total - mean[:, None], 0.0)
+    deviation = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / D + eps)
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    out = centered * deviation[:, None] * weight[None, :] + bias[None, :]
+    place = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    tl.store(out_ptr + place, narrow(out, out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & within)
+    tl.store(stats_ptr + rows * 2, mean, mask=rows < N)
+    tl.store(stats_ptr + rows * 2 + 1, deviation, mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["threshold", "offset"])
+def _backward_kernel(
+    d_out_ptr, x_ptr, residual_ptr, weight_ptr, stats_ptr, seed_ptr, d_x_ptr, d_residual_ptr, parts_ptr,
+    N, D, parts, threshold, kept_scale, offset,
+    DROPS: tl.constexpr, NEED_X: tl.constexpr, NEED_RESIDUAL: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """dx = dropout'(dt), dresidual = dt = r (g - mean g - n mean(g n)), g = dout w, n = normalised; parts of dw, db."""
+    columns = tl.arange(0, BLOCK_D)
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    d_weight = tl.zeros([BLOCK_D], tl.float32)
+    d_bias = tl.zeros([BLOCK_D], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), parts):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        total, keep = _total(
+            x_ptr, residual_ptr, seed_ptr, rows, N, D, threshold, kept_scale, offset.to(tl.int64),
+            DROPS, ROWS, BLOCK_D, ALIGNED,
+        )  # fmt: skip
+        place = rows.to(tl.int64)[:, None] * D + columns[None, :]
+        inside = (rows < N)[:, None] & (columns < D)[None, :]
+        mean = tl.load(stats_ptr + rows * 2, mask=rows < N, other=0.0)
+        deviation = tl.load(stats_ptr + rows * 2 + 1, mask=rows < N, other=0.0)
+        d_out = tl.load(d_out_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        normalized = tl.where(inside, (total - mean[:, None]) * deviation[:, None], 0.0)
+        if NEED_WEIGHTS:
+            d_weight += tl.sum(d_out * normalized, 0)
+            d_bias += tl.sum(d_out, 0)
+        if NEED_X or NEED_RESIDUAL:
+            scaled = d_out * weight[None, :]
+            along = tl.sum(scaled * normalized, 1) / D
+            d_total = (scaled - (tl.sum(scaled, 1) / D)[:, None] - normalized * along[:, None]) * deviation[:, None]
+            if NEED_RESIDUAL:
+                tl.store(d_residual_ptr + place, narrow(d_total, d_residual_ptr.dtype.element_ty), mask=inside)
+            if NEED_X:
+                if DROPS:
+                    d_total = tl.where(keep, d_total * kept_scale, 0.0)
+                tl.store(d_x_ptr + place, narrow(d_total, d_x_ptr.dtype.element_ty), mask=inside)
+    if NEED_WEIGHTS:
+        part = parts_ptr + tl.program_id(0) * 2 * D + columns
+        tl.store(part, d_weight, mask=columns < D)
+        tl.store(part + D, d_bias, mask=columns < D)
+
+
+@triton.jit
+def _sum_parts_kernel(
+    parts_ptr, d_weight_ptr, d_bias_ptr, D, parts, PARTS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        inside = (part < parts)[:, None] & (columns < 2 * D)[None, :]
+        total += tl.sum(tl.load(parts_ptr + part[:, None] * 2 * D + columns[None, :], mask=inside, other=0.0), 0)
+    tl.store(d_weight_ptr + columns, narrow(total, d_weight_ptr.dtype.element_ty), mask=columns < D)
+    place = columns - D
+    tl.store(d_bias_ptr + place, narrow(total, d_bias_ptr.dtype.element_ty), mask=(columns >= D) & (columns < 2 * D))
+
+
+SCHEMAS = {
+    "dropout_add_layer_norm": "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float p, Tensor seed, "
+    "int offset, float eps) -> (Tensor, Tensor)",
+    "dropout_add_layer_norm_backward": "(Tensor d_out, Tensor x, Tensor residual, Tensor weight, Tensor stats, "
+    "float p, Tensor seed, int offset, bool need_x, bool need_residual, bool need_weights) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+}
+
+
+def _tiles(x: Tensor) -> tuple[int, int, int, int, dict[str, int]]:
+    """Rows N of D, rows of a tile, and how a tile is laid out."""
+    D = x.size(-1)
+    BLOCK_D = max(triton.next_power_of_2(D), 8)
+    rows = max(TILE // BLOCK_D, 1)
+    return x.numel() // max(D, 1), D, rows, BLOCK_D, {"num_warps": 4 if BLOCK_D <= 4096 else 16}
+
+
+def forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, p: float, seed: Tensor, offset: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    N, D, rows, BLOCK_D, launch = _tiles(x)
+    out, stats = x.new_empty(x.shape), floats(x, *x.shape[:-1], 2)
+    if out.numel():
+        tensors = (tensor.contiguous() for tensor in (x, residual, weight, bias))
+        _forward_kernel[(triton.cdiv(N, rows),)](
+            *tensors, seed, out, stats, N, D, dropout_threshold(p), kept_scale(p), offset, eps,
+            p > 0, rows, BLOCK_D, D % 8 == 0, **launch,
+        )  # fmt: skip
+    return out, stats
+
+
+def backward(
+    d_out: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    p: float,
+    seed: Tensor,
+    offset: int,
+    need_x: bool,
+    need_residual: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N, D, rows, BLOCK_D, launch = _tiles(x)
+    d_x, d_residual = (x.new_empty(x.shape if need else 0) for need in (need_x, need_residual))
+    d_weight, d_bias = (weight.new_empty(weight.shape if need_weights else 0) for _ in range(2))
+    if x.numel() == 0:
+        return d_x, d_residual, d_weight.zero_(), d_bias.zero_()
+    count = min(triton.cdiv(N, rows), MOST_PARTS)
+    parts = floats(x, count, 2, D) if need_weights else None
+    tensors = (tensor.contiguous() for tensor in (d_out, x, residual, weight, stats))
+    _backward_kernel[(count,)](
+        *tensors, seed, d_x, d_residual, parts, N, D, count, dropout_threshold(p), kept_scale(p), offset,
+        p > 0, need_x, need_residual, need_weights, rows, BLOCK_D, D % 8 == 0, **launch,
+    )  # fmt: skip
+    if need_weights:
+        _sum_parts_kernel[(triton.cdiv(2 * D, 32),)](parts, d_weight, d_bias, D, count, 64, 32, num_warps=4)
+    return d_x, d_residual, d_weight, d_bias
+
+
+IMPLEMENTATIONS = {"dropout_add_layer_norm": forward, "dropout_add_layer_norm_backward": backward}
