@@ -6,8 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton's kernels then run too, on the CPU; read when cnm_kernels is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
 from hypothesis import settings
 
 sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks; last, so that installed packages are what is tested

@@ -1,4 +1,4 @@
-"""weighted_attention and gaussian_attention in Triton, for keys that fit ``WHOLE_ROWS``: no online softmax.
+"""weighted_attention and gaussian_attention in Triton, for as many keys as fit (``WHOLE``): no online softmax.
 
 P_ij = e_ij m_j / Z_i, e_ij = exp(s_ij - max), Z_i = sum_j e_ij m_j; with p0 = e / Z
 dS = P (dP - delta), delta_i = sum_j P_ij dP_ij, dm_j = sum over heads and queries of p0_ij (dP_ij - delta_i).
@@ -34,7 +34,12 @@ from cnm_kernels.triton.key_weights import (
     store_key_weight_gradient,
 )
 
-WHOLE_ROWS = {2: 256 * 64, 4: 128 * 64}  # numbers in a head's keys at most, by the bytes of one
+# Numbers in a head's keys that a program holds at most, by the bytes of one; with and without weights on the keys, or
+# returned, which take registers too.
+WHOLE = {
+    "attention": {2: (128 * 64, 256 * 64), 4: (64 * 64, 64 * 64)},
+    "attention_backward": {2: (128 * 64, 256 * 64), 4: (64 * 32, 64 * 32)},
+}
 
 
 @triton.jit
@@ -167,6 +172,12 @@ def _backward_kernel(
         )
 
 
+def _fits(kernel: str, k: Tensor, weighting: KeyWeights, with_weights: bool) -> bool:
+    """Whether a program can hold a head's keys whole."""
+    plain = weighting.kind == NONE and not with_weights
+    return block(k.size(2)) * block(k.size(3)) <= WHOLE[kernel][k.element_size()][plain]
+
+
 SCHEMAS = {
     "attention": "(Tensor query, Tensor? key, Tensor? value, Tensor? key_weight, Tensor? center, Tensor? width, "
     "float alpha, float min_width, bool complement, bool causal, Tensor? key_lengths, float scale, "
@@ -202,10 +213,10 @@ def forward(
         return out.zero_(), stats.zero_(), weights.zero_()
     weighting = KeyWeights.of(key_weight, center, width, alpha, min_width, complement)
     lengths = None if key_lengths is None else key_lengths.contiguous()
-    if block(Lk) * block(d) > WHOLE_ROWS[q.element_size()]:
+    if not _fits("attention", k, weighting, return_weights):
         attention_blocked.forward(q, k, v, weighting, causal, lengths, scale, out, stats, weights)
         return out, stats, weights
-    chosen = configuration("attention", q, Lk)
+    chosen = configuration("attention", q, block(Lk) * block(d))
     heads = H if return_weights else 1
     BLOCK_M = min(block(Lq), chosen.rows)
     grid = (B * H // heads, triton.cdiv(Lq, BLOCK_M))
@@ -213,7 +224,7 @@ def forward(
         q, k, v, weighting.first, weighting.second, lengths, out, stats, weights, *strides(q, k, v, out),
         Lq, Lk, d, H, scale, alpha, min_width,
         weighting.kind, causal, lengths is not None, return_weights, heads, BLOCK_M, block(Lk), block(d),
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
     )  # fmt: skip
     return out, stats, weights
 
@@ -272,13 +283,13 @@ def backward(
     need_weight = need_weight and weighting.kind != NONE
     d_first, d_second = (d_moment[0], None) if weighting.kind == TENSOR else (d_moment[1], d_moment[2])
     lengths = None if key_lengths is None else key_lengths.contiguous()
-    if block(Lk) * block(d) > WHOLE_ROWS[q.element_size()]:
+    if not _fits("attention_backward", k, weighting, d_weights is not None):
         attention_blocked.backward(
             d_out, d_weights, q, k, v, weighting, causal, lengths, scale, stats, views,
             (d_first, d_second) if need_weight else None,
         )  # fmt: skip
         return (*gradients, *d_moment)
-    chosen = configuration("attention_backward", q, Lk)
+    chosen = configuration("attention_backward", q, block(Lk) * block(d))
     heads = H if need_weight else 1
     given = [q if view is None else view for view in views]
     _backward_kernel[(B * H // heads,)](
@@ -286,7 +297,7 @@ def backward(
         *strides(d_out, q, k, v, *given), Lq, Lk, d, H, scale, alpha, min_width,
         weighting.kind, causal, lengths is not None, d_weights is not None, *needs, need_weight,
         heads, min(block(Lq), chosen.rows), block(Lk), block(d),
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
     )  # fmt: skip
     return (*gradients, *d_moment)
 

@@ -1,7 +1,8 @@
 """Attention in Triton for longer sequences than ``attention`` holds whole: blocks of keys, online softmax.
 
-The weights enter the scores as log2(m + eps), so that what is summed never exceeds 1; the statistics of a query are the
-largest such score and the inverse of the sum, from which the backward has p0 = exp2(s - largest) inverse, P = p0 m.
+What is subtracted from the scores is the largest s + log m, so that no e m exceeds 1, as float16 needs; m itself is
+multiplied, which rounds less than its logarithm. The statistics of a query are that largest and the inverse of the sum,
+from which the backward has p0 = exp(s - largest) inverse, P = p0 m.
 One backward kernel goes over query tiles for delta and dq, another over key tiles for dk, dv and the weights' gradient.
 """
 
@@ -44,14 +45,15 @@ def _forward_kernel(
         k = load_rows(k_ptr + b * k_b + h * k_h, keys, limit, k_l, d, BLOCK_D)
         v = load_rows(v_ptr + b * v_b + h * v_h, keys, limit, v_l, d, BLOCK_D)
         s = dot(q, tl.trans(k)) * scale
+        m = load_key_weights(first_ptr, second_ptr, b, keys, Lk, alpha, min_width, KIND)
+        seen = visible(rows, keys, limit, CAUSAL) & (m > 0)[None, :]
+        reached = s
         if KIND != _NONE:
-            m = load_key_weights(first_ptr, second_ptr, b, keys, Lk, alpha, min_width, KIND)
-            s += tl.log(m)[None, :]
-        s = tl.where(visible(rows, keys, limit, CAUSAL), s, float("-inf"))
-        higher = tl.maximum(highest, tl.max(s, 1))
+            reached = s + tl.log(tl.where(m > 0, m, 1.0))[None, :]
+        higher = tl.maximum(highest, tl.max(tl.where(seen, reached, float("-inf")), 1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = tl.exp(highest - finite)
-        e = tl.exp(s - finite[:, None])
+        e = tl.where(seen, tl.exp(s - finite[:, None]), 0.0) * m[None, :]
         total = total * shrink + tl.sum(e, 1)
         out = out * shrink[:, None] + dot(narrow(e, v.dtype), v)
         highest = higher
@@ -229,12 +231,12 @@ def forward(
     """Fills out, stats and, unless it is empty, weights."""
     B, H, Lq, d = q.shape
     Lk = k.size(2)
-    chosen = configuration("attention_blocked", q, Lk)
+    chosen = configuration("attention_blocked", q, d)
     modes = (weighting.kind, causal, lengths is not None)
     numbers = (Lq, Lk, d, H, scale, weighting.alpha, weighting.min_width)
     blocks = (chosen.rows, chosen.columns, block(d))
     tiles = triton.cdiv(Lq, chosen.rows)
-    launch = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    launch = {"num_warps": chosen.num_warps, "enable_fp_fusion": True, "num_stages": chosen.num_stages}
     _forward_kernel[(B * H, tiles)](
         q, k, v, weighting.first, weighting.second, lengths, out, stats, *strides(q, k, v, out),
         *numbers, *modes, *blocks, **launch,
@@ -263,11 +265,11 @@ def backward(
     """Fills the gradients of q, k, v that are tensors, and those of the weighting: the tensor's, or the moment's."""
     B, H, Lq, d = q.shape
     Lk = k.size(2)
-    chosen = configuration("attention_blocked_backward", q, Lk)
+    chosen = configuration("attention_blocked_backward", q, d)
     modes = (weighting.kind, causal, lengths is not None, d_weights is not None)
     numbers = (Lq, Lk, d, H, scale, weighting.alpha, weighting.min_width)
     blocks = (chosen.rows, chosen.columns, block(d))
-    launch = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    launch = {"num_warps": chosen.num_warps, "enable_fp_fusion": True, "num_stages": chosen.num_stages}
     delta = floats(q, B, H, Lq)
     inputs = (d_out, d_weights, q, k, v, weighting.first, weighting.second, lengths, stats, delta)
     d_q, d_k, d_v = gradients
@@ -288,5 +290,5 @@ def backward(
     if d_weighting is not None and not of_tensor:
         _moment_gradient_kernel[(B,)](
             d_m, weighting.first, weighting.second, *d_weighting, Lk, weighting.alpha, weighting.min_width,
-            weighting.kind == COMPLEMENT, 256, num_warps=4,
+            weighting.kind == COMPLEMENT, 256, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

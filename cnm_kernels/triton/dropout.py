@@ -38,7 +38,18 @@ def dropout(x: Tensor, p: float, seed: Tensor, offset: int) -> Tensor:
     out = x.new_empty(x.shape)
     if out.numel():
         grid = (triton.cdiv(x.numel(), BLOCK),)
-        _kernel[grid](x, seed, out, x.numel(), dropout_threshold(p), kept_scale(p), offset, BLOCK, num_warps=4)
+        _kernel[grid](
+            x,
+            seed,
+            out,
+            x.numel(),
+            dropout_threshold(p),
+            kept_scale(p),
+            offset,
+            BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return out
 
 

@@ -145,7 +145,13 @@ def _tiles(x: Tensor) -> tuple[int, int, int, int, dict[str, int]]:
     D = x.size(-1)
     BLOCK_D = max(triton.next_power_of_2(D), 8)
     rows = max(TILE // BLOCK_D, 1)
-    return x.numel() // max(D, 1), D, rows, BLOCK_D, {"num_warps": 4 if BLOCK_D <= 4096 else 16}
+    return (
+        x.numel() // max(D, 1),
+        D,
+        rows,
+        BLOCK_D,
+        {"num_warps": 4 if BLOCK_D <= 4096 else 16, "enable_fp_fusion": True},
+    )
 
 
 def forward(
@@ -188,7 +194,9 @@ def backward(
         p > 0, need_x, need_residual, need_weights, rows, BLOCK_D, D % 8 == 0, **launch,
     )  # fmt: skip
     if need_weights:
-        _sum_parts_kernel[(triton.cdiv(2 * D, 32),)](parts, d_weight, d_bias, D, count, 64, 32, num_warps=4)
+        _sum_parts_kernel[(triton.cdiv(2 * D, 32),)](
+            parts, d_weight, d_bias, D, count, 64, 32, num_warps=4, enable_fp_fusion=True
+        )
     return d_x, d_residual, d_weight, d_bias
 
 

@@ -106,7 +106,9 @@ def forward(center: Tensor, width: Tensor, length: int, alpha: float, min_width:
     if out.numel():
         grid = (center.numel(), triton.cdiv(length, BLOCK))
         center, width = center.contiguous(), width.contiguous()
-        _forward_kernel[grid](center, width, out, length, alpha, min_width, complement, BLOCK, num_warps=2)
+        _forward_kernel[grid](
+            center, width, out, length, alpha, min_width, complement, BLOCK, num_warps=2, enable_fp_fusion=True
+        )
     return out
 
 
@@ -117,7 +119,7 @@ def backward(
     if center.numel():
         arguments = (d_out.contiguous(), center.contiguous(), width.contiguous(), d_center, d_width)
         _backward_kernel[(center.numel(),)](
-            *arguments, d_out.size(-1), alpha, min_width, complement, BLOCK, num_warps=2
+            *arguments, d_out.size(-1), alpha, min_width, complement, BLOCK, num_warps=2, enable_fp_fusion=True
         )
     return d_center, d_width
 

@@ -68,7 +68,7 @@ def forward(positive: Tensor, hard: Tensor, easy: Tensor, beta_1: float, beta_2:
     if B == 0:
         return loss.fill_(float("nan"))  # the mean of nothing
     nlls = (tensor.contiguous() for tensor in (positive, hard, easy))
-    _forward_kernel[(1,)](*nlls, loss, B, beta_1, beta_2, BLOCK, num_warps=4)
+    _forward_kernel[(1,)](*nlls, loss, B, beta_1, beta_2, BLOCK, num_warps=4, enable_fp_fusion=True)
     return loss
 
 
@@ -80,7 +80,7 @@ def backward(
     if B:
         nlls = (tensor.contiguous() for tensor in (positive, hard, easy))
         grid = (triton.cdiv(B, BLOCK),)
-        _backward_kernel[grid](d_loss, *nlls, *gradients, B, beta_1, beta_2, BLOCK, num_warps=4)
+        _backward_kernel[grid](d_loss, *nlls, *gradients, B, beta_1, beta_2, BLOCK, num_warps=4, enable_fp_fusion=True)
     return gradients  # type: ignore[return-value]
 
 

@@ -8,6 +8,7 @@ padding or have no gradient are left out (see ``packed_tokens``). Where there ar
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -288,17 +289,17 @@ def forward(
     per_split = triton.cdiv(word_tiles, splits) * BLOCK_V
     splits = triton.cdiv(V, per_split)
     partial = floats(hidden, splits, 4, N)
-    words = target.new_empty((splits, N) if return_accuracy else 0, dtype=valid_lengths.dtype)
+    words = torch.empty((splits, N) if return_accuracy else 0, dtype=torch.int32, device=hidden.device)
     parts = floats(hidden, splits, N, D) if keep_expected else None
     places = offsets(valid_lengths, L)
     _forward_kernel[(tiles, splits, chunks if keep_expected else 1)](
         hidden, weight, bias, target, places, partial, words, parts, M, L, D, V, N, per_split,
         steps(M), return_accuracy, keep_expected, chunks, BLOCK_T, BLOCK_V, BLOCK_D,
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
     )  # fmt: skip
     _combine_kernel[(M,)](
         partial, words, parts, target, places, nll, accuracy, lse, expected, L, D, V, N, splits, label_smoothing,
-        return_accuracy, keep_expected, min(triton.next_power_of_2(L), 16), BLOCK_D, num_warps=4,
+        return_accuracy, keep_expected, min(triton.next_power_of_2(L), 16), BLOCK_D, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return nll, accuracy, lse, expected
 
@@ -334,7 +335,7 @@ def backward(
         mean = weight.mean(0, dtype=lse.dtype)
         _hidden_gradient_kernel[(triton.cdiv(M * L, 16), chunks)](
             d_nll, weight, mean, target, valid_lengths, expected, d_hidden, M, L, D, label_smoothing, 16, BLOCK_D,
-            num_warps=4,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     if not (need_weight or need_bias):
         return d_hidden, d_weight, d_bias
@@ -347,12 +348,14 @@ def backward(
     _word_gradient_kernel[(tiles, splits, chunks if need_weight else 1)](
         d_nll, hidden, weight, bias, target, valid_lengths, lse, places, *parts, M, L, D, V, label_smoothing,
         steps(M), splits, need_weight, need_bias, chunks, BLOCK_T, BLOCK_V, BLOCK_D,
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
     )  # fmt: skip
     if splits > 1:
         for part, out in zip(parts, (d_weight, d_bias), strict=True):
             if out.numel():
-                _sum_kernel[(triton.cdiv(out.numel(), 1024),)](part, out, out.numel(), splits, 1024, num_warps=4)
+                _sum_kernel[(triton.cdiv(out.numel(), 1024),)](
+                    part, out, out.numel(), splits, 1024, num_warps=4, enable_fp_fusion=True
+                )
     return d_hidden, d_weight, d_bias
 
 

@@ -33,7 +33,7 @@ def offsets(lengths: Tensor, L: int, gradient: Tensor | None = None) -> Tensor:
     """[M + 1] int32; rows whose gradient is 0 count no token."""
     M = lengths.numel()
     out = torch.empty(M + 1, dtype=torch.int32, device=lengths.device)
-    _offsets_kernel[(1,)](lengths, gradient, out, M, L, gradient is not None, 1024, num_warps=8)
+    _offsets_kernel[(1,)](lengths, gradient, out, M, L, gradient is not None, 1024, num_warps=8, enable_fp_fusion=True)
     return out
 
 
