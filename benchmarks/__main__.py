@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, measure, report
+from benchmarks import gpu, machine, measure, report
 from benchmarks.registry import tables
 from cnm.memory import keep_freed_memory
 
@@ -22,9 +22,12 @@ FORMAT = 1  # of the result file
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: all that can run here was measured; 1: a contender was wrong or failed; 2: bad usage."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["gpu"]:
+        return gpu.main(arguments[1:])
     known = tables()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(known)}; default: all")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(known)} (default: all), or gpu")
     parser.add_argument("--rivals", metavar="NAME[;NAME]", help="only these, of the names in the tables; default: all")
     parser.add_argument(
         "--repeats", type=_positive, default=None, help="pairs per ratio (default: the table's; quick: 3)"

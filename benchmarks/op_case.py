@@ -140,4 +140,4 @@ def normal_like(tensor: Tensor) -> tuple[Tensor]:
     """An upstream gradient of this shape and dtype: seeded standard normal without zeros, the same in every dtype."""
     generator = torch.Generator().manual_seed(1)
     drawn = torch.randn(tensor.shape, generator=generator).bfloat16()
-    return (drawn.masked_fill_(drawn == 0, 1).to(tensor.dtype),)
+    return (drawn.masked_fill_(drawn == 0, 1).to(tensor.device, tensor.dtype),)

@@ -24,7 +24,7 @@ def text(results: dict[str, Any]) -> str:
         parts.append("Tiny sizes: this run shows that everything works, its ratios and goals mean nothing.")
     for (table, case, dtype), records in grouped(results["measurements"]):
         rows = [_row(record, records) for record in records]
-        parts.append(f"### {table}: {case}, {dtype}\n\n{_markdown([HEADER, *rows])}")
+        parts.append(f"### {table}: {case}, {dtype}\n\n{markdown([HEADER, *rows])}")
     parts.append(goals_text(results["measurements"]))
     return "\n\n".join(parts)
 
@@ -61,7 +61,7 @@ def goals_text(measurements: Iterable[Record]) -> str:
         for goal in _goals(records):
             verdict = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
             rows.append([f"{case}, {dtype}", *_goal_words(goal), verdict])
-    return "### goals\n\n" + (_markdown(rows) if len(rows) > 1 else "none set for these cases")
+    return "### goals\n\n" + (markdown(rows) if len(rows) > 1 else "none set for these cases")
 
 
 def _goals(records: Iterable[Record]) -> list[Record]:
@@ -106,7 +106,7 @@ def _number(value: float | None, spec: str, factor: float = 1) -> str:
     return "" if value is None else format(value * factor, spec)
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown(rows: list[list[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows

@@ -99,7 +99,7 @@ def eager_loss(
     """The published formulation: logits of every row, padding too."""
     logits = F.linear(hidden, weight, bias).flatten(0, 2)
     token_nll = F.cross_entropy(logits, target.flatten().repeat(3), reduction="none", label_smoothing=LABEL_SMOOTHING)
-    return _contrast(_mean_of_valid(token_nll.view(hidden.shape[:3]), valid_lengths))
+    return contrast(_mean_of_valid(token_nll.view(hidden.shape[:3]), valid_lengths))
 
 
 def eager_loss_packed(
@@ -109,7 +109,7 @@ def eager_loss_packed(
     rows, words, places = _pack(hidden, target, valid_lengths)
     logits = F.linear(rows, weight, bias)
     token_nll = F.cross_entropy(logits, words, reduction="none", label_smoothing=LABEL_SMOOTHING)
-    return _contrast(_mean_of_valid(_unpack(token_nll, places, hidden), valid_lengths))
+    return contrast(_mean_of_valid(_unpack(token_nll, places, hidden), valid_lengths))
 
 
 def linear_cross_entropy_loss(
@@ -124,7 +124,7 @@ def linear_cross_entropy_loss(
         reduction="none",
         label_smoothing=LABEL_SMOOTHING,
     )
-    return _contrast(_mean_of_valid(token_nll.view(hidden.shape[:3]), valid_lengths))
+    return contrast(_mean_of_valid(token_nll.view(hidden.shape[:3]), valid_lengths))
 
 
 def linear_cross_entropy_loss_packed(
@@ -135,7 +135,7 @@ def linear_cross_entropy_loss_packed(
     token_nll = F.linear_cross_entropy(
         rows, weight, words, linear_bias=bias, reduction="none", label_smoothing=LABEL_SMOOTHING
     )
-    return _contrast(_mean_of_valid(_unpack(token_nll, places, hidden), valid_lengths))
+    return contrast(_mean_of_valid(_unpack(token_nll, places, hidden), valid_lengths))
 
 
 def chunked_linear_cross_entropy_loss(
@@ -151,7 +151,7 @@ def chunked_linear_cross_entropy_loss(
     target_logit = (rows * F.embedding(words, weight)).sum(-1) + bias[words]
     mean_logit = torch.mv(rows, weight.mean(0)) + bias.mean()
     token_nll = token_nll + LABEL_SMOOTHING * (target_logit - mean_logit)
-    return _contrast(_mean_of_valid(token_nll.view(hidden.shape[:3]), valid_lengths))
+    return contrast(_mean_of_valid(token_nll.view(hidden.shape[:3]), valid_lengths))
 
 
 def linear_products(
@@ -180,7 +180,7 @@ class Products(torch.autograd.Function):
 
 def _pack(hidden: Tensor, target: Tensor, valid_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Valid rows [N, D] of the three branches, their targets [N] and their places among all rows [N]."""
-    valid = torch.arange(target.size(1)) < valid_lengths[:, None]  # [B, L]
+    valid = torch.arange(target.size(1), device=target.device) < valid_lengths[:, None]  # [B, L]
     places = valid.repeat(3, 1).flatten().nonzero().squeeze(-1)
     return hidden.flatten(0, 2).index_select(0, places), target[valid].repeat(3), places
 
@@ -192,11 +192,11 @@ def _unpack(token_nll: Tensor, places: Tensor, hidden: Tensor) -> Tensor:
 
 def _mean_of_valid(token_nll: Tensor, valid_lengths: Tensor) -> Tensor:
     """[3, B, L] -> [3, B], in float32 as the published loss under autocast."""
-    valid = torch.arange(token_nll.size(-1)) < valid_lengths[:, None]  # [B, L]
+    valid = torch.arange(token_nll.size(-1), device=token_nll.device) < valid_lengths[:, None]  # [B, L]
     return token_nll.float().masked_fill(~valid, 0).sum(-1) / valid_lengths
 
 
-def _contrast(nll: Tensor) -> tuple[Tensor, ...]:
+def contrast(nll: Tensor) -> tuple[Tensor, ...]:
     positive, hard, easy = nll
     zero = torch.zeros_like(positive)
     hinge = torch.max(positive - hard + BETA_1, zero).mean() + torch.max(positive - easy + BETA_2, zero).mean()
