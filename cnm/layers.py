@@ -134,6 +134,11 @@ class MultiheadAttention(nn.Module):
             out = kernels.weighted_attention(query, key_value, None, weighting, causal=causal, key_lengths=key_lengths)
         return apply_linear(self.out_proj, out.transpose(1, 2).flatten(2))
 
+    def attend_branches(self, packed: Tensor, key_lengths: Tensor, key_weights: Tensor) -> Tensor:
+        """Causal self-attention on what ``project`` gives, under each of n weightings [n, B, L]: [n B, L, D]."""
+        out = kernels.branched_attention(packed, key_weights=key_weights, causal=True, key_lengths=key_lengths)
+        return apply_linear(self.out_proj, out.flatten(0, 1).transpose(1, 2).flatten(2))
+
 
 class DecoderLayer(nn.Module):
     """Self-attention, optional cross attention, feed-forward; each followed by dropout, residual and LayerNorm."""

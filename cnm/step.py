@@ -168,8 +168,8 @@ class LeanStep(TrainingStep):
     * The reconstruction loss never reads the easy negative: it is left out.
     * The contrastive loss trains ``fc_mask_gen`` alone: decoding 1 and the hard negative need no graph, the other two
       branches gradients through the Gaussian only.
-    * The branches enter both decoders with the same input: the first layers' projections are computed once, and later
-      layers run on all branches as one batch. The key weights of that batch are rows of g, ones and 1 - g.
+    * The branches enter both decoders with the same input: the first layers' projections and scores are computed once,
+      and later layers run on all branches as one batch. The key weights of that batch are rows of g, ones and 1 - g.
     """
 
     recompute = False
@@ -223,10 +223,8 @@ class _ReconstructorInputs:
         weighting = torch.cat(key_weights)  # [n B, P]
 
         first, *later = model.trans.decoder1.layers
-        attention = first.self_attn
-        packed_frames = self.frame_projections
-        attended = torch.cat(
-            [attention.attend(packed_frames, None, self.frame_lengths, weight, causal=True) for weight in key_weights]
+        attended = first.self_attn.attend_branches(
+            self.frame_projections, self.frame_lengths, weighting.unflatten(0, (n, -1))
         )
         entered = draws.add_and_norm(attended, self.frames.repeat(n, 1, 1), first.self_attn_layer_norm)
         frames = draws.layer(lambda draws: first.after_self_attention(entered, draws, None))

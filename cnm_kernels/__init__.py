@@ -7,6 +7,7 @@ Each op runs on the best backend the machine offers and can be checked against a
 from cnm_kernels import registry
 from cnm_kernels.accelerate import accelerate, accelerate_losses, restore
 from cnm_kernels.ops import (
+    branched_attention,
     contrastive_reconstruction_loss,
     dropout,
     dropout_add_layer_norm,
@@ -24,6 +25,7 @@ __all__ = [
     "BackendUnavailable",
     "accelerate",
     "accelerate_losses",
+    "branched_attention",
     "contrastive_reconstruction_loss",
     "dropout",
     "dropout_add_layer_norm",

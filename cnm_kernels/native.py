@@ -54,6 +54,7 @@ def _keeps_expected(hidden: Tensor, weight: Tensor, bias: Tensor) -> bool:
 if LOAD_ERROR is None:
     gaussian_mask = formulas.gaussian_mask.bind("cnm_kernels")
     weighted_attention, gaussian_attention = formulas.attention.bind("cnm_kernels")
+    branched_attention = formulas.branched_attention.branch_by_branch(weighted_attention)
     linear = formulas.linear.bind("cnm_kernels")
     intra_video_contrastive_loss = formulas.intra_video_contrastive_loss.bind("cnm_kernels")
     linear_nll, contrastive_reconstruction_loss = formulas.linear_nll.bind(

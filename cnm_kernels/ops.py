@@ -14,7 +14,7 @@ other ops run in the dtype they are given. Losses come back in float32 (float64 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -277,6 +277,40 @@ def gaussian_attention(
     arguments = (query, key, value, *gaussian, causal, key_lengths, scale, return_weights)
     out, weights = _run("gaussian_attention", query, *arguments)
     return (out, weights) if return_weights else out
+
+
+def branched_attention(
+    query: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *,
+    key_weights: Tensor,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """``weighted_attention`` of the same operands under several weightings of the keys, its scores computed once.
+
+    The branches of CNM's second decoding enter their first layer so, the positive with g, the hard negative with ones
+    and the easy one with 1 - g. Differentiable in query, key, value and key_weights.
+
+    Args:
+        query, key, value: as in ``weighted_attention``, packed or not.
+        key_weights: [n, B, Lk], n >= 1, >= 0, the query's dtype or float32.
+        causal, key_lengths, scale: as in ``weighted_attention``.
+
+    Returns:
+        [n, B, H, Lq, d] in the query's dtype.
+    """
+    check = Arguments("branched_attention")
+    query, key, value = _check_attention(check, query, key, value, key_lengths)
+    check.floating("key_weights", key_weights, "n B Lk", own_dtype=True)
+    if key_weights.size(0) == 0:
+        raise ValueError(f"branched_attention: key_weights must hold a branch, got shape {list(key_weights.shape)}")
+    scale = query.size(-1) ** -0.5 if scale is None else float(scale)
+    query, key, value = _for_backend("branched_attention", query, key, value)
+    arguments = (query, key, value, key_weights, causal, key_lengths, scale)
+    return cast(Tensor, _run("branched_attention", query, *arguments))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:

@@ -34,6 +34,7 @@ OPS = (
     "gaussian_mask",
     "weighted_attention",
     "gaussian_attention",
+    "branched_attention",
     "linear",
     "linear_nll",
     "intra_video_contrastive_loss",

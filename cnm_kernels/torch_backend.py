@@ -103,6 +103,20 @@ def gaussian_attention(
     return weighted_attention(query, key, value, mask, causal, key_lengths, scale, return_weights)
 
 
+def branched_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_weights: Tensor,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """``weighted_attention`` of the same operands under each of n rows of weights. [n, B, H, Lq, d]"""
+    arguments = (causal, key_lengths, scale, False)
+    return torch.stack([weighted_attention(query, key, value, weights, *arguments)[0] for weights in key_weights])
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """x W^T + b; negative values 0 with ``relu``."""
     # GPUs' libraries multiply narrow operands fast and accumulate in float32 all the same.

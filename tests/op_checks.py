@@ -33,7 +33,7 @@ SLACK = {  # of the tensor's scale; float64 has no plain computation to be compa
 GRADIENT_TERM = 8.0
 # Their backward multiplies a softmax rounded to the dtype of the hidden states, also for parameters in float32.
 SOFTMAX_PRODUCTS = ("linear_nll", "contrastive_reconstruction_loss")
-ILL_CONDITIONED = ("gaussian_mask", "weighted_attention", "gaussian_attention")
+ILL_CONDITIONED = ("gaussian_mask", "weighted_attention", "gaussian_attention", "branched_attention")
 
 
 def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -122,7 +122,7 @@ def check_gradients(op: str, inputs: Inputs, backend: str, names: Sequence[str] 
     else:
         plain = _gradients(lambda **inputs: run(op, inputs, "torch"), inputs, names)
     terms = dict.fromkeys(names, GRADIENT_TERM)
-    if op in ("weighted_attention", "gaussian_attention"):
+    if op in ("weighted_attention", "gaussian_attention", "branched_attention"):
         terms |= attention_terms(inputs, GRADIENT_TERM)
     if op == "gaussian_attention":
         terms |= gaussian_terms(inputs)

@@ -5,6 +5,8 @@ Each takes the public function's arguments and is differentiated by autograd; it
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,6 +72,14 @@ def gaussian_attention(
     """``weighted_attention`` with the mask in memory."""
     (mask,) = gaussian_mask(center.to(query.dtype), width.to(query.dtype), key.size(2), alpha, min_width, complement)
     return weighted_attention(query, key, value, mask, causal, key_lengths, scale, return_weights)
+
+
+def branched_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_weights: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    """Every branch by itself."""
+    branches = [weighted_attention(query, key, value, weights, **options)[0] for weights in key_weights.unbind(0)]
+    return (torch.stack(branches),)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> tuple[Tensor, ...]:
@@ -178,6 +188,7 @@ REFERENCES = {
         gaussian_mask,
         weighted_attention,
         gaussian_attention,
+        branched_attention,
         linear,
         linear_nll,
         intra_video_contrastive_loss,

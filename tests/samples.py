@@ -23,6 +23,7 @@ DIFFERENTIABLE = {
     "gaussian_mask": ("center", "width"),
     "weighted_attention": ("query", "key", "value", "key_weight"),
     "gaussian_attention": ("query", "key", "value", "center", "width"),
+    "branched_attention": ("query", "key", "value", "key_weights"),
     "linear": ("x", "weight", "bias"),
     "linear_nll": ("hidden", "weight", "bias"),
     "intra_video_contrastive_loss": ("positive", "hard", "easy"),
@@ -73,6 +74,10 @@ def weighted(draw: Draw, B: int, H: int, Lq: int, Lk: int, d: int, **options: An
 def gaussian(draw: Draw, B: int, H: int, Lq: int, Lk: int, d: int, *, alpha: float = 5.5, **options: Any) -> Inputs:
     moment = {"center": draw.uniform(B), "width": draw.uniform(B, low=0.15), "alpha": alpha}
     return attention(draw, B, H, Lq, Lk, d, **options) | moment
+
+
+def branched(draw: Draw, n: int, B: int, H: int, Lq: int, Lk: int, d: int, **options: Any) -> Inputs:
+    return attention(draw, B, H, Lq, Lk, d, **options) | {"key_weights": draw.uniform(n, B, Lk)}
 
 
 def vocabulary(
@@ -256,6 +261,18 @@ SAMPLES: dict[str, dict[str, Builder]] = {
         "complement-words-clips": lambda draw: gaussian(draw, 2, 4, 13, 50, 64, complement=True),
         "narrow-and-outside": lambda draw: _narrow(draw, gaussian(draw, 5, 2, 4, 21, 8)),
         "narrow-and-outside-complement": lambda draw: _narrow(draw, gaussian(draw, 5, 2, 4, 21, 8, complement=True)),
+    },
+    "branched_attention": {
+        "plain": lambda draw: branched(draw, 3, 2, 2, 5, 7, 8),
+        "one-branch": lambda draw: branched(draw, 1, 2, 2, 5, 7, 8),
+        "clips-50": lambda draw: branched(draw, 3, 2, 4, 50, 50, 64, causal=True),
+        "frames-150": lambda draw: branched(draw, 2, 1, 2, 150, 150, 64, causal=True),
+        "lengths-0-1-odd-over": lambda draw: branched(draw, 2, 5, 2, 6, 7, 8, key_lengths=draw.lengths(0, 1, 5, 7, 9)),
+        "empty-batch": lambda draw: branched(draw, 3, 0, 2, 3, 4, 8),
+        "no-keys": lambda draw: branched(draw, 3, 2, 2, 3, 0, 8),
+        "strided": lambda draw: strided(branched(draw, 3, 2, 2, 5, 7, 8)),
+        "misaligned": lambda draw: misaligned(branched(draw, 3, 2, 2, 5, 7, 8, causal=True)),
+        "extreme-logits": lambda draw: _extreme_logits(branched(draw, 3, 2, 2, 5, 7, 8)),
     },
     "linear": {
         "published-3x50x256": lambda draw: layer(draw, 3, 50, 256, M=256),

@@ -15,6 +15,7 @@ VALID = {  # a sample in which every argument is present
     "gaussian_mask": "odd-3x5x37-complement",
     "weighted_attention": "weighted-causal-lengths-weights",  # B, H, Lq, Lk, d = 3, 2, 17, 17, 33
     "gaussian_attention": "causal-lengths-weights",
+    "branched_attention": "lengths-0-1-odd-over",
     "linear": "odd-3x5x37",
     "linear_nll": "odd",  # M, L, D, V = 3, 5, 37, 101
     "intra_video_contrastive_loss": "odd-7",
@@ -25,17 +26,20 @@ VALID = {  # a sample in which every argument is present
 INTEGERS = {
     "weighted_attention": ("key_lengths",),
     "gaussian_attention": ("key_lengths",),
+    "branched_attention": ("key_lengths",),
     "linear_nll": ("target", "valid_lengths"),
     "contrastive_reconstruction_loss": ("target", "valid_lengths"),
 }
 OWN_DTYPE = {  # these may be float32 beside lower or higher ones
     "weighted_attention": ("key_weight",),
     "gaussian_attention": ("center", "width"),
+    "branched_attention": ("key_weights",),
     "linear": ("weight", "bias"),
     "linear_nll": ("weight", "bias"),
     "contrastive_reconstruction_loss": ("weight", "bias"),
     "dropout_add_layer_norm": ("weight", "bias"),
 }
+ATTENTION = ("weighted_attention", "gaussian_attention", "branched_attention")
 FLOATING = [(op, name) for op, names in DIFFERENTIABLE.items() for name in names]
 
 
@@ -125,7 +129,7 @@ def test_a_size_that_disagrees(op: str, name: str) -> None:
     inputs = valid(op)
     tensor = inputs[name]
     inputs[name] = torch.cat([tensor, tensor[..., :1]], -1)
-    free = {("weighted_attention", "query"): "key", ("gaussian_attention", "query"): "key"}
+    free = {(attention, "query"): "key" for attention in ATTENTION}
     first = DIFFERENTIABLE[op][0]
     blamed = free.get((op, name)) or (name if name != first else DIFFERENTIABLE[op][1])
     with pytest.raises(ValueError, match=rf"^{op}: {blamed} must have shape \[.*\].*, got \[.*\]$") as error:

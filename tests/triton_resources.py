@@ -26,10 +26,19 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-attention, dropout, dropout_add_layer_norm, gaussian_mask, intra_video_contrastive_loss, linear_nll = (
+(
+    attention,
+    branched_attention,
+    dropout,
+    dropout_add_layer_norm,
+    gaussian_mask,
+    intra_video_contrastive_loss,
+    linear_nll,
+) = (
     importlib.import_module(f"cnm_kernels.triton.{name}")
     for name in (
         "attention",
+        "branched_attention",
         "dropout",
         "dropout_add_layer_norm",
         "gaussian_mask",
@@ -73,6 +82,13 @@ def attend(Lq: int, Lk: int, d: int, dtype: torch.dtype, kind: str, causal: bool
     attention.backward(out, d_weights, q, k, v, *weighting, causal, lengths, 0.125, stats, *needs)
 
 
+def attend_branches(dtype: torch.dtype, n: int = 3, B: int = 2, L: int = 50, H: int = 4, d: int = 64) -> None:
+    packed, weights = torch.zeros(B, L, 3, H, d, dtype=dtype), torch.zeros(n, B, L)
+    out, stats = branched_attention.forward(packed, None, None, weights, True, None, 0.125)
+    needs = (True, False, False, True)
+    branched_attention.backward(out, packed, None, None, weights, True, None, 0.125, stats, *needs)
+
+
 def reconstruct(V: int, D: int, dtype: torch.dtype, M: int = 128, L: int = 20) -> None:
     hidden, weight, bias = torch.zeros(M, L, D, dtype=dtype), torch.zeros(V, D), torch.zeros(V)
     target, lengths = torch.zeros(M, L, dtype=torch.int64), torch.full((M,), L)
@@ -109,6 +125,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         for Lq, Lk, d, kind, causal in sizes:
             name = f"{Lq}x{Lk} d={d} {kind}{' causal' if causal else ''} {short}"
             yield name, lambda a=(Lq, Lk, d, dtype, kind, causal): attend(*a)
+        yield f"50x50 d=64 three branches {short}", lambda dtype=dtype: attend_branches(dtype)
         for V, D in [(1112, 256), (8001, 256), (1112, 512)] if dtype != torch.float16 else [(1112, 256)]:
             yield f"V={V} D={D} {short}", lambda a=(V, D, dtype): reconstruct(*a)
         yield f"D=256 {short}", lambda a=(256, dtype): add_and_norm(*a)

@@ -7,6 +7,7 @@ that ``registry`` looks for.
 
 from cnm_kernels.formulas import (
     attention,
+    branched_attention,
     dropout,
     dropout_add_layer_norm,
     gaussian_mask,
@@ -17,6 +18,7 @@ from cnm_kernels.formulas import (
 
 __all__ = [
     "attention",
+    "branched_attention",
     "dropout",
     "dropout_add_layer_norm",
     "gaussian_mask",

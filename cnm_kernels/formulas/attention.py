@@ -5,7 +5,7 @@ It takes heads packed as a projection gives them, and hands their gradients back
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,20 @@ def heads_last(like: Tensor, B: int, H: int, L: int, d: int) -> Tensor:
     return like.new_empty(B, L, H, d).transpose(1, 2)
 
 
+def operand_gradients(query: Tensor, key: Tensor | None, value: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
+    """Where the gradients of query, key and value go: packed as these are; nothing where nothing is needed."""
+
+    def gradient(operand: Tensor | None, needed: bool) -> Tensor:
+        if operand is None or not needed:
+            return query.new_empty(0)
+        if operand.dim() == 5:
+            return operand.new_empty(operand.shape)
+        B, H, L, d = operand.shape
+        return heads_last(operand, B, H, L, d)
+
+    return list(map(gradient, (query, key, value), needs))
+
+
 def _fake(query: Tensor, key: Tensor | None, value: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return_weights = others[-1]
     B, H, Lq, Lk, d = sizes(query, key, value)
@@ -42,20 +56,12 @@ def _fake_backward(
     weighting = others[:3]  # key_weight, center, width
     *needs, need_weight = others[-4:]
 
-    def operand(tensor: Tensor | None, needed: bool) -> Tensor:
-        if tensor is None or not needed:
-            return query.new_empty(0)
-        if tensor.dim() == 5:
-            return tensor.new_empty(tensor.shape)
-        B, H, L, d = tensor.shape
-        return heads_last(tensor, B, H, L, d)
-
     def like(tensor: Tensor | None) -> Tensor:
         if tensor is None:
             return query.new_empty(0, dtype=torch.float32)
         return tensor.new_empty(tensor.shape if need_weight else 0)
 
-    return (*map(operand, (query, key, value), needs), *map(like, weighting))
+    return (*operand_gradients(query, key, value, needs), *map(like, weighting))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -20,6 +20,7 @@ from cnm_kernels import formulas, registry
 NAMESPACE = "cnm_kernels_triton"
 _FILES = (
     "attention",
+    "branched_attention",
     "dropout",
     "dropout_add_layer_norm",
     "gaussian_mask",
@@ -76,6 +77,7 @@ if LOAD_ERROR is None:
 
     gaussian_mask = formulas.gaussian_mask.bind(NAMESPACE)
     weighted_attention, gaussian_attention = formulas.attention.bind(NAMESPACE)
+    branched_attention = formulas.branched_attention.bind(NAMESPACE)
     intra_video_contrastive_loss = formulas.intra_video_contrastive_loss.bind(NAMESPACE)
     linear_nll, contrastive_reconstruction_loss = formulas.linear_nll.bind(
         NAMESPACE, intra_video_contrastive_loss, keeps_expected

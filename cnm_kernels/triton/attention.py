@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cnm_kernels.formulas.attention import heads_last, sizes
+from cnm_kernels.formulas.attention import heads_last, operand_gradients, sizes
 from cnm_kernels.triton import attention_blocked
 from cnm_kernels.triton.attention_tiles import (
+    gradient_views,
     load_rows,
     real_keys,
     store_rows,
@@ -46,12 +47,11 @@ WHOLE = {
 def _forward_tile(
     q_ptr, k_ptr, v_ptr, first_ptr, second_ptr, out_ptr, stats_ptr, weights_ptr,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
-    b, first_head, rows, limit, Lq, Lk, d, H, scale, alpha, min_width,
-    KIND: tl.constexpr, CAUSAL: tl.constexpr, RETURN_WEIGHTS: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    b, first_head, rows, limit, Lq, Lk, d, H, scale, alpha, min_width, weights_n, stats_n, out_n,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, RETURN_WEIGHTS: tl.constexpr, BRANCHES: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     keys = tl.arange(0, BLOCK_N)
-    m = load_key_weights(first_ptr, second_ptr, b, keys, Lk, alpha, min_width, KIND)
     seen = visible(rows, keys, limit, CAUSAL)
     averaged = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for index in range(0, HEADS):
@@ -62,17 +62,23 @@ def _forward_tile(
         s = tl.where(seen, dot(q, tl.trans(k)) * scale, float("-inf"))
         highest = tl.max(s, 1)
         highest = tl.where(highest == float("-inf"), 0.0, highest)
-        e = tl.exp(s - highest[:, None]) * m[None, :]
-        total = tl.sum(e, 1)
-        inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
-        p = e * inverse[:, None]
-        out = dot(narrow(p, v.dtype), v)
-        store_rows(out_ptr + b * out_b + h * out_h, out, rows, Lq, out_l, d, BLOCK_D)
-        stats = stats_ptr + ((b * H + h) * Lq + rows) * 2
-        tl.store(stats, highest, mask=rows < Lq)
-        tl.store(stats + 1, inverse, mask=rows < Lq)
-        if RETURN_WEIGHTS:
-            averaged += p
+        unweighted = tl.exp(s - highest[:, None])
+        for branch in tl.static_range(BRANCHES):
+            branch_first = first_ptr
+            if BRANCHES > 1:
+                branch_first = first_ptr + branch * weights_n
+            m = load_key_weights(branch_first, second_ptr, b, keys, Lk, alpha, min_width, KIND)
+            e = unweighted * m[None, :]
+            total = tl.sum(e, 1)
+            inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+            p = e * inverse[:, None]
+            out = dot(narrow(p, v.dtype), v)
+            store_rows(out_ptr + branch * out_n + b * out_b + h * out_h, out, rows, Lq, out_l, d, BLOCK_D)
+            stats = stats_ptr + branch * stats_n + ((b * H + h) * Lq + rows) * 2
+            tl.store(stats, highest, mask=rows < Lq)
+            tl.store(stats + 1, inverse, mask=rows < Lq)
+            if RETURN_WEIGHTS:
+                averaged += p
     if RETURN_WEIGHTS:
         place = weights_ptr + (b * Lq + rows[:, None]) * Lk + keys[None, :]
         inside = (rows[:, None] < Lq) & (keys[None, :] < Lk)
@@ -83,9 +89,9 @@ def _forward_tile(
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, first_ptr, second_ptr, lengths_ptr, out_ptr, stats_ptr, weights_ptr,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
-    Lq, Lk, d, H, scale, alpha, min_width,
+    Lq, Lk, d, H, scale, alpha, min_width, weights_n, stats_n, out_n,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, RETURN_WEIGHTS: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BRANCHES: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     groups = H // HEADS
     b = (tl.program_id(0) // groups).to(tl.int64)
@@ -99,15 +105,15 @@ def _forward_kernel(
         _forward_tile(
             q_ptr, k_ptr, v_ptr, first_ptr, second_ptr, out_ptr, stats_ptr, weights_ptr,
             q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
-            b, first_head, rows, limit, Lq, Lk, d, H, scale, alpha, min_width,
-            KIND, CAUSAL, RETURN_WEIGHTS, HEADS, BLOCK_M, BLOCK_N // 2, BLOCK_D,
+            b, first_head, rows, limit, Lq, Lk, d, H, scale, alpha, min_width, weights_n, stats_n, out_n,
+            KIND, CAUSAL, RETURN_WEIGHTS, BRANCHES, HEADS, BLOCK_M, BLOCK_N // 2, BLOCK_D,
         )  # fmt: skip
     else:
         _forward_tile(
             q_ptr, k_ptr, v_ptr, first_ptr, second_ptr, out_ptr, stats_ptr, weights_ptr,
             q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
-            b, first_head, rows, limit, Lq, Lk, d, H, scale, alpha, min_width,
-            KIND, CAUSAL, RETURN_WEIGHTS, HEADS, BLOCK_M, BLOCK_N, BLOCK_D,
+            b, first_head, rows, limit, Lq, Lk, d, H, scale, alpha, min_width, weights_n, stats_n, out_n,
+            KIND, CAUSAL, RETURN_WEIGHTS, BRANCHES, HEADS, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
 
@@ -117,9 +123,10 @@ def _backward_kernel(
     d_q_ptr, d_k_ptr, d_v_ptr, d_first_ptr, d_second_ptr,
     d_out_b, d_out_h, d_out_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
     d_q_b, d_q_h, d_q_l, d_k_b, d_k_h, d_k_l, d_v_b, d_v_h, d_v_l,
-    Lq, Lk, d, H, scale, alpha, min_width,
+    Lq, Lk, d, H, scale, alpha, min_width, weights_n, stats_n, d_out_n,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_D_WEIGHTS: tl.constexpr,
     NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    BRANCHES: tl.constexpr, ROWS_OF_D_M: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     groups = H // HEADS
@@ -127,8 +134,8 @@ def _backward_kernel(
     first_head = (tl.program_id(0) % groups) * HEADS
     limit = real_keys(lengths_ptr, b, Lk, HAS_LENGTHS)
     keys = tl.arange(0, BLOCK_N)
-    m = load_key_weights(first_ptr, second_ptr, b, keys, Lk, alpha, min_width, KIND)
-    d_m = tl.zeros([BLOCK_N], tl.float32)
+    branches = tl.arange(0, ROWS_OF_D_M)  # as many as there are, to a power of two
+    d_m = tl.zeros([ROWS_OF_D_M, BLOCK_N], tl.float32)
     for index in range(0, HEADS):
         h = first_head + index
         k = load_rows(k_ptr + b * k_b + h * k_h, keys, limit, k_l, d, BLOCK_D)
@@ -138,25 +145,34 @@ def _backward_kernel(
         for start in range(0, Lq, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
             q = load_rows(q_ptr + b * q_b + h * q_h, rows, Lq, q_l, d, BLOCK_D)
-            d_out = load_rows(d_out_ptr + b * d_out_b + h * d_out_h, rows, Lq, d_out_l, d, BLOCK_D)
             stats = stats_ptr + ((b * H + h) * Lq + rows) * 2
             highest = tl.load(stats, mask=rows < Lq, other=0.0)
-            inverse = tl.load(stats + 1, mask=rows < Lq, other=0.0)
             s = dot(q, tl.trans(k)) * scale - highest[:, None]
-            p0 = tl.where(visible(rows, keys, limit, CAUSAL), tl.exp(s), 0.0) * inverse[:, None]
-            p = p0 * m[None, :]
-            d_p = dot(d_out, tl.trans(v))
-            if HAS_D_WEIGHTS:
-                place = d_weights_ptr + (b * Lq + rows[:, None]) * Lk + keys[None, :]
-                inside = (rows[:, None] < Lq) & (keys[None, :] < Lk)
-                d_p += tl.load(place, mask=inside, other=0.0).to(tl.float32) / H
-            delta = tl.sum(p * d_p, 1)
-            centered = d_p - delta[:, None]
-            if NEED_WEIGHT:
-                d_m += tl.sum(p0 * centered, 0)
-            d_s = narrow(p * centered, q.dtype)
-            if NEED_V:
-                d_v += dot(tl.trans(narrow(p, q.dtype)), d_out)
+            unweighted = tl.where(visible(rows, keys, limit, CAUSAL), tl.exp(s), 0.0)
+            to_scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for branch in tl.static_range(BRANCHES):
+                branch_first = first_ptr
+                if BRANCHES > 1:
+                    branch_first = first_ptr + branch * weights_n
+                m = load_key_weights(branch_first, second_ptr, b, keys, Lk, alpha, min_width, KIND)
+                d_out_h_ptr = d_out_ptr + branch * d_out_n + b * d_out_b + h * d_out_h
+                d_out = load_rows(d_out_h_ptr, rows, Lq, d_out_l, d, BLOCK_D)
+                inverse = tl.load(stats + branch * stats_n + 1, mask=rows < Lq, other=0.0)
+                p0 = unweighted * inverse[:, None]
+                p = p0 * m[None, :]
+                d_p = dot(d_out, tl.trans(v))
+                if HAS_D_WEIGHTS:
+                    place = d_weights_ptr + (b * Lq + rows[:, None]) * Lk + keys[None, :]
+                    inside = (rows[:, None] < Lq) & (keys[None, :] < Lk)
+                    d_p += tl.load(place, mask=inside, other=0.0).to(tl.float32) / H
+                delta = tl.sum(p * d_p, 1)
+                centered = d_p - delta[:, None]
+                if NEED_WEIGHT:
+                    d_m += tl.where((branches == branch)[:, None], tl.sum(p0 * centered, 0)[None, :], 0.0)
+                if NEED_V:
+                    d_v += dot(tl.trans(narrow(p, q.dtype)), d_out)
+                to_scores += p * centered
+            d_s = narrow(to_scores, q.dtype)
             if NEED_K:
                 d_k += dot(tl.trans(d_s), q)
             if NEED_Q:
@@ -167,12 +183,15 @@ def _backward_kernel(
         if NEED_V:
             store_rows(d_v_ptr + b * d_v_b + h * d_v_h, d_v, keys, Lk, d_v_l, d, BLOCK_D)
     if NEED_WEIGHT:
-        store_key_weight_gradient(
-            d_first_ptr, d_second_ptr, first_ptr, second_ptr, b, keys, d_m, Lk, alpha, min_width, KIND
-        )
+        for branch in tl.static_range(BRANCHES):
+            d_m_of_branch = tl.sum(tl.where((branches == branch)[:, None], d_m, 0.0), 0)
+            store_key_weight_gradient(
+                d_first_ptr + branch * weights_n, d_second_ptr, first_ptr, second_ptr, b, keys, d_m_of_branch, Lk,
+                alpha, min_width, KIND,
+            )  # fmt: skip
 
 
-def _fits(kernel: str, k: Tensor, weighting: KeyWeights, with_weights: bool) -> bool:
+def fits(kernel: str, k: Tensor, weighting: KeyWeights, with_weights: bool) -> bool:
     """Whether a program can hold a head's keys whole."""
     plain = weighting.kind == NONE and not with_weights
     return block(k.size(2)) * block(k.size(3)) <= WHOLE[kernel][k.element_size()][plain]
@@ -187,6 +206,62 @@ SCHEMAS = {
     "bool causal, Tensor? key_lengths, float scale, Tensor stats, bool need_query, bool need_key, "
     "bool need_value, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weighting: KeyWeights,
+    lengths: Tensor | None,
+    causal: bool,
+    scale: float,
+    out: Tensor,
+    stats: Tensor,
+    weights: Tensor,
+) -> None:
+    """Fills out [n, B, H, Lq, d], stats and, unless it is empty, weights; with n > 1 the weighting's are [n, B, Lk]."""
+    (B, H, Lq, d), Lk = q.shape, k.size(2)
+    chosen = configuration("attention", q, block(Lk) * block(d))
+    return_weights = weights.numel() > 0
+    heads = H if return_weights else 1
+    BLOCK_M = min(block(Lq), chosen.rows)
+    _forward_kernel[(B * H // heads, triton.cdiv(Lq, BLOCK_M))](
+        q, k, v, weighting.first, weighting.second, lengths, out, stats, weights, *strides(q, k, v, out[0]),
+        Lq, Lk, d, H, scale, weighting.alpha, weighting.min_width, B * Lk, stats.stride(0), out.stride(0),
+        weighting.kind, causal, lengths is not None, return_weights, out.size(0), heads, BLOCK_M, block(Lk), block(d),
+        num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
+    )  # fmt: skip
+
+
+def launch_backward(
+    d_out: Tensor,
+    d_weights: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weighting: KeyWeights,
+    lengths: Tensor | None,
+    causal: bool,
+    scale: float,
+    stats: Tensor,
+    gradients: list[Tensor | None],
+    d_weighting: tuple[Tensor, Tensor | None] | None,
+) -> None:
+    """Fills the gradients of q, k, v that are tensors, summed over the n of d_out, and those of the weighting."""
+    (B, H, Lq, d), Lk, n = q.shape, k.size(2), d_out.size(0)
+    chosen = configuration("attention_backward", q, block(Lk) * block(d))
+    heads = 1 if d_weighting is None else H
+    _backward_kernel[(B * H // heads,)](
+        d_out, d_weights, q, k, v, weighting.first, weighting.second, lengths, stats,
+        *gradients, *(d_weighting or (None, None)),
+        *strides(d_out[0], q, k, v, *(q if gradient is None else gradient for gradient in gradients)),
+        Lq, Lk, d, H, scale, weighting.alpha, weighting.min_width, B * Lk, stats.stride(0), d_out.stride(0),
+        weighting.kind, causal, lengths is not None, d_weights is not None,
+        *(gradient is not None for gradient in gradients), d_weighting is not None, n, triton.next_power_of_2(n),
+        heads, min(block(Lq), chosen.rows), block(Lk), block(d),
+        num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
+    )  # fmt: skip
 
 
 def forward(
@@ -213,19 +288,10 @@ def forward(
         return out.zero_(), stats.zero_(), weights.zero_()
     weighting = KeyWeights.of(key_weight, center, width, alpha, min_width, complement)
     lengths = None if key_lengths is None else key_lengths.contiguous()
-    if not _fits("attention", k, weighting, return_weights):
+    if not fits("attention", k, weighting, return_weights):
         attention_blocked.forward(q, k, v, weighting, causal, lengths, scale, out, stats, weights)
         return out, stats, weights
-    chosen = configuration("attention", q, block(Lk) * block(d))
-    heads = H if return_weights else 1
-    BLOCK_M = min(block(Lq), chosen.rows)
-    grid = (B * H // heads, triton.cdiv(Lq, BLOCK_M))
-    _forward_kernel[grid](
-        q, k, v, weighting.first, weighting.second, lengths, out, stats, weights, *strides(q, k, v, out),
-        Lq, Lk, d, H, scale, alpha, min_width,
-        weighting.kind, causal, lengths is not None, return_weights, heads, BLOCK_M, block(Lk), block(d),
-        num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
-    )  # fmt: skip
+    launch_forward(q, k, v, weighting, lengths, causal, scale, out[None], stats[None], weights)
     return out, stats, weights
 
 
@@ -251,31 +317,15 @@ def backward(
     need_weight: bool,
 ) -> tuple[Tensor, ...]:
     B, H, Lq, Lk, d = sizes(query, key, value)
-    needs: tuple[bool, ...] = (need_query, need_key, need_value)
-    gradients = [
-        _operand_gradient(query, tensor, need) for tensor, need in zip((query, key, value), needs, strict=True)
-    ]
+    needs = (need_query, need_key, need_value)
+    gradients = operand_gradients(query, key, value, needs)
     d_moment = [
         floats(query, 0) if tensor is None else tensor.new_empty(tensor.shape if need_weight else 0)
         for tensor in (key_weight, center, width)
     ]
     if B * H * Lq * d == 0 or Lk == 0:
         return (*(gradient.zero_() for gradient in gradients), *(gradient.zero_() for gradient in d_moment))
-    packed = 3 if key is None else 2 if value is None else 1
-    if packed == 3:
-        needs = (need_query,) * 3
-    elif packed == 2:
-        needs = (need_query, need_key, need_key)
-    views: list[Tensor | None] = [None, None, None]
-    if packed == 3 and need_query:
-        views = [*gradients[0].permute(2, 0, 3, 1, 4).unbind(0)]
-    elif packed < 3:
-        views[0] = gradients[0] if need_query else None
-        if packed == 2 and need_key:
-            views[1:] = gradients[1].permute(2, 0, 3, 1, 4).unbind(0)
-        elif packed == 1:
-            views[1:] = [gradient if need else None for gradient, need in zip(gradients[1:], needs[1:], strict=True)]
-
+    views = gradient_views(gradients, key, value, needs)
     q, k, v = map(rows_contiguous, unpack(query, key, value))
     d_out = rows_contiguous(d_out)
     d_weights = None if d_weights is None else d_weights.contiguous()
@@ -283,33 +333,17 @@ def backward(
     need_weight = need_weight and weighting.kind != NONE
     d_first, d_second = (d_moment[0], None) if weighting.kind == TENSOR else (d_moment[1], d_moment[2])
     lengths = None if key_lengths is None else key_lengths.contiguous()
-    if not _fits("attention_backward", k, weighting, d_weights is not None):
+    if not fits("attention_backward", k, weighting, d_weights is not None):
         attention_blocked.backward(
             d_out, d_weights, q, k, v, weighting, causal, lengths, scale, stats, views,
             (d_first, d_second) if need_weight else None,
         )  # fmt: skip
         return (*gradients, *d_moment)
-    chosen = configuration("attention_backward", q, block(Lk) * block(d))
-    heads = H if need_weight else 1
-    given = [q if view is None else view for view in views]
-    _backward_kernel[(B * H // heads,)](
-        d_out, d_weights, q, k, v, weighting.first, weighting.second, lengths, stats, *views, d_first, d_second,
-        *strides(d_out, q, k, v, *given), Lq, Lk, d, H, scale, alpha, min_width,
-        weighting.kind, causal, lengths is not None, d_weights is not None, *needs, need_weight,
-        heads, min(block(Lq), chosen.rows), block(Lk), block(d),
-        num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
+    launch_backward(
+        d_out[None], d_weights, q, k, v, weighting, lengths, causal, scale, stats[None], views,
+        (d_first, d_second) if need_weight else None,
     )  # fmt: skip
     return (*gradients, *d_moment)
-
-
-def _operand_gradient(query: Tensor, operand: Tensor | None, needed: bool) -> Tensor:
-    """Where an operand's gradient goes: packed as the operand is; nothing where nothing is needed."""
-    if operand is None or not needed:
-        return query.new_empty(0)
-    if operand.dim() == 5:
-        return operand.new_empty(operand.shape)
-    B, H, L, d = operand.shape
-    return heads_last(operand, B, H, L, d)
 
 
 IMPLEMENTATIONS = {"attention": forward, "attention_backward": backward}

@@ -54,3 +54,15 @@ def unpack(query: Tensor, key: Tensor | None, value: Tensor | None) -> list[Tens
 def strides(*heads: Tensor) -> list[int]:
     """Of batch, head and position of each."""
     return [stride for tensor in heads for stride in tensor.stride()[:3]]
+
+
+def gradient_views(
+    gradients: list[Tensor], key: Tensor | None, value: Tensor | None, needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """These gradients as views [B, H, L, d] of query, key and value; None where not needed."""
+    of_query, of_key, of_value = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    if key is None:
+        return [None] * 3 if of_query is None else list(unpack(of_query, None, None))
+    if value is None:
+        return [of_query, *([None] * 2 if of_key is None else of_key.permute(2, 0, 3, 1, 4).unbind(0))]
+    return [of_query, of_key, of_value]
