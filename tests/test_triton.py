@@ -153,3 +153,62 @@ def test_float32_products_are_not_tf32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["lengths-0-1-odd-over", "odd"])
 def test_the_loss_is_deterministic_with_padding(name: str, dtype: torch.dtype) -> None:
     check_deterministic("linear_nll", sample("linear_nll", name, dtype, DEVICE), "triton")
+
+
+def test_tuning_keeps_the_fastest_that_runs(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    autotune = importlib.import_module("cnm_kernels.triton.autotune")
+    configurations = importlib.import_module("cnm_kernels.triton.configurations")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    key = ("attention", 2, 128 * 64)
+    before = list(configurations.TABLE[key[:2]])
+    wanted = configurations.Configuration(32, 0, 8, 3)
+
+    def time(call) -> float:
+        current = dict(configurations.TABLE[key[:2]])[key[2]]
+        if current.rows == 16:
+            raise RuntimeError("out of resource")
+        return 1.0 if current == wanted else 2.0
+
+    chosen, milliseconds = autotune.best(key, lambda: None, time)
+    assert (chosen, milliseconds) == (wanted, 1.0)
+    assert configurations.TABLE[key[:2]] == before
+    autotune.write(configurations.tuned_path("A GPU"), {key: chosen})
+    configurations.tuned.cache_clear()
+    assert configurations.tuned("A GPU") == {key: wanted}
+    configurations.tuned_path("A GPU").write_text('{"format": 99}')
+    configurations.tuned.cache_clear()
+    with pytest.warns(RuntimeWarning, match="no table of configurations"):
+        assert configurations.tuned("A GPU") == {}
+    configurations.tuned.cache_clear()
+
+
+def test_every_class_that_is_tuned_is_one_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls run too, at a hundredth of their size."""
+    autotune = importlib.import_module("cnm_kernels.triton.autotune")
+    configurations = importlib.import_module("cnm_kernels.triton.configurations")
+    small = {384: 1, 128: 1, 8001: 40, 200: 70}
+    for name in ("randn", "rand", "randint", "full", "zeros"):
+        original = getattr(torch, name)
+
+        def shrunk(*sizes, original=original, **options):
+            def shrink(value):
+                if isinstance(value, tuple):
+                    return tuple(map(shrink, value))
+                return small.get(value, value) if isinstance(value, int) else value
+
+            return original(*map(shrink, sizes), **options)
+
+        monkeypatch.setattr(autotune.torch, name, shrunk)
+    seen = set()
+    for _, keys, pair in autotune.calls(DEVICE):
+        for key, call in zip(keys, pair, strict=True):
+            assert key[2] in dict(configurations.TABLE[key[:2]])
+            seen.add(key[0])
+            call()
+    assert {"attention", "attention_backward", "linear_nll", "linear_nll_backward"} <= seen
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_tuning_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert importlib.import_module("cnm_kernels.triton.autotune").main([]) == 1
+    assert capsys.readouterr().err == "autotune: needs an NVIDIA GPU\n"

@@ -193,8 +193,14 @@ def _backward_kernel(
 
 def fits(kernel: str, k: Tensor, weighting: KeyWeights, with_weights: bool) -> bool:
     """Whether a program can hold a head's keys whole."""
-    plain = weighting.kind == NONE and not with_weights
-    return block(k.size(2)) * block(k.size(3)) <= WHOLE[kernel][k.element_size()][plain]
+    return kernel_and_size(kernel, k, weighting.kind != NONE or with_weights)[0] == kernel
+
+
+def kernel_and_size(kernel: str, k: Tensor, weighted: bool) -> tuple[str, Tensor, int]:
+    """What ``configuration`` is asked for, for keys [B, H, L, d]."""
+    if block(k.size(2)) * block(k.size(3)) <= WHOLE[kernel][k.element_size()][not weighted]:
+        return kernel, k, block(k.size(2)) * block(k.size(3))
+    return kernel.replace("attention", "attention_blocked", 1), k, k.size(3)
 
 
 SCHEMAS = {
