@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from dataclasses import asdict
 from enum import Enum
@@ -18,6 +19,7 @@ from typer.core import TyperGroup
 from cnm import checkpoint, configs, metrics
 from cnm.config import CNMConfig
 from cnm.data import Vocabulary, load_features, load_vocabulary, open_split, plant
+from cnm.distributed import Group
 from cnm.errors import InputError
 from cnm.evaluation import check_vocabulary, evaluate
 from cnm.files import replace_file
@@ -169,7 +171,11 @@ def train(
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option(help="A new folder for the run; otherwise train.model_saved_path of the configuration."),
+        typer.Option(
+            "--run",
+            "--run-folder",  # torchrun takes --run for an option of its own
+            help="A new folder for the run; otherwise train.model_saved_path of the configuration.",
+        ),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Folder of an interrupted run to continue; --config is then not needed.")
@@ -196,6 +202,7 @@ def train(
       cnm train --config charades_i3d --run runs/small --set train.batch_size=64 --set train.max_num_epochs=5
       cnm train --resume runs/first
       cnm train --resume runs/first --set train.max_num_epochs=80     (longer than first planned)
+      torchrun --nproc-per-node 4 -m cnm train --config charades_i3d --run-folder runs/four     (four GPUs)
     """
     changes = [*(changes or []), *([] if seed is None else [f"train.seed={seed}"])]
     if resume is None:
@@ -203,13 +210,16 @@ def train(
             raise InputError("--config is missing: name a configuration file, or --resume a run")
         chosen = configs.resolve(config, changes)
         folder = run or Path(chosen.train.model_saved_path)
-        RunFolder(folder).check_new()
+        group = Group.join(_device(device))
+        if group is None or group.rank == 0:
+            RunFolder(folder).check_new()
         trainer = Trainer(
             chosen,
             folder,
             device=_device(device),
             precision=_precision(precision, device),
             step=None if step is None else step.value,
+            group=group,
         )
     else:
         if run is not None and run != resume:
@@ -222,6 +232,7 @@ def train(
             device=_device(device),
             precision=None if precision is Precision.auto else precision.value,
             step=None if step is None else step.value,
+            group=Group.join(_device(device)),
         )
     _train(trainer)
 
@@ -352,6 +363,8 @@ def _resumed(folder: Path, config: str | None, changes: list[str]) -> CNMConfig 
 
 def _train(trainer: Trainer) -> Result:
     """Trains, with what runs where said before and the scores after."""
+    if not trainer.writes:  # process 0 speaks for all
+        return trainer.train()
     echo = lambda line: typer.echo(line, err=True)  # noqa: E731
     echo(_machine(trainer.device, trainer.options["precision"]))
     sizes = ", ".join(f"{split.name} {len(split):,}" for split in trainer.splits)
@@ -391,7 +404,9 @@ def _device(device: Device) -> torch.device:
     available = torch.cuda.is_available()
     if device is Device.cuda and not available:
         raise InputError("--device cuda: torch finds no GPU here; use --device cpu, or install a CUDA build of torch")
-    return torch.device("cuda" if available and device is not Device.cpu else "cpu")
+    if not available or device is Device.cpu:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # which torchrun sets
 
 
 def _precision(precision: Precision, device: Device) -> str:

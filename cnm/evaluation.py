@@ -10,6 +10,7 @@ import torch
 
 from cnm import metrics
 from cnm.data import Split
+from cnm.distributed import Group
 from cnm.errors import InputError
 from cnm.model import CNM
 
@@ -28,11 +29,19 @@ class Evaluation:
     scores: dict[str, float]
 
 
-def evaluate(model: CNM, split: Split, batch_size: int, *, check: Callable[[], None] | None = None) -> Evaluation:
+def evaluate(
+    model: CNM,
+    split: Split,
+    batch_size: int,
+    *,
+    check: Callable[[], None] | None = None,
+    group: Group | None = None,
+) -> Evaluation:
     """Localizes every sentence of ``split`` and scores the moments. The model is put back in the mode it was in.
 
     Args:
         check: called after each batch; what it raises ends the evaluation.
+        group: processes that share the split, each a stretch of it; all of them get the whole result.
 
     Raises:
         InputError: the split's features or word vectors do not have the model's sizes.
@@ -40,11 +49,12 @@ def evaluate(model: CNM, split: Split, batch_size: int, *, check: Callable[[], N
     check_fits(model, split)
     device = model.fc_rec.weight.device
     centers, widths = [], []
+    own = np.arange(len(split)) if group is None else np.array_split(np.arange(len(split)), group.size)[group.rank]
     training = model.training
     model.eval()
     try:
-        for start in range(0, len(split), batch_size):
-            indices = np.arange(start, min(start + batch_size, len(split)))
+        for start in range(0, len(own), batch_size):
+            indices = own[start : start + batch_size]
             batch = split.batch(indices).to(device, non_blocking=True)
             # Sentences about one video lie side by side: it is encoded once for all of them in the batch.
             videos = [split.samples[int(index)].video for index in indices]
@@ -58,7 +68,12 @@ def evaluate(model: CNM, split: Split, batch_size: int, *, check: Callable[[], N
                 check()
     finally:
         model.train(training)
-    found_center, found_width = (torch.cat(parts).double().cpu().numpy() for parts in (centers, widths))
+    found_center, found_width = (
+        torch.cat([torch.empty(0, device=device), *parts]).double().cpu().numpy() for parts in (centers, widths)
+    )
+    if group is not None:
+        stretches = zip(*group.gather((found_center, found_width)), strict=True)
+        found_center, found_width = (np.concatenate(parts) for parts in stretches)
     ious = metrics.iou(metrics.moments_from_gaussian(found_center, found_width), split.moments)
     return Evaluation(found_center, found_width, metrics.summary(ious))
 

@@ -84,6 +84,7 @@ class CNM(nn.Module):
         self.fc_rec = nn.Linear(D, vocab_size)
         self.fc_mask_gen = nn.Linear(D, 2)
         self.compute_dtype: torch.dtype | None = None  # of activations, see PRECISIONS; None: as the inputs are
+        self.seed_shift = 0  # added to the seeds drawn for dropout: processes that share their draws drop differently
         self.positions: Tensor
         self.register_buffer("positions", sinusoidal_positions(max_num_words + 1, D), persistent=False)
 
@@ -260,7 +261,7 @@ class CNM(nn.Module):
             return self._no_dropout(recompute=recompute)
         if seed is None:
             seed = torch.randint(2**63 - 1, (), device=self.mask_vec.device)
-        return DropoutDraws(self.input_dropout, self.dropout, seed, recompute=recompute)
+        return DropoutDraws(self.input_dropout, self.dropout, seed + self.seed_shift, recompute=recompute)
 
     def _no_dropout(self, *, recompute: bool = False) -> DropoutDraws:
         seed = torch.zeros((), dtype=torch.int64, device=self.mask_vec.device)
@@ -292,7 +293,7 @@ def downsample(frames: Tensor, frame_lengths: Tensor) -> tuple[Tensor, Tensor]:
     return frames[:, index], (index < frame_lengths[:, None]).sum(1)
 
 
-def sample_masked_words(mask_weights: Tensor, word_lengths: Tensor) -> Tensor:
+def sample_masked_words(mask_weights: Tensor, word_lengths: Tensor, race: Tensor | None = None) -> Tensor:
     """Draws max(l // 3, 1) of each sentence's l words without replacement, in one vectorised race.
 
     Each word finishes at an exponential time of rate ``mask_weights``; the earliest are masked. That is the law of
@@ -301,11 +302,13 @@ def sample_masked_words(mask_weights: Tensor, word_lengths: Tensor) -> Tensor:
     Args:
         mask_weights: [B, L] >= 0, 0 at padding.
         word_lengths: [B] int64.
+        race: exponential draws [B, L]; None draws them.
 
     Returns:
         [B, L + 1] bool: row 0, the start token, is never masked.
     """
-    finish = torch.empty_like(mask_weights).exponential_() / mask_weights
+    race = torch.empty_like(mask_weights).exponential_() if race is None else race
+    finish = race / mask_weights
     rank = finish.argsort(dim=1).argsort(dim=1)
     count = (word_lengths // 3).clamp_min(1).minimum(word_lengths)
     return nn.functional.pad(rank < count[:, None], (1, 0))

@@ -7,6 +7,7 @@ without the work whose result is never used; the trainer uses it by default.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 import cnm_kernels as kernels
 from cnm.config import CNMConfig
 from cnm.data.batch import Batch
+from cnm.distributed import Group
 from cnm.layers import DropoutDraws, Source
 from cnm.model import CNM, Reconstruction, downsample, sample_masked_words
 from cnm.optim import MAX_GRADIENT_NORM, ScheduledAdam
@@ -39,6 +41,8 @@ class TrainingStep(ABC):
         self.loss = config.loss
         self.generator = ScheduledAdam(generator, config.train.generator)
         self.reconstructor = ScheduledAdam(reconstructor, config.train.reconstructor)
+        self.group: Group | None = None  # processes that share each batch
+        self.share = 1.0  # of the batch that is this process's
         self.fixed_gradients = False  # whether gradients keep their places in memory, as a CUDA graph needs
 
     @property
@@ -87,13 +91,12 @@ class TrainingStep(ABC):
         generator_norm = self._update(self.generator, contrastive_loss)
         self._reconstructor_requires_grad(True)
 
-        positive, hard, easy = nll.detach().mean(1)
+        means = [reconstruction_loss.detach(), contrastive_loss.detach(), *nll.detach().mean(1)]
+        if self.group is not None:
+            means = self.group.sum(means, self.share)
+        names = ("loss/reconstruction", "loss/contrastive", "nll/positive", "nll/hard", "nll/easy")
         return {
-            "loss/reconstruction": reconstruction_loss.detach(),
-            "loss/contrastive": contrastive_loss.detach(),
-            "nll/positive": positive,
-            "nll/hard": hard,
-            "nll/easy": easy,
+            **dict(zip(names, means, strict=True)),
             "grad_norm/reconstructor": reconstructor_norm,
             "grad_norm/generator": generator_norm,
         }
@@ -112,7 +115,9 @@ class TrainingStep(ABC):
 
     def _update(self, optimizer: ScheduledAdam, loss: Tensor) -> Tensor:
         """Gradients for this group alone, clip over all, update. Returns the norm before the clip."""
-        gradients = torch.autograd.grad(loss, optimizer.parameters)
+        gradients: Sequence[Tensor] = torch.autograd.grad(loss, optimizer.parameters)
+        if self.group is not None:
+            gradients = self.group.sum(gradients, self.share)
         for parameter, gradient in zip(optimizer.parameters, gradients, strict=True):
             if self.fixed_gradients and parameter.grad is not None:
                 parameter.grad.copy_(gradient)

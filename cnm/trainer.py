@@ -20,12 +20,13 @@ from filelock import FileLock, Timeout
 from cnm import checkpoint, metrics, plot
 from cnm.config import CNMConfig
 from cnm.cuda_graph import GraphedStep
-from cnm.data import BatchLoader, Split, open_split
+from cnm.data import Batch, BatchLoader, Split, open_split
+from cnm.distributed import Group
 from cnm.errors import InputError
 from cnm.evaluation import Evaluation, check_vocabulary, evaluate
 from cnm.files import replace_file
 from cnm.memory import keep_freed_memory
-from cnm.model import CNM, PRECISIONS
+from cnm.model import CNM, PRECISIONS, sample_masked_words
 from cnm.progress import Progress
 from cnm.run_folder import RunFolder
 from cnm.step import STEPS
@@ -76,6 +77,7 @@ class Trainer:
         step: one of ``cnm.step.STEPS``. None: as the resumed run, or lean.
         log_every: updates per metrics row.
         quiet: show no progress.
+        group: processes that train together, see ``cnm.distributed``; each makes a trainer, process 0's writes.
 
     Raises:
         InputError: a file or value is wrong; nothing has been written then.
@@ -92,7 +94,11 @@ class Trainer:
         step: str | None = None,
         log_every: int = LOG_EVERY,
         quiet: bool = False,
+        group: Group | None = None,
     ) -> None:
+        self.group = group
+        self.writes = group is None or group.rank == 0
+        quiet = quiet or not self.writes
         self.run = RunFolder(folder)
         self.device = torch.device(device)
         self.log_every = log_every
@@ -107,7 +113,7 @@ class Trainer:
             config = stored if config is None else _resumed_config(stored, config)
         elif config is None:
             raise TypeError("Trainer: config is needed for a new run")
-        else:
+        elif self.writes:
             self.run.check_new()
 
         self.options = {
@@ -127,8 +133,12 @@ class Trainer:
         self.model = CNM(self.config).to(self.device)
         self.model.compute_dtype = PRECISIONS[self.options["precision"]]
         self.step = STEPS[self.options["step"]](self.model, self.config)
-        self.run_step = GraphedStep(self.step) if self.device.type == "cuda" else self.step
-        self.loader = BatchLoader(self.train_split, train.batch_size, shuffle=True, seed=train.seed)
+        self.step.group = group
+        self.model.seed_shift = 0 if group is None else group.rank
+        graphs = self.device.type == "cuda" and group is None
+        self.run_step = GraphedStep(self.step) if graphs else self.step
+        part = None if group is None else group.rows
+        self.loader = BatchLoader(self.train_split, train.batch_size, shuffle=True, seed=train.seed, part=part)
         self.epoch = 0  # the one under way, counted from 0
         self.batch = 0  # batches of it that are done; all of them: its evaluation is due
         self.seconds = 0.0  # of training so far
@@ -169,17 +179,20 @@ class Trainer:
         """
         epochs = self.config.train.max_num_epochs
         keep_freed_memory()
-        if self.saved is None:
+        if self.saved is None and self.writes:
             self.run.create(self.config)
         with self._locked():
             if self.saved is not None:
-                self.run.keep_rows(self.rows)
-                self.run.write_config(self.config)
+                if self.writes:
+                    self.run.keep_rows(self.rows)
+                    self.run.write_config(self.config)
                 self._restore_random_state(self.saved["training"]["random"])
                 self.saved = None
             self.progress = Progress(epochs * len(self.loader), self.step.num_updates, quiet=self.quiet)
-            self.events = _event_writer(self.run.events, self.step.num_updates)
+            self.events = _event_writer(self.run.events, self.step.num_updates) if self.writes else None
             self.last_save = time.monotonic()
+            if self.group is not None:
+                self.group.share_parameters(self.model)
             try:
                 with self._signals():
                     while self.epoch < epochs:
@@ -197,7 +210,7 @@ class Trainer:
         self.row_started, self.row_samples = time.monotonic(), 0
         for indices, batch in self.loader.epoch(self.epoch, self.batch):
             rate = self.step.learning_rate
-            found = self.run_step(batch.to(self.device, non_blocking=True))
+            found = self._update(indices, batch.to(self.device, non_blocking=True))
             self.metric_names = list(found)
             self.pending.append(torch.stack([value.float() for value in found.values()]))
             self.row_samples += len(indices)
@@ -208,7 +221,19 @@ class Trainer:
             self.progress.advance(name, figures)
             if time.monotonic() - self.last_save > SAVE_SECONDS:
                 self._save()
-            self._check_stop()
+            self._check_stop(logged=figures is not None)
+
+    def _update(self, indices: np.ndarray, batch: Batch) -> dict[str, torch.Tensor]:
+        """Both updates on one batch, or on this process's part of it."""
+        if self.group is None:
+            return self.run_step(batch)
+        # Words are drawn for the whole batch, as one process would.
+        size, L = len(indices), batch.mask_weights.size(1)
+        rows = torch.from_numpy(self.group.rows(size)).to(self.device)
+        races = [torch.empty(size, L, device=self.device).exponential_()[rows] for _ in range(2)]
+        first, second = (sample_masked_words(batch.mask_weights, batch.word_lengths, race) for race in races)
+        self.step.share = self.group.share(size)
+        return self.step(batch, masked_words=(first, second))
 
     def _log(self, rate: float) -> dict[str, str]:
         """One metrics row: means over the updates since the last one. Returns the figures for the progress display."""
@@ -249,7 +274,8 @@ class Trainer:
             )
         if self.chooses_best and score is not None and score > self.best.get("mIoU", -1.0):
             self.best = {"epoch": self.epoch + 1, "mIoU": score}
-            checkpoint.save(self.run.best, self._model_state())
+            if self.writes:
+                checkpoint.save(self.run.best, self._model_state())
         self.epoch += 1
         self.batch = 0
         self._save()
@@ -258,6 +284,8 @@ class Trainer:
     def _result(self) -> Result:
         """Scores of the best checkpoint, or the last where none is chosen, on the test split."""
         path, epoch = self.run.last, self.epoch
+        if self.group is not None:
+            self.group.gather(None)  # process 0 has written the checkpoint by now
         if self.chooses_best and self.best:
             path, epoch = self.run.best, self.best["epoch"]
             self.model.load_state_dict(checkpoint.load(path)["model_parameters"])
@@ -267,13 +295,15 @@ class Trainer:
         return Result(path, epoch, scores, metrics.baselines(self.test_split.moments))
 
     def _evaluate(self, split: Split) -> Evaluation:
-        return evaluate(self.model, split, self.config.train.batch_size, check=self._check_stop)
+        check = self._check_stop if self.group is None else None
+        return evaluate(self.model, split, self.config.train.batch_size, check=check, group=self.group)
 
     def _append(self, kind: str, values: dict[str, Any], *, epoch: int | None = None, **also: Any) -> None:
         """Adds a row to metrics.jsonl and, where tensorboard is installed, to its events."""
         place = {"kind": kind, "epoch": epoch or self.epoch + 1, "update": self.step.num_updates}
-        self.run.append(place | also | values)
         self.rows += 1
+        if self.writes:
+            self.run.append(place | also | values)
         if self.events is not None:
             for name, value in values.items():
                 if isinstance(value, float):
@@ -281,6 +311,8 @@ class Trainer:
 
     def _draw(self) -> None:
         """Refreshes the run's pictures."""
+        if not self.writes:
+            return
         replace_file(self.run.pictures / "learning_curves.png", plot.learning_curves(self.run.rows()))
         split = self.test_split
         count = min(PICTURED_SENTENCES, len(split))
@@ -305,6 +337,9 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        self.last_save = time.monotonic()
+        if not self.writes:
+            return
         random: dict[str, Any] = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -356,7 +391,13 @@ class Trainer:
                 return self.test_split
         return open_split(dataset, "val", progress=progress)
 
-    def _check_stop(self) -> None:
+    def _check_stop(self, *, logged: bool = True) -> None:
+        """Saves and stops if a signal asked for it; processes that train together do so after the same update."""
+        if self.group is not None:
+            if self.device.type == "cuda" and not logged:  # a GPU is not waited for after every update
+                return
+            if self.group.any(self.stop is not None, self.device):
+                self.stop = self.stop or signal.SIGTERM
         if self.stop is not None:
             self._save()
             raise Interrupted(self.stop, self.run.last)
@@ -384,7 +425,10 @@ class Trainer:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process at a time trains in a folder."""
+        """One process at a time writes to a folder."""
+        if not self.writes:
+            yield
+            return
         try:
             with FileLock(self.run.lock, timeout=0):
                 yield

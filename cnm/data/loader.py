@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -22,13 +22,24 @@ class BatchLoader:
         batch_size: sentences per batch.
         shuffle: a new order every epoch; else the split's own.
         seed: decides the orders.
+        part: of a batch's ``count`` samples, which rows to load (``Group.rows``); None: all. The indices yielded are
+            those of the whole batch.
     """
 
-    def __init__(self, split: Split, batch_size: int, *, shuffle: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        part: Callable[[int], np.ndarray] | None = None,
+    ) -> None:
         self.split = split
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.part = part
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
@@ -47,7 +58,9 @@ class BatchLoader:
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
             try:
                 for chunk in chunks:
-                    ready.append((chunk, worker.submit(self.split.batch, chunk)))
+                    own = chunk if self.part is None else chunk[self.part(len(chunk))]
+                    # As many words as in the whole batch: the row after a longest sentence is not reconstructed.
+                    ready.append((chunk, worker.submit(self.split.batch, own, self.split.longest(chunk))))
                     if len(ready) > AHEAD:
                         indices, future = ready.popleft()
                         yield indices, future.result()

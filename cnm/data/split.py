@@ -58,19 +58,23 @@ class Split:
         """[N, 2] float64, start and end as fractions of the video. For evaluation; no batch holds them."""
         return np.array([[time / sample.duration for time in sample.moment] for sample in self.samples])
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """The samples of these indices, on the CPU; as many words as the longest of them has."""
+    def longest(self, indices: np.ndarray) -> int:
+        """Words in the longest of these sentences, 1 at least."""
+        return max(int(self._lengths[indices].max(initial=0)), 1)
+
+    def batch(self, indices: Sequence[int] | np.ndarray, words: int | None = None) -> Batch:
+        """The samples of these indices, on the CPU; ``words`` of each, by default as many as the longest has."""
         indices = np.asarray(indices)
         lengths = self._lengths[indices]
-        L = max(int(lengths.max(initial=0)), 1)
+        L = self.longest(indices) if words is None else words
         ids = self._ids[indices, :L]
         frames = torch.from_numpy(np.take(self._features, self._video_rows[indices], axis=0))
-        words = np.zeros((len(indices), L + 1, self.vocabulary.vectors.shape[1]), dtype=np.float32)
-        np.take(self.vocabulary.vectors, ids, axis=0, out=words[:, 1:])
+        vectors = np.zeros((len(indices), L + 1, self.vocabulary.vectors.shape[1]), dtype=np.float32)
+        np.take(self.vocabulary.vectors, ids, axis=0, out=vectors[:, 1:])
         return Batch(
             frames=frames,
             frame_lengths=torch.full((len(indices),), frames.size(1)),
-            words=torch.from_numpy(words),
+            words=torch.from_numpy(vectors),
             word_ids=torch.from_numpy(ids.astype(np.int64)),
             word_lengths=torch.from_numpy(lengths.astype(np.int64)),
             mask_weights=torch.from_numpy(mask_weights(self._content[indices, :L], lengths)),
