@@ -70,6 +70,11 @@ class RunFolder:
                 break
         return rows
 
+    def clean(self) -> None:
+        """Removes what writes that were killed left behind; nobody else writes here, see ``lock``."""
+        for path in self.path.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
     def keep_rows(self, count: int) -> None:
         """Drops the rows written after the checkpoint that knew ``count`` of them."""
         rows = self.rows()

@@ -184,6 +184,7 @@ class Trainer:
         with self._locked():
             if self.saved is not None:
                 if self.writes:
+                    self.run.clean()
                     self.run.keep_rows(self.rows)
                     self.run.write_config(self.config)
                 self._restore_random_state(self.saved["training"]["random"])

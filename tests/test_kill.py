@@ -1,0 +1,12 @@
+"""A few rounds of ``kill_rounds.py``; its own fifty take minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kill_rounds import main
+
+
+def test_a_killed_run_is_the_unbroken_run(tmp_path: Path) -> None:
+    counts = main(3, tmp_path)
+    assert counts["updates compared"] > 3
