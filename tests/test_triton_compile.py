@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 SCRIPT = Path(__file__).with_name("triton_resources.py")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may ask for
 REGISTERS = 65536  # of a processor
-SPILLS = {("attention_blocked.key_gradient", "1000x1000 d=128 tensor float32"): 24}  # bytes; no published size
+SPILLS = {("attention_blocked.key_gradient", "d=128", "float32"): 80}  # bytes of a thread; no published size
 KERNELS = {
     *(f"attention.{name}" for name in ("forward", "backward")),
     *(
@@ -50,7 +50,9 @@ def test_every_kernel_is_there(records: list[dict[str, Any]]) -> None:
 
 def test_no_spills_and_within_the_limits(records: list[dict[str, Any]]) -> None:
     for record in records:
-        assert record["spilled"] <= SPILLS.get((record["kernel"], record["case"]), 0), record
+        words = {record["kernel"], *record["case"].split()}
+        allowed = max((spilled for case, spilled in SPILLS.items() if words.issuperset(case)), default=0)
+        assert record["spilled"] <= allowed, record
         assert record["shared"] <= SHARED_LIMIT[record["sm"]], record
         assert record["registers"] * 32 * record["warps"] <= REGISTERS, record
 
