@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
@@ -238,15 +237,9 @@ class Trainer:
 
     def _log(self, rate: float) -> dict[str, str]:
         """One metrics row: means over the updates since the last one. Returns the figures for the progress display."""
-        values = torch.stack(self.pending).mean(0).tolist()  # the host waits for the device here, and only here
+        values = self._finite_pending().mean(0).tolist()
         self.pending.clear()
         losses = dict(zip(self.metric_names, values, strict=True))
-        for name, value in losses.items():
-            if not math.isfinite(value):
-                raise InputError(
-                    f"{self.run.path}: {name} became {value} by update {self.step.num_updates}; lower "
-                    f"train.reconstructor.lr and train.generator.lr, or lengthen their warmup_updates"
-                )
         now = time.monotonic()
         elapsed, self.row_started = now - self.row_started, now
         self.seconds += elapsed
@@ -261,6 +254,24 @@ class Trainer:
             "lr": f"{rate:.1e}",
             "samples/s": f"{speed:.0f}",
         }
+
+    def _finite_pending(self) -> torch.Tensor:
+        """Metrics [updates, names] since the last row, on the host, which waits for the device here.
+
+        Raises:
+            InputError: one of them is not finite; what was last saved was saved before that.
+        """
+        values = torch.stack(self.pending).cpu()
+        broken = (~values.isfinite()).nonzero()
+        if len(broken):
+            row, column = broken[0].tolist()
+            ago = len(values) - 1 - row
+            raise InputError(
+                f"{self.run.path}: {self.metric_names[column]} became {values[row, column].item()} in update "
+                f"{self.step.num_updates - ago} (epoch {self.epoch + 1}, batch {self.batch - ago}); lower "
+                f"train.reconstructor.lr and train.generator.lr, or lengthen their warmup_updates"
+            )
+        return values
 
     def _finish_epoch(self) -> None:
         """Evaluation, checkpoints and pictures after an epoch's last update."""
@@ -339,6 +350,8 @@ class Trainer:
 
     def _save(self) -> None:
         self.last_save = time.monotonic()
+        if self.pending:
+            self._finite_pending()
         if not self.writes:
             return
         random: dict[str, Any] = {"torch": torch.get_rng_state()}

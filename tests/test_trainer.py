@@ -255,7 +255,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"became (nan|inf) by update \d+; lower train\.reconstructor\.lr"):
+    with pytest.raises(InputError, match=r"became (nan|inf) in update 2 \(epoch 1, batch 2\); lower train\.rec"):
         start(synthetic_config(train__reconstructor__lr=1e30, train__max_num_epochs=4), tmp_path / "run").train()
 
 
