@@ -5,7 +5,8 @@ A backend is a module of this package that declares, as module constants,
 * ``OPS``: names of the ops it implements, each a function of that name with the signature of ``torch_backend``'s,
 * ``DEVICES``: device types it runs on,
 * ``DTYPES``: floating dtypes it takes,
-* ``LOAD_ERROR``: why nothing of it can run in this process, or None.
+* ``LOAD_ERROR``: why nothing of it can run in this process, or None,
+* ``BY_NAME_ONLY``, if it should never run unless asked for by name.
 
 By default the first backend of ``BACKENDS`` that can run an op runs it. A backend asked for by name (``use_backend`` or
 the environment variable ``CNM_KERNELS_BACKEND``) runs or raises ``BackendUnavailable`` with the reason; it is never
@@ -114,7 +115,8 @@ def choice(op: str, device: str, dtype: torch.dtype) -> str:
             )
         return _requested
     for backend in BACKENDS:
-        if unavailable(op, backend, device, dtype) is None:
+        by_name_only = getattr(_modules[backend], "BY_NAME_ONLY", False)
+        if not by_name_only and unavailable(op, backend, device, dtype) is None:
             return backend
     raise BackendUnavailable(f"{op}: no backend takes {dtype} on {device}")
 

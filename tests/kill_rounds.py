@@ -30,7 +30,10 @@ NOT_COMPARED = ("time", "samples_per_second")
 def train(arguments: list[str]) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "cnm", "train", *arguments, "--device", "cpu"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    where = tempfile.gettempdir()  # not the source tree, where python -m would look first
+    return subprocess.Popen(
+        command, env=environment, cwd=where, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(arguments: list[str]) -> None:

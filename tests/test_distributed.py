@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -47,7 +48,13 @@ def environment() -> dict[str, str]:
 
 def train(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(processes, *arguments), env=environment(), capture_output=True, text=True, timeout=300, check=False
+        command(processes, *arguments),
+        env=environment(),
+        cwd=tempfile.gettempdir(),  # not the source tree, where python -m would look first
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -105,7 +112,13 @@ def test_a_run_goes_on_with_another_number_of_processes(config_file: Path, alone
 def test_a_killed_process_ends_the_job_and_the_run_resumes(config_file: Path) -> None:
     run = config_file.parent / "killed"
     arguments = ("--config", str(config_file), "--run-folder", str(run), "--set", "train.max_num_epochs=400")
-    job = subprocess.Popen(command(2, *arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job = subprocess.Popen(
+        command(2, *arguments),
+        env=environment(),
+        cwd=tempfile.gettempdir(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         deadline = time.monotonic() + 120
         while not (run / "last.pt").exists():
@@ -128,7 +141,13 @@ def test_a_killed_process_ends_the_job_and_the_run_resumes(config_file: Path) ->
 def test_sigterm_stops_all_after_the_same_update(config_file: Path) -> None:
     run = config_file.parent / "stopped"
     arguments = ("--config", str(config_file), "--run-folder", str(run), "--set", "train.max_num_epochs=400")
-    job = subprocess.Popen(command(2, *arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job = subprocess.Popen(
+        command(2, *arguments),
+        env=environment(),
+        cwd=tempfile.gettempdir(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         deadline = time.monotonic() + 120
         while not (run / "last.pt").exists():

@@ -73,6 +73,13 @@ def test_a_training_step(step: str) -> None:
         torch.testing.assert_close(parameters["triton"][name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the interpreter")
+def test_the_interpreter_runs_only_when_asked_for() -> None:
+    assert registry.choice("dropout", "cpu", torch.float32) != "triton"
+    with cnm_kernels.use_backend("triton"):
+        assert registry.choice("dropout", "cpu", torch.float32) == "triton"
+
+
 def test_the_small_model_has_dropout() -> None:
     assert synthetic_config().model.config.DualTransformer.dropout > 0
 

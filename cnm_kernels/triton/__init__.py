@@ -31,6 +31,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 OPS = tuple(op for op in registry.OPS if op not in registry.LIBRARY_OPS)
 DEVICES = ("cpu",) if _INTERPRETED else ("cuda",)
+BY_NAME_ONLY = _INTERPRETED  # thousands of times slower than anything else
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
