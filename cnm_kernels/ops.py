@@ -22,6 +22,7 @@ from torch import Tensor
 from cnm_kernels import registry, torch_backend
 from cnm_kernels.checks import Arguments
 from cnm_kernels.constants import BETA_1, BETA_2, LABEL_SMOOTHING, LAYER_NORM_EPS, MIN_PROPOSAL_WIDTH, MIN_WIDTH
+from cnm_kernels.formulas.attention import unpack
 
 
 def _run(op: str, tensor: Tensor, *arguments: Any) -> Any:
@@ -539,10 +540,7 @@ def _for_backend(
     """Packed heads as they are where the backend takes them, else as views of each head's rows."""
     if value is not None or hasattr(registry.implementation(op, query), "takes_packed_heads"):
         return query, key, value
-    if key is None:
-        query, key, value = query.permute(2, 0, 3, 1, 4).unbind(0)
-    else:
-        key, value = key.permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = unpack(query, key, value)
     return query, key, value
 
 

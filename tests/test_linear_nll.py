@@ -31,6 +31,15 @@ def test_published_values(backend: str, device: str, dtype: torch.dtype) -> None
 
 
 @on_every_float32
+def test_of_equally_likely_words_the_first_counts(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Whatever tiles and parts the vocabulary is worked through in."""
+    inputs = {"hidden": torch.zeros(1, 2, 4, device=device), "weight": torch.zeros(700, 4, device=device)}
+    inputs |= {"bias": torch.zeros(700, device=device), "valid_lengths": torch.tensor([2], device=device)}
+    inputs |= {"target": torch.tensor([[0, 400]], device=device), "return_accuracy": True}
+    assert run(OP, inputs, backend)[1].tolist() == [0.5]
+
+
+@on_every_float32
 def test_rows_of_length_zero_give_zero_and_no_gradient(backend: str, device: str, dtype: torch.dtype) -> None:
     inputs = sample(OP, "lengths-0-1-odd-over", dtype, device)  # the first length is 0
     hidden = inputs["hidden"].requires_grad_()

@@ -23,6 +23,15 @@ def sizes(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[int,
     return B, H, Lq, key.size(1 if value is None else 2), d
 
 
+def unpack(query: Tensor, key: Tensor | None, value: Tensor | None) -> list[Tensor]:
+    """query, key and value as views [B, H, L, d] of what may come packed."""
+    if key is None:
+        return list(query.permute(2, 0, 3, 1, 4).unbind(0))
+    if value is None:
+        return [query, *key.permute(2, 0, 3, 1, 4).unbind(0)]
+    return [query, key, value]
+
+
 def heads_last(like: Tensor, B: int, H: int, L: int, d: int) -> Tensor:
     """[B, H, L, d] in memory as [B, L, H, d], as the kernels write it."""
     return like.new_empty(B, L, H, d).transpose(1, 2)

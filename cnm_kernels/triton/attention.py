@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cnm_kernels.formulas.attention import heads_last, operand_gradients, sizes
+from cnm_kernels.formulas.attention import heads_last, operand_gradients, sizes, unpack
 from cnm_kernels.triton import attention_blocked
 from cnm_kernels.triton.attention_tiles import (
     gradient_views,
@@ -22,7 +22,6 @@ from cnm_kernels.triton.attention_tiles import (
     real_keys,
     store_rows,
     strides,
-    unpack,
     visible,
 )
 from cnm_kernels.triton.common import block, dot, floats, narrow, rows_contiguous

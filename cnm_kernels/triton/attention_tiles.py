@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cnm_kernels.formulas.attention import unpack
 from cnm_kernels.triton.common import narrow
 
 
@@ -40,15 +41,6 @@ def visible(rows, keys, limit, CAUSAL: tl.constexpr):
         return (keys[None, :] < limit) & (keys[None, :] <= rows[:, None])
     else:
         return (keys[None, :] < limit) & (rows[:, None] >= 0)
-
-
-def unpack(query: Tensor, key: Tensor | None, value: Tensor | None) -> list[Tensor]:
-    """query, key and value as views [B, H, L, d] of what may come packed."""
-    if key is None:
-        return list(query.permute(2, 0, 3, 1, 4).unbind(0))
-    if value is None:
-        return [query, *key.permute(2, 0, 3, 1, 4).unbind(0)]
-    return [query, key, value]
 
 
 def strides(*heads: Tensor) -> list[int]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cnm_kernels.formulas.attention import operand_gradients, sizes
+from cnm_kernels.formulas.attention import operand_gradients, sizes, unpack
 from cnm_kernels.formulas.branched_attention import out_like
 from cnm_kernels.triton import attention_blocked
 from cnm_kernels.triton.attention import fits, launch_backward, launch_forward
-from cnm_kernels.triton.attention_tiles import gradient_views, unpack
+from cnm_kernels.triton.attention_tiles import gradient_views
 from cnm_kernels.triton.common import floats, rows_contiguous
 from cnm_kernels.triton.key_weights import KeyWeights
 
