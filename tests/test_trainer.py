@@ -259,6 +259,25 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pyte
         start(synthetic_config(train__reconstructor__lr=1e30, train__max_num_epochs=4), tmp_path / "run").train()
 
 
+def test_a_loss_that_is_no_number_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is due after every update here, a metrics row is not."""
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", -1.0)
+    config = synthetic_config(train__reconstructor__lr=1e30, train__max_num_epochs=4)
+    with pytest.raises(InputError, match="in update 2"):
+        start(config, tmp_path / "run").train()
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["num_updates"] == 1
+
+
+def test_resuming_removes_what_killed_writes_left(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    start(synthetic_config(train__max_num_epochs=1), folder).train()
+    left = [folder / ".last.pt.123.tmp", folder / "pictures" / ".localizations.png.123.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    resume(folder, synthetic_config()).train()
+    assert not any(path.exists() for path in left)
+
+
 def test_without_a_validation_split_the_last_epoch_is_the_result(tmp_path: Path) -> None:
     content = json.loads(write_files(tmp_path).read_text())
     del content["dataset"]["val_data"]
