@@ -157,8 +157,9 @@ def native() -> dict[str, Any]:
         return {}
     extension = Extension(
         "cnm_kernels._C_cpu",
-        sources=sorted(str(path) for path in [SOURCES / "ops.cpp", *(SOURCES / "cpu").glob("*.cpp")]),
-        depends=sorted(str(path) for path in (SOURCES / "cpu").glob("*.h")),
+        sources=sorted(str(path) for path in [*SOURCES.glob("*.cpp"), *(SOURCES / "cpu").glob("*.cpp")]),
+        depends=sorted(str(path) for path in [*SOURCES.glob("*.h"), *(SOURCES / "cpu").glob("*.h")]),
+        include_dirs=[str(SOURCES), str(SOURCES / "cpu")],
         define_macros=[
             ("Py_LIMITED_API", "0x030A0000"),
             ("TORCH_TARGET_VERSION", "0x020B000000000000"),  # torch 2.11

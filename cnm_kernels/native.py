@@ -1,6 +1,6 @@
-"""The C++ backend: loads the compiled module and hands each op to it.
+"""The C++ backend: loads the compiled modules, for CPUs and for NVIDIA GPUs, and hands each op to them.
 
-The module registers the operators ``cnm_kernels::<op>`` and ``cnm_kernels::<op>_backward`` with PyTorch; the files of
+The modules register the operators ``cnm_kernels::<op>`` and ``cnm_kernels::<op>_backward`` with PyTorch; the files of
 ``formulas`` add what only Python can: fake kernels, which tell ``torch.compile`` the shapes, and the autograd formula.
 """
 
@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnm_kernels import formulas
-from cnm_kernels.registry import OPS as OPS  # all of them
+from cnm_kernels import formulas, registry
 
 ISA_VARIABLE = "CNM_KERNELS_CPU_ISA"  # forces a lower instruction set: portable, avx2, avx512, avx512bf16, amx
 
 
-def _load() -> str | None:
-    """Why the compiled module cannot be used, or None."""
+def _why_missing(module: str, error: ImportError, switch: str) -> str:
+    """Why a compiled module is not there."""
+    reason = Path(__file__).parent / f"{module}_skipped.txt"
+    if reason.exists():
+        return reason.read_text(encoding="utf-8").strip()
+    if isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error):
+        return f"this installation has no compiled module {module} (installed with {switch}=0, or never built)"
+    return f"cnm_kernels.{module} does not load: {error}"
+
+
+def _load_cpu() -> str | None:
+    """Why the CPU module cannot be used, or None."""
     try:
         from cnm_kernels import _C_cpu
     except ImportError as error:
-        reason = Path(__file__).parent / "native_skipped.txt"
-        if reason.exists():
-            return reason.read_text(encoding="utf-8").strip()
-        if isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error):
-            return "this installation has no compiled module (installed with CNM_KERNELS_NATIVE=0, or never built)"
-        return f"cnm_kernels._C_cpu does not load: {error}"
+        return _why_missing("_C_cpu", error, "CNM_KERNELS_NATIVE")
     wanted = os.environ.get(ISA_VARIABLE)
     if wanted:
         try:
@@ -38,27 +43,50 @@ def _load() -> str | None:
     return None
 
 
-DEVICES = ("cpu",)
+def _load_cuda() -> str | None:
+    """Why the GPU module cannot be used, or None."""
+    if "cpu" in LOAD_ERRORS:
+        return f"needs the CPU module too, and {LOAD_ERRORS['cpu']}"
+    try:
+        from cnm_kernels import _C_cuda  # noqa: F401
+    except ImportError as error:
+        return _why_missing("_C_cuda", error, "CNM_KERNELS_CUDA")
+    return None if torch.cuda.is_available() else "needs an NVIDIA GPU"
+
+
+OPS = {"cpu": registry.OPS, "cuda": tuple(op for op in registry.OPS if op not in registry.LIBRARY_OPS)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOAD_ERROR = _load()
+LOAD_ERRORS: dict[str, str] = {}
+for _device, _load in (("cpu", _load_cpu), ("cuda", _load_cuda)):
+    _error = _load()
+    if _error is not None:
+        LOAD_ERRORS[_device] = _error
 
 # Where the layer itself is not trained, softmax(z) W of every token is kept for the backward: two products instead of
-# three. It takes the memory of a quarter of the float32 logits at most.
+# three. On a CPU it takes the memory of a quarter of the float32 logits at most; GPUs keep it always.
 EXPECTED_WORD_SHARE = 4
 
 
-def _keeps_expected(hidden: Tensor, weight: Tensor, bias: Tensor) -> bool:
+def keeps_expected(hidden: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    if hidden.device.type != "cpu":
+        return True
     return weight.size(0) >= EXPECTED_WORD_SHARE * weight.size(1) and not (weight.requires_grad or bias.requires_grad)
 
 
-if LOAD_ERROR is None:
+if "cpu" not in LOAD_ERRORS:
     gaussian_mask = formulas.gaussian_mask.bind("cnm_kernels")
     weighted_attention, gaussian_attention = formulas.attention.bind("cnm_kernels")
-    branched_attention = formulas.branched_attention.branch_by_branch(weighted_attention)
     linear = formulas.linear.bind("cnm_kernels")
     intra_video_contrastive_loss = formulas.intra_video_contrastive_loss.bind("cnm_kernels")
     linear_nll, contrastive_reconstruction_loss = formulas.linear_nll.bind(
-        "cnm_kernels", intra_video_contrastive_loss, _keeps_expected
+        "cnm_kernels", intra_video_contrastive_loss, keeps_expected
     )
     dropout = formulas.dropout.bind("cnm_kernels")
     dropout_add_layer_norm = formulas.dropout_add_layer_norm.bind("cnm_kernels")
+    _branched_on_cpu = formulas.branched_attention.branch_by_branch(weighted_attention)
+    _branched_on_gpu = formulas.branched_attention.bind("cnm_kernels")
+
+    def branched_attention(query: Tensor, *others: Any) -> Tensor:
+        return (_branched_on_gpu if query.is_cuda else _branched_on_cpu)(query, *others)
+
+    branched_attention.takes_packed_heads = True  # type: ignore[attr-defined]

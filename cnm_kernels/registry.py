@@ -2,10 +2,10 @@
 
 A backend is a module of this package that declares, as module constants,
 
-* ``OPS``: names of the ops it implements, each a function of that name with the signature of ``torch_backend``'s,
-* ``DEVICES``: device types it runs on,
+* ``OPS``: by device type, names of the ops it implements there; each is a function of that name with the signature of
+  ``torch_backend``'s,
+* ``LOAD_ERRORS``: by device type, why nothing of it can run there in this process,
 * ``DTYPES``: floating dtypes it takes,
-* ``LOAD_ERROR``: why nothing of it can run in this process, or None,
 * ``BY_NAME_ONLY``, if it should never run unless asked for by name.
 
 By default the first backend of ``BACKENDS`` that can run an op runs it. A backend asked for by name (``use_backend`` or
@@ -77,17 +77,23 @@ def load() -> None:
         _modules[backend] = _load(module)
 
 
+def add(name: str, backend: ModuleType) -> None:
+    """A backend that is not part of the package, last in the order of preference."""
+    BACKENDS[name] = backend.__name__
+    _modules[name] = backend
+
+
 def unavailable(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot run ``op`` on tensors of this device type and dtype, or None if it can."""
     module = _modules[backend]
     if module is None:
         return "not part of this installation"
-    if module.LOAD_ERROR is not None:
-        return str(module.LOAD_ERROR)
-    if op not in module.OPS:
-        return f"does not implement {op}"
-    if device not in module.DEVICES:
+    if device in module.LOAD_ERRORS:
+        return str(module.LOAD_ERRORS[device])
+    if device not in module.OPS:
         return f"does not run on {device}"
+    if op not in module.OPS[device]:
+        return f"does not implement {op}"
     if dtype not in module.DTYPES:
         return f"does not take {dtype}"
     return None

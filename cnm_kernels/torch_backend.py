@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnm_kernels.constants import DROPOUT_LEVELS, KEY_WEIGHT_EPS
-from cnm_kernels.registry import OPS as OPS  # all of them
+from cnm_kernels.registry import OPS as ALL_OPS
 
-DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
+OPS = dict.fromkeys(("cpu", "cuda", "mps", "xpu", "meta"), ALL_OPS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LOAD_ERROR = None
+LOAD_ERRORS: dict[str, str] = {}
 
 
 def _wide(tensor: Tensor) -> Tensor:

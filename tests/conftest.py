@@ -15,6 +15,13 @@ import pytest
 from hypothesis import settings
 
 sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks; last, so that installed packages are what is tested
+sys.path.append(str(Path(__file__).parent / "cuda_emulation"))
+
+import emulated_backend
+
+from cnm_kernels import registry
+
+registry.add(emulated_backend.NAME, emulated_backend)  # the GPU's C++ kernels, run on the CPU
 
 settings.register_profile("deterministic", deadline=None, derandomize=True, max_examples=12, database=None)
 settings.load_profile("deterministic")

@@ -25,10 +25,9 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
     def fast(*arguments: object) -> torch.Tensor:
         return torch_backend.gaussian_mask(*arguments) + 100  # type: ignore[arg-type]
 
-    ready = SimpleNamespace(
-        OPS=("gaussian_mask",), DEVICES=("cpu",), DTYPES=(torch.float32,), LOAD_ERROR=None, gaussian_mask=fast
-    )
-    broken = SimpleNamespace(OPS=registry.OPS, DEVICES=("cpu",), DTYPES=(torch.float32,), LOAD_ERROR="no libfoo.so")
+    ready = SimpleNamespace(OPS={"cpu": ("gaussian_mask",)}, DTYPES=(torch.float32,), LOAD_ERRORS={}, gaussian_mask=fast)
+    broken = SimpleNamespace(OPS={"cpu": registry.OPS}, DTYPES=(torch.float32,), LOAD_ERRORS={"cpu": "no libfoo.so"})
+    monkeypatch.setattr(registry, "BACKENDS", {"native": "native", "triton": "triton", "torch": "torch_backend"})
     monkeypatch.setattr(registry, "_modules", {"native": ready, "triton": broken, "torch": torch_backend})
     monkeypatch.setattr(registry, "_requested", None)
     return {"native": ready, "triton": broken}

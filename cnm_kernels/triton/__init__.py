@@ -29,8 +29,8 @@ _FILES = (
 )
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-OPS = tuple(op for op in registry.OPS if op not in registry.LIBRARY_OPS)
-DEVICES = ("cpu",) if _INTERPRETED else ("cuda",)
+_DEVICE = "cpu" if _INTERPRETED else "cuda"
+OPS = {_DEVICE: tuple(op for op in registry.OPS if op not in registry.LIBRARY_OPS)}
 BY_NAME_ONLY = _INTERPRETED  # thousands of times slower than anything else
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,7 +43,8 @@ def _load_error() -> str | None:
     return None
 
 
-LOAD_ERROR = _load_error()
+_LOAD_ERROR = _load_error()
+LOAD_ERRORS = {} if _LOAD_ERROR is None else {"cpu": _LOAD_ERROR, "cuda": _LOAD_ERROR}
 _libraries: list[torch.library.Library] = []  # operators live as long as these
 
 
@@ -72,7 +73,7 @@ def _define_operators() -> None:
                 library.impl(op, _on_its_device(function), "CUDA")
 
 
-if LOAD_ERROR is None:
+if not LOAD_ERRORS:
     _define_operators()
     from cnm_kernels.triton.linear_nll import keeps_expected
 

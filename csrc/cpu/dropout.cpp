@@ -15,7 +15,7 @@ constexpr int64_t CHUNK = 32768, BLOCK = 4096;  // elements
 
 template <class T>
 void run(const DropoutParams& p) {
-    const Dropout dropout(p.p, p.seed, p.offset);
+    const Dropout dropout(p.p, *p.seed, p.offset);
     const Vec scale = set1(dropout.scale), zero = set1(0);
     const T* x = static_cast<const T*>(p.x);
     T* out = static_cast<T*>(p.out);

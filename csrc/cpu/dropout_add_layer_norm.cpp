@@ -62,7 +62,7 @@ inline Vec sum_of(const T* x, const T* residual, const KeepBits& keep, Vec scale
 template <bool DROP, class T>
 void forward(const DropoutAddLayerNormParams& p) {
     const int64_t D = p.D, chunk_rows = layer_norm_rows(D);
-    const Dropout dropout(p.p, p.seed, p.offset);
+    const Dropout dropout(p.p, *p.seed, p.offset);
     const Vec scale = set1(dropout.scale);
     const float count = static_cast<float>(D);
     const Output<T> write(p.rows * D);
@@ -101,7 +101,7 @@ void forward(const DropoutAddLayerNormParams& p) {
 template <bool DROP, class T>
 void backward(const DropoutAddLayerNormBackwardParams& p) {
     const int64_t D = p.D, chunk_rows = layer_norm_rows(D), chunks = layer_norm_chunks(p.rows, D);
-    const Dropout dropout(p.p, p.seed, p.offset);
+    const Dropout dropout(p.p, *p.seed, p.offset);
     const Vec scale = set1(dropout.scale);
     const float count = static_cast<float>(D);
     const Output<T> write(p.rows * D);

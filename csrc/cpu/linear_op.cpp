@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const Tensor& x
 }  // namespace
 }  // namespace cnm
 
-STABLE_TORCH_LIBRARY_IMPL(cnm_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) {
     m.impl("linear", TORCH_BOX(&cnm::forward));
     m.impl("linear_backward", TORCH_BOX(&cnm::backward));
 }

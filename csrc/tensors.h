@@ -11,7 +11,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "library.h"
 #include "types.h"
+
+#if defined(CNM_EMULATED)
+#include "emulator.h"
+#elif defined(CNM_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+#endif
 
 namespace cnm {
 
@@ -29,12 +36,46 @@ inline int32_t dtype_code(ScalarType type) {
     return aoti_torch_dtype_float32();
 }
 
-// A new CPU tensor, not filled.
+// Every operator holds one while it runs: its tensors' device is the current one, where kernels are launched and new
+// tensors made. The emulator of GPUs takes note of all tensors, so that an access outside of them is caught.
+#if defined(CNM_EMULATED)
+struct OnDevice {
+    explicit OnDevice(const Tensor&) { emulator::forget_memory(); }
+};
+inline const Tensor& known(const Tensor& tensor) {
+    int64_t elements = tensor.numel() > 0 ? 1 : 0;
+    for (int64_t axis = 0; axis < tensor.dim(); ++axis) elements += (tensor.size(axis) - 1) * tensor.stride(axis);
+    if (tensor.numel() > 0) emulator::know_memory(tensor.const_data_ptr(), elements * tensor.element_size());
+    return tensor;
+}
+inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
+inline int32_t device_index() { return 0; }
+#elif defined(CNM_CUDA)
+struct OnDevice : torch::stable::accelerator::DeviceGuard {
+    explicit OnDevice(const Tensor& tensor) : DeviceGuard(tensor.get_device_index()) {}
+};
+inline const Tensor& known(const Tensor& tensor) { return tensor; }
+inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
+inline int32_t device_index() { return torch::stable::accelerator::getCurrentDeviceIndex(); }
+#else
+struct OnDevice {
+    explicit OnDevice(const Tensor&) {}
+};
+inline const Tensor& known(const Tensor& tensor) { return tensor; }
+inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
+inline int32_t device_index() { return 0; }
+#endif
+
+// A new tensor, not filled.
 inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType type) {
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        dim, sizes, strides, dtype_code(type), aoti_torch_device_type_cpu(), 0, &handle));
-    return Tensor(handle);
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dim, sizes, strides, dtype_code(type), device_type(), device_index(), &handle));
+    const Tensor tensor(handle);
+#if defined(CNM_EMULATED)
+    if (tensor.numel() > 0) emulator::poison(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+#endif
+    return known(tensor);
 }
 
 // The same, contiguous.
@@ -66,7 +107,7 @@ inline Dtype dtype_of(const Tensor& tensor) {
 
 // The tensor itself if it is contiguous, else a contiguous copy.
 inline Tensor packed(const Tensor& tensor) {
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    return known(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
 }
 
 // In another dtype; the tensor itself if it has that dtype.

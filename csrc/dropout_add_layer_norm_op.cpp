@@ -1,4 +1,4 @@
-// dropout_add_layer_norm on CPU tensors.
+// dropout_add_layer_norm on tensors of the device that this is compiled for.
 #include "dropout_add_layer_norm.h"
 
 #include <tuple>
@@ -10,6 +10,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
                                    double p, const Tensor& seed, int64_t offset, double eps) {
+    const OnDevice device(x);
     const Tensor in = packed(x), r = packed(residual), w = floats(weight), b = floats(bias);
     const int64_t D = w.numel(), rows = D == 0 ? 0 : in.numel() / D;
     std::vector<int64_t> sizes(in.sizes().begin(), in.sizes().end());
@@ -18,7 +19,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& residual, cons
     const Tensor stats = empty(sizes.data(), static_cast<int64_t>(sizes.size()), ScalarType::Float);
     dropout_add_layer_norm({in.const_data_ptr(), r.const_data_ptr(), w.const_data_ptr<float>(),
                             b.const_data_ptr<float>(), out.mutable_data_ptr(), stats.mutable_data_ptr<float>(),
-                            dtype_of(in), rows, D, p, *seed.const_data_ptr<int64_t>(), offset,
+                            dtype_of(in), rows, D, p, packed(seed).const_data_ptr<int64_t>(), offset,
                             static_cast<float>(eps)});
     return {out, stats};
 }
@@ -27,7 +28,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_out, const T
                                                     const Tensor& weight, const Tensor& stats, double p,
                                                     const Tensor& seed, int64_t offset, bool need_x,
                                                     bool need_residual, bool need_weights) {
-    const Tensor d = packed(d_out), in = packed(x), r = packed(residual), w = floats(weight);
+    const OnDevice device(x);
+    const Tensor d = packed(d_out), in = packed(x), r = packed(residual), w = floats(weight), kept = packed(stats);
     const int64_t D = w.numel(), rows = D == 0 ? 0 : in.numel() / D;
     const Tensor d_x = need_x ? empty_as(in, in.scalar_type()) : empty({0}, in.scalar_type());
     const Tensor d_residual = need_residual ? empty_as(in, in.scalar_type()) : empty({0}, in.scalar_type());
@@ -37,19 +39,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_out, const T
     float none[1];  // stands for a scratch of no chunks, which is wanted all the same
     float* scratch = rows == 0 ? none : partial.mutable_data_ptr<float>();
     dropout_add_layer_norm_backward({d.const_data_ptr(), in.const_data_ptr(), r.const_data_ptr(),
-                                     w.const_data_ptr<float>(), stats.const_data_ptr<float>(),
+                                     w.const_data_ptr<float>(), kept.const_data_ptr<float>(),
                                      need_x ? d_x.mutable_data_ptr() : nullptr,
                                      need_residual ? d_residual.mutable_data_ptr() : nullptr,
                                      need_weights ? scratch : nullptr, d_weight.mutable_data_ptr<float>(),
                                      d_bias.mutable_data_ptr<float>(), dtype_of(in), rows, D, p,
-                                     *seed.const_data_ptr<int64_t>(), offset});
+                                     packed(seed).const_data_ptr<int64_t>(), offset});
     return {d_x, d_residual, as_type(d_weight, weight.scalar_type()), as_type(d_bias, weight.scalar_type())};
 }
 
 }  // namespace
 }  // namespace cnm
 
-STABLE_TORCH_LIBRARY_IMPL(cnm_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) {
     m.impl("dropout_add_layer_norm", TORCH_BOX(&cnm::forward));
     m.impl("dropout_add_layer_norm_backward", TORCH_BOX(&cnm::backward));
 }

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "isa.h"
+#include "kernel.h"
 #include "types.h"
 
 namespace cnm {

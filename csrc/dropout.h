@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "isa.h"
+#include "kernel.h"
 #include "types.h"
 
 namespace cnm {
@@ -14,7 +14,8 @@ struct DropoutParams {
     Dtype dtype;    // of both
     int64_t numel;
     double p;
-    int64_t seed, offset;
+    const int64_t* seed;  // [] where the tensors are
+    int64_t offset;
 };
 
 CNM_KERNEL(dropout, DropoutParams)

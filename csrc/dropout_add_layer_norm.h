@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "isa.h"
+#include "kernel.h"
 #include "types.h"
 
 namespace cnm {
@@ -18,7 +18,8 @@ struct DropoutAddLayerNormParams {
     Dtype dtype;           // of x, residual, out
     int64_t rows, D;
     double p;
-    int64_t seed, offset;
+    const int64_t* seed;  // [] where the tensors are
+    int64_t offset;
     float eps;
 };
 
@@ -36,7 +37,8 @@ struct DropoutAddLayerNormBackwardParams {
     Dtype dtype;           // of d_out, x, residual, d_x, d_residual
     int64_t rows, D;
     double p;
-    int64_t seed, offset;
+    const int64_t* seed;  // [] where the tensors are
+    int64_t offset;
 };
 
 CNM_KERNEL(dropout_add_layer_norm, DropoutAddLayerNormParams)

@@ -1,4 +1,4 @@
-// gaussian_mask on CPU tensors.
+// gaussian_mask on tensors of the device that this is compiled for.
 #include "gaussian_mask.h"
 
 #include <tuple>
@@ -10,6 +10,7 @@ namespace {
 
 Tensor forward(const Tensor& center, const Tensor& width, int64_t length, double alpha, double min_width,
                bool complement) {
+    const OnDevice device(center);
     const Tensor c = packed(center), w = packed(width);
     std::vector<int64_t> sizes(c.sizes().begin(), c.sizes().end());
     sizes.push_back(length);
@@ -21,6 +22,7 @@ Tensor forward(const Tensor& center, const Tensor& width, int64_t length, double
 
 std::tuple<Tensor, Tensor> backward(const Tensor& d_out, const Tensor& center, const Tensor& width, double alpha,
                                     double min_width, bool complement) {
+    const OnDevice device(center);
     const Tensor d = packed(d_out), c = packed(center), w = packed(width);
     const Tensor d_center = empty_as(c, c.scalar_type()), d_width = empty_as(w, w.scalar_type());
     gaussian_mask_backward({d.const_data_ptr(), c.const_data_ptr(), w.const_data_ptr(), d_center.mutable_data_ptr(),
@@ -32,7 +34,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& d_out, const Tensor& center, c
 }  // namespace
 }  // namespace cnm
 
-STABLE_TORCH_LIBRARY_IMPL(cnm_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) {
     m.impl("gaussian_mask", TORCH_BOX(&cnm::forward));
     m.impl("gaussian_mask_backward", TORCH_BOX(&cnm::backward));
 }

@@ -1,0 +1,577 @@
+// linear_nll on GPUs: the vocabulary is the key axis of an attention whose keys and values are both W; logits stay in
+// registers.
+//
+// Tokens that count are listed first, so that padding, and rows without a gradient, take no part in anything. Forward, a
+// block has a tile of tokens and one of several parts of the vocabulary: with z = h W^T + b it keeps max z,
+// sum exp(z - max), sum z, z_y and, for the backward, O = softmax(z) W; a second kernel puts the parts together in order.
+// Backward, dh = g (O - (1 - e) W[y] - e mean W) needs no logits; dW = dz^T h, dz = g (softmax(z) - (1 - e) 1_y - e / V),
+// takes a block for each tile of words and each of several parts of the tokens, whose sums are added in order.
+// Rows wider than a tile come in chunks; the last chunk loaded is the one whose columns of the result the block computes.
+#include "linear_nll.h"
+
+#include <algorithm>
+
+#include "tiles.cuh"
+
+namespace cnm {
+namespace cuda {
+namespace {
+
+constexpr int64_t BLOCKS = 256;     // enough for any GPU; not the present one's processors, for the same bits on all
+constexpr int64_t MOST_PARTS = 8;   // of the vocabulary, or of the tokens
+constexpr int COLUMN_SUM_PARTS = 32, SUM_THREADS = 256, MOST_WARPS = 8;
+
+// Keys (words, backward: tokens) of a tile, and the widest chunk of columns: what registers and shared memory allow.
+template <class T>
+constexpr int KEYS = sizeof(T) == 4 ? 32 : 64;
+
+// ------------------------------------------------------------------------------------------------ tokens that count
+
+__device__ __forceinline__ int64_t valid_length(const LinearNllInputs& p, const float* d_nll, int64_t m) {
+    const int64_t length = load(p.valid_lengths + m);
+    if (length <= 0 || (d_nll != nullptr && load(d_nll + m) == 0.0f)) return 0;
+    return length < p.L ? length : p.L;
+}
+
+// Of the rows before m, by the whole block.
+__device__ __forceinline__ int64_t tokens_before(const LinearNllInputs& p, const float* d_nll, int64_t m,
+                                                 float* scratch) {
+    float low = 0, high = 0;  // exact: each stays below 2^24
+    for (int64_t row = thread(); row < m; row += threads()) {
+        const int64_t length = valid_length(p, d_nll, row);
+        low += static_cast<float>(length & 0xFFF);
+        high += static_cast<float>(length >> 12);
+    }
+    return static_cast<int64_t>(sum_over_block(low, scratch)) + (static_cast<int64_t>(sum_over_block(high, scratch)) << 12);
+}
+
+// tokens [M L]: indices of those that count, in order; count []: how many. A block for each row.
+__global__ void __launch_bounds__(SUM_THREADS)
+    list_tokens_kernel(LinearNllInputs p, const float* d_nll, int* tokens, int* count) {
+    if (p.M == 0) {
+        if (thread() == 0) store(count, 0);
+        return;
+    }
+    const int64_t m = blockIdx.x, before = tokens_before(p, d_nll, m, dynamic_shared<float>());
+    const int64_t length = valid_length(p, d_nll, m);
+    for (int64_t i = thread(); i < length; i += threads()) store(tokens + before + i, static_cast<int>(m * p.L + i));
+    if (m == p.M - 1 && thread() == 0) store(count, static_cast<int>(before + length));
+}
+
+// ------------------------------------------------------------------------------------------------ the two products
+
+// A tile of rows (16 a warp) against all keys of a range, tile by tile, chunk by chunk; D columns to a chunk.
+template <class T, int D>
+struct Products {
+    static constexpr int STRIDE = tile_stride<T>(D), N = KEYS<T> / 8;
+
+    int columns, chunks, own_chunk, stages;
+    bool aligned;
+    T *rows, *keys;  // [stages if chunks > 1, warps * 16], [stages, KEYS]
+    char* rest;      // of shared memory
+
+    __device__ Products(int64_t columns, int stages, bool aligned)
+        : columns(static_cast<int>(columns)),
+          chunks(static_cast<int>((columns + D - 1) / D)),
+          own_chunk(static_cast<int>(blockIdx.z)),
+          stages(stages),
+          aligned(aligned) {
+        rows = dynamic_shared<T>();
+        keys = rows + (chunks > 1 ? stages : 1) * row_tile();
+        rest = reinterpret_cast<char*>(keys + stages * KEYS<T> * STRIDE);
+    }
+
+    static size_t bytes(int warps, int64_t columns, int stages) {
+        const int row_stages = columns > D ? stages : 1;
+        return sizeof(T) * STRIDE * static_cast<size_t>(row_stages * warps * 16 + stages * KEYS<T>);
+    }
+
+    __device__ int row_tile() const { return threads() / WARP * 16 * STRIDE; }
+
+    // Copies step `step` of the walk over tiles and chunks; row_at and key_at(tile, r) point to whole rows.
+    template <class RowAt, class KeyAt>
+    __device__ void copy(int step, RowAt row_at, KeyAt key_at) const {
+        const int tile = step / chunks, first = (own_chunk + 1 + step % chunks) % chunks * D;
+        const int width = columns - first < D ? columns - first : D;
+        if (chunks > 1 || step == 0) {
+            T* const to = rows + (chunks > 1 ? step % stages : 0) * row_tile();
+            const auto at = [&](int r) -> const T* {
+                const T* const row = row_at(r);
+                return row == nullptr ? nullptr : row + first;
+            };
+            if (threads() == MOST_WARPS * WARP) {
+                copy_tile<MOST_WARPS * 16, D>(to, width, aligned, at, STRIDE);
+            } else {
+                copy_tile<MOST_WARPS / 2 * 16, D>(to, width, aligned, at, STRIDE);
+            }
+        }
+        copy_tile<KEYS<T>, D>(
+            keys + step % stages * KEYS<T> * STRIDE, width, aligned,
+            [&](int r) -> const T* {
+                const T* const key = key_at(tile, r);
+                return key == nullptr ? nullptr : key + first;
+            },
+            STRIDE);
+    }
+
+    // Calls before(tile) when all threads are about to meet, and use(tile, z, v): z [16, KEYS] are the products of this
+    // warp's rows, v the keys' tile at the block's own columns.
+    template <class RowAt, class KeyAt, class Before, class Use>
+    __device__ void walk(int tiles, RowAt row_at, KeyAt key_at, Before before, Use use) const {
+        const int steps = tiles * chunks;
+        float z[N][4];
+        copy(0, row_at, key_at);
+        commit_async();
+        for (int step = 0; step < steps; ++step) {
+            if (stages == 2 && step + 1 < steps) copy(step + 1, row_at, key_at);
+            commit_async();
+            const int tile = step / chunks, chunk = step % chunks;
+            if (chunk == 0) {
+                clear(z);
+                before(tile);
+            }
+            stages == 2 ? wait_async<1>() : wait_async<0>();
+            sync_block();
+            const T* const own = rows + (chunks > 1 ? step % stages : 0) * row_tile() + warp() * 16 * STRIDE;
+            const T* const tile_keys = keys + step % stages * KEYS<T> * STRIDE;
+            add_products<D>(z, own, tile_keys, STRIDE);
+            if (chunk + 1 == chunks) use(tile, z, tile_keys);
+            sync_block();
+            if (stages == 1 && step + 1 < steps) {
+                copy(step + 1, row_at, key_at);
+                commit_async();
+            }
+        }
+    }
+};
+
+// ------------------------------------------------------------------------------------------------ forward
+
+struct ForwardScratch {
+    const int *tokens, *count;
+    float* partial;   // [parts, 4, M L]: max z, sum exp(z - max), sum z, z_y
+    int* likeliest;   // [parts, M L] or null
+    float* expected;  // [parts, M L, D], not yet divided by the sum; or null
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(MOST_WARPS* WARP, 1)
+    linear_nll_kernel(LinearNllInputs p, ForwardScratch scratch, int words_per_part, int stages, bool aligned) {
+    const int warps = threads() / WARP, first = static_cast<int>(blockIdx.x) * warps * 16, count = load(scratch.count);
+    if (first >= count) return;
+    const Products<T, D> products(p.D, stages, aligned);
+    int* const tokens = reinterpret_cast<int*>(products.rest);  // [warps * 16]
+    float* const bias = reinterpret_cast<float*>(tokens + warps * 16);
+    for (int i = thread(); i < warps * 16; i += threads()) {
+        tokens[i] = first + i < count ? load(scratch.tokens + first + i) : -1;
+    }
+    sync_block();
+    const int first_word = static_cast<int>(blockIdx.y) * words_per_part;
+    const int vocabulary = static_cast<int>(p.V);
+    const int end = first_word + words_per_part < vocabulary ? first_word + words_per_part : vocabulary;
+    constexpr int N = KEYS<T> / 8;
+    int target[2];
+    float highest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, z_sum[2] = {0, 0}, z_target[2] = {0, 0};
+    int best[2] = {0, 0};
+    float expected[D / 8][4];
+    clear(expected);
+    for (int r = 0; r < 2; ++r) {
+        const int token = tokens[warp() * 16 + row_of(2 * r)];
+        target[r] = token < 0 ? -1 : static_cast<int>(load(p.target + token));
+    }
+    products.walk(
+        (end - first_word + KEYS<T> - 1) / KEYS<T>,
+        [&](int r) -> const T* {
+            return tokens[r] < 0 ? nullptr : static_cast<const T*>(p.hidden) + tokens[r] * p.D;
+        },
+        [&](int tile, int r) -> const T* {
+            const int word = first_word + tile * KEYS<T> + r;
+            return word < end ? static_cast<const T*>(p.weight) + word * p.D : nullptr;
+        },
+        [&](int tile) {
+            for (int i = thread(); i < KEYS<T>; i += threads()) {
+                const int word = first_word + tile * KEYS<T> + i;
+                bias[i] = word < end ? to_float(load(static_cast<const T*>(p.bias) + word)) : 0.0f;
+            }
+        },
+        [&](int tile, float(&z)[N][4], const T* words) {
+            float here[2] = {-INFINITY, -INFINITY}, shrink[2], sum[2] = {0, 0};
+            int at[2] = {0, 0};
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int column = 8 * n + column_of(i), word = first_word + tile * KEYS<T> + column;
+                    z[n][i] += bias[column];
+                    if (word == target[i / 2]) z_target[i / 2] += z[n][i];
+                    if (word < end) z_sum[i / 2] += z[n][i];
+                    z[n][i] = word < end ? z[n][i] : -INFINITY;
+                    if (z[n][i] > here[i / 2]) at[i / 2] = word;
+                    here[i / 2] = fmaxf(here[i / 2], z[n][i]);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+#pragma unroll
+                for (int mask = 1; mask < 4; mask *= 2) {  // the likeliest word, the first of equals
+                    const float other = shuffle_xor(here[r], mask);
+                    const int other_at = static_cast<int>(bits_of(shuffle_xor(float_of(static_cast<uint32_t>(at[r])), mask)));
+                    if (other > here[r] || (other == here[r] && other_at < at[r])) at[r] = other_at;
+                    here[r] = fmaxf(here[r], other);
+                }
+                if (here[r] > highest[r]) best[r] = at[r];
+                const float higher = fmaxf(highest[r], here[r]);
+                shrink[r] = exponential(highest[r] - higher);
+                highest[r] = higher;
+            }
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    z[n][i] = exponential(z[n][i] - highest[i / 2]);
+                    sum[i / 2] += z[n][i];
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) total[r] = total[r] * shrink[r] + sum[r];
+            if (scratch.expected == nullptr) return;
+#pragma unroll
+            for (int d = 0; d < D / 8; ++d) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) expected[d][i] *= shrink[i / 2];
+            }
+            add_weighted<T>(expected, z, words, Products<T, D>::STRIDE);
+        });
+    const int64_t N_TOKENS = p.M * p.L, part = blockIdx.y;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = warp() * 16 + row_of(2 * r);
+        total[r] = sum_over_lanes<4>(total[r]);
+        z_sum[r] = sum_over_lanes<4>(z_sum[r]);
+        z_target[r] = sum_over_lanes<4>(z_target[r]);
+        if (blockIdx.z != 0 || lane() % 4 != 0 || tokens[row] < 0) continue;
+        float* const partial = scratch.partial + part * 4 * N_TOKENS + first + row;
+        store(partial, highest[r]);
+        store(partial + N_TOKENS, total[r]);
+        store(partial + 2 * N_TOKENS, z_sum[r]);
+        store(partial + 3 * N_TOKENS, z_target[r]);
+        if (scratch.likeliest != nullptr) store(scratch.likeliest + part * N_TOKENS + first + row, best[r]);
+    }
+    if (scratch.expected == nullptr) return;
+    const int first_column = products.own_chunk * D;
+#pragma unroll
+    for (int d = 0; d < D / 8; ++d) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int row = warp() * 16 + row_of(i), column = first_column + 8 * d + column_of(i);
+            if (tokens[row] < 0 || column >= p.D) continue;
+            store(scratch.expected + (part * N_TOKENS + first + row) * p.D + column, expected[d][i]);
+        }
+    }
+}
+
+// Per row of tokens: the parts put together, lse and O of each token, the mean nll. A warp takes a token at a time.
+__global__ void __launch_bounds__(SUM_THREADS)
+    combine_kernel(LinearNllParams p, ForwardScratch scratch, int parts) {
+    float* const shared = dynamic_shared<float>();
+    const int64_t m = blockIdx.x, N = p.M * p.L, before = tokens_before(p, nullptr, m, shared);
+    const int64_t length = valid_length(p, nullptr, m);
+    const float count = static_cast<float>(p.V), smoothing = p.label_smoothing;
+    float nll = 0, correct = 0;
+    for (int64_t i = warp(); i < p.L; i += threads() / WARP) {
+        const int64_t token = m * p.L + i;
+        if (i >= length) {  // zeros where there is no token
+            if (lane() == 0) store(p.lse + token, 0.0f);
+            if (p.expected != nullptr) {
+                for (int64_t c = lane(); c < p.D; c += WARP) store(p.expected + token * p.D + c, 0.0f);
+            }
+            continue;
+        }
+        const float* const partial = scratch.partial + before + i;
+        float highest = -INFINITY, total = 0, z_sum = 0, z_target = 0;
+        int best = 0;
+        for (int part = 0; part < parts; ++part) {
+            const float here = load(partial + part * 4 * N);
+            if (scratch.likeliest != nullptr && here > highest) best = load(scratch.likeliest + part * N + before + i);
+            highest = fmaxf(highest, here);
+        }
+        for (int part = 0; part < parts; ++part) {
+            const float* const of_part = partial + part * 4 * N;
+            total += exponential(load(of_part) - highest) * load(of_part + N);
+            z_sum += load(of_part + 2 * N);
+            z_target += load(of_part + 3 * N);
+        }
+        const float lse = highest + logf(total);
+        const int64_t target = load(p.target + token);
+        const bool known = target >= 0 && target < p.V;  // a word that is none gives NaN: nothing here can raise an error
+        nll += known ? (1.0f - smoothing) * (lse - z_target) + smoothing * (lse - z_sum / count) : NAN;
+        correct += static_cast<float>(best == target);
+        if (lane() == 0) store(p.lse + token, lse);
+        if (p.expected == nullptr) continue;
+        for (int64_t c = lane(); c < p.D; c += WARP) {
+            float expected = 0;
+            for (int part = 0; part < parts; ++part) {
+                const float share = exponential(load(partial + part * 4 * N) - highest) / total;
+                expected += share * load(scratch.expected + (part * N + before + i) * p.D + c);
+            }
+            store(p.expected + token * p.D + c, expected);
+        }
+    }
+    const float size = static_cast<float>(length > 0 ? length : 1);
+    nll = sum_over_block(lane() == 0 ? nll : 0.0f, shared);
+    correct = sum_over_block(lane() == 0 ? correct : 0.0f, shared);
+    if (thread() != 0) return;
+    store(p.nll + m, nll / size);
+    if (p.accuracy != nullptr) store(p.accuracy + m, correct / size);
+}
+
+// ------------------------------------------------------------------------------------------------ backward
+
+// parts [COLUMN_SUM_PARTS, D]: sums of W's columns, each over a range of words.
+template <class T>
+__global__ void __launch_bounds__(SUM_THREADS) column_sums_kernel(LinearNllInputs p, float* parts) {
+    const int64_t c = static_cast<int64_t>(blockIdx.x) * SUM_THREADS + thread();
+    if (c >= p.D) return;
+    const int64_t share = (p.V + COLUMN_SUM_PARTS - 1) / COLUMN_SUM_PARTS, first = blockIdx.y * share;
+    float sum = 0;
+    for (int64_t word = first; word < first + share && word < p.V; ++word) {
+        sum += to_float(load(static_cast<const T*>(p.weight) + word * p.D + c));
+    }
+    store(parts + blockIdx.y * p.D + c, sum);
+}
+
+// A block for each row; a thread for each column.
+template <class T>
+__global__ void __launch_bounds__(SUM_THREADS)
+    linear_nll_hidden_gradient_kernel(LinearNllBackwardParams p, const float* column_sums) {
+    const int64_t m = blockIdx.x, length = valid_length(p, p.d_nll, m);
+    const float d_nll = length > 0 ? load(p.d_nll + m) / static_cast<float>(length) : 0.0f;
+    for (int64_t c = thread(); c < p.D; c += threads()) {
+        float mean = 0;
+        for (int part = 0; length > 0 && part < COLUMN_SUM_PARTS; ++part) mean += load(column_sums + part * p.D + c);
+        mean /= static_cast<float>(p.V);
+        for (int64_t token = m * p.L; token < (m + 1) * p.L; ++token) {
+            float gradient = 0;
+            if (token < m * p.L + length) {
+                const int64_t target = load(p.target + token);
+                const bool known = target >= 0 && target < p.V;
+                const float of_target = known ? to_float(load(static_cast<const T*>(p.weight) + target * p.D + c)) : NAN;
+                gradient = d_nll * (load(p.expected + token * p.D + c) - (1.0f - p.label_smoothing) * of_target -
+                                    p.label_smoothing * mean);
+            }
+            T rounded;
+            from_float(&rounded, gradient);
+            store(static_cast<T*>(p.d_hidden) + token * p.D + c, rounded);
+        }
+    }
+}
+
+struct WordScratch {
+    const int *tokens, *count;
+    float *d_weight, *d_bias;  // [parts, V, D], [parts, V]
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(MOST_WARPS* WARP, 1)
+    linear_nll_word_gradient_kernel(LinearNllBackwardParams p, WordScratch scratch, int stages, bool aligned) {
+    constexpr int N = KEYS<T> / 8;
+    const int warps = threads() / WARP, vocabulary = static_cast<int>(p.V);
+    const int first_word = static_cast<int>(blockIdx.x) * warps * 16, own_word = first_word + warp() * 16;
+    const int count = load(scratch.count), part = static_cast<int>(blockIdx.y), parts = static_cast<int>(gridDim.y);
+    const int tiles = (count + KEYS<T> - 1) / KEYS<T>, share = (tiles + parts - 1) / parts;
+    const int first = part * share * KEYS<T>;
+    const int end = first + share * KEYS<T> < count ? first + share * KEYS<T> : count;
+    const Products<T, D> products(p.D, stages, aligned);
+    float* const lse = reinterpret_cast<float*>(products.rest);  // of a tile of tokens
+    float* const d_nll = lse + KEYS<T>;
+    int* const target = reinterpret_cast<int*>(d_nll + KEYS<T>);
+    float bias[2], d_bias[2] = {0, 0}, d_weight[D / 8][4];
+    clear(d_weight);
+    for (int r = 0; r < 2; ++r) {
+        const int word = own_word + row_of(2 * r);
+        bias[r] = word < vocabulary ? to_float(load(static_cast<const T*>(p.bias) + word)) : 0.0f;
+    }
+    const float smoothing = p.label_smoothing, uniform = smoothing / static_cast<float>(vocabulary);
+    if (first < end) {
+        products.walk(
+            (end - first + KEYS<T> - 1) / KEYS<T>,
+            [&](int r) -> const T* {
+                return first_word + r < vocabulary ? static_cast<const T*>(p.weight) + (first_word + r) * p.D : nullptr;
+            },
+            [&](int tile, int r) -> const T* {
+                const int i = first + tile * KEYS<T> + r;
+                return i < end ? static_cast<const T*>(p.hidden) + load(scratch.tokens + i) * p.D : nullptr;
+            },
+            [&](int tile) {
+                for (int i = thread(); i < KEYS<T>; i += threads()) {
+                    const int place = first + tile * KEYS<T> + i;
+                    const int token = place < end ? load(scratch.tokens + place) : -1;
+                    const int64_t m = token < 0 ? 0 : token / p.L;
+                    lse[i] = token < 0 ? 0.0f : load(p.lse + token);
+                    d_nll[i] = token < 0 ? 0.0f : load(p.d_nll + m) / static_cast<float>(valid_length(p, nullptr, m));
+                    target[i] = token < 0 ? -1 : static_cast<int>(load(p.target + token));
+                }
+            },
+            [&](int, float(&z)[N][4], const T* tokens) {
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const int column = 8 * n + column_of(i), word = own_word + row_of(i);
+                        float d_z = exponential(z[n][i] + bias[i / 2] - lse[column]) - uniform;
+                        if (word == target[column]) d_z -= 1.0f - smoothing;
+                        z[n][i] = d_nll[column] == 0.0f ? 0.0f : d_z * d_nll[column];  // no token: exp may be infinite
+                        d_bias[i / 2] += z[n][i];
+                    }
+                }
+                if (scratch.d_weight != nullptr) add_weighted<T>(d_weight, z, tokens, Products<T, D>::STRIDE);
+            });
+    }
+    const int first_column = products.own_chunk * D;
+    if (scratch.d_weight != nullptr) {
+#pragma unroll
+        for (int d = 0; d < D / 8; ++d) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int64_t word = own_word + row_of(i), column = first_column + 8 * d + column_of(i);
+                if (word < vocabulary && column < p.D) {
+                    store(scratch.d_weight + (part * p.V + word) * p.D + column, d_weight[d][i]);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float sum = sum_over_lanes<4>(d_bias[r]);
+        const int word = own_word + row_of(2 * r);
+        if (scratch.d_bias != nullptr && blockIdx.z == 0 && lane() % 4 == 0 && word < vocabulary) {
+            store(scratch.d_bias + part * p.V + word, sum);
+        }
+    }
+}
+
+// out [size] = the sum of parts [parts, size], in order.
+template <class T>
+__global__ void __launch_bounds__(SUM_THREADS)
+    sum_parts_kernel(const float* parts, int64_t size, int count, T* out) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * SUM_THREADS + thread();
+    if (i >= size) return;
+    float sum = 0;
+    for (int part = 0; part < count; ++part) sum += load(parts + part * size + i);
+    T rounded;
+    from_float(&rounded, sum);
+    store(out + i, rounded);
+}
+
+// ------------------------------------------------------------------------------------------------ on the host
+
+constexpr size_t SCRATCH_BYTES = sizeof(float) * SUM_THREADS / WARP;
+
+// Calls body(T, D) with the width of a chunk.
+template <class Body>
+void dispatch(Dtype dtype, int64_t columns, Body body) {
+    with_type(dtype, [&](auto* type) {
+        if (columns <= 64) return body(type, std::integral_constant<int, 64>());
+        if (columns <= 128) return body(type, std::integral_constant<int, 128>());
+        return body(type, std::integral_constant<int, 256>());
+    });
+}
+
+// How a kernel that walks over keys is launched: warps and stages as many as shared memory takes.
+struct Plan {
+    int warps, stages;
+    size_t bytes;
+};
+template <class T, int D>
+Plan plan(int most_warps, int64_t columns, size_t rest_per_row, size_t rest) {
+    const size_t limit = static_cast<size_t>(most_shared_bytes());
+    Plan found{};
+    for (const auto& [warps, stages] : {std::pair{MOST_WARPS, 2}, {MOST_WARPS, 1}, {MOST_WARPS / 2, 2}, {MOST_WARPS / 2, 1}}) {
+        found = {warps, stages,
+                 Products<T, D>::bytes(warps, columns, stages) + rest + rest_per_row * static_cast<size_t>(warps * 16)};
+        if (warps <= most_warps && found.bytes <= limit) return found;
+    }
+    return found;  // too much, which the launch will say
+}
+
+constexpr int64_t parts_to_fill(int64_t tiles, int64_t most) {
+    return std::max<int64_t>(1, std::min({BLOCKS / std::max<int64_t>(tiles, 1), MOST_PARTS, most}));
+}
+
+void list_tokens(const LinearNllInputs& p, const float* d_nll, int* tokens, int* count) {
+    launch(list_tokens_kernel, {std::max<int64_t>(p.M, 1)}, SUM_THREADS, SCRATCH_BYTES, p, d_nll, tokens, count);
+}
+
+}  // namespace
+}  // namespace cuda
+
+void linear_nll(const LinearNllParams& p) {
+    using namespace cuda;
+    const int64_t N = p.M * p.L;
+    if (p.M == 0) return;
+    const Scratch list((N + 1) * int64_t{sizeof(int)});
+    int *const count = list.as<int>(), *const tokens = count + 1;
+    list_tokens(p, nullptr, tokens, count);
+    dispatch(p.dtype, p.D, [&](auto* type, auto size) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        constexpr int D = size();
+        // float32's operands take twice the registers: 16 rows a warp, but four warps
+        const Plan chosen = plan<T, D>(sizeof(T) == 4 ? MOST_WARPS / 2 : MOST_WARPS, p.D, sizeof(int),
+                                       sizeof(float) * KEYS<T>);
+        const int64_t tiles = ceil_div(N, chosen.warps * 16), word_tiles = ceil_div(p.V, KEYS<T>);
+        const int64_t per_part = ceil_div(word_tiles, parts_to_fill(tiles, ceil_div(word_tiles, 4))) * KEYS<T>;
+        const int64_t parts = std::max<int64_t>(ceil_div(p.V, std::max<int64_t>(per_part, 1)), 1);
+        const Scratch partial(parts * 4 * N * int64_t{sizeof(float)});
+        const Scratch likeliest(p.accuracy ? parts * N * int64_t{sizeof(int)} : 0);
+        const Scratch expected(p.expected ? parts * N * p.D * int64_t{sizeof(float)} : 0);
+        const ForwardScratch scratch{tokens, count, partial.as<float>(), p.accuracy ? likeliest.as<int>() : nullptr,
+                                     p.expected ? expected.as<float>() : nullptr};
+        const bool aligned = p.D * sizeof(T) % sizeof(Words) == 0 && aligned_to_words(p.hidden) && aligned_to_words(p.weight);
+        if (tiles > 0 && p.V > 0) {
+            launch(linear_nll_kernel<T, D>, {tiles, parts, p.expected ? ceil_div(p.D, D) : 1}, chosen.warps * WARP,
+                   chosen.bytes, static_cast<const LinearNllInputs&>(p), scratch, static_cast<int>(per_part),
+                   chosen.stages, aligned);
+        }
+        launch(combine_kernel, {p.M}, SUM_THREADS, SCRATCH_BYTES, p, scratch, static_cast<int>(parts));
+    });
+}
+
+void linear_nll_backward(const LinearNllBackwardParams& p) {
+    using namespace cuda;
+    const int64_t N = p.M * p.L;
+    dispatch(p.dtype, p.D, [&](auto* type, auto size) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        constexpr int D = size();
+        const bool aligned = p.D * sizeof(T) % sizeof(Words) == 0 && aligned_to_words(p.hidden) && aligned_to_words(p.weight);
+        if (p.d_hidden != nullptr && N > 0 && p.D > 0) {
+            const Scratch sums(COLUMN_SUM_PARTS * p.D * int64_t{sizeof(float)});
+            launch(column_sums_kernel<T>, {ceil_div(p.D, SUM_THREADS), COLUMN_SUM_PARTS}, SUM_THREADS, 0,
+                   static_cast<const LinearNllInputs&>(p), sums.as<float>());
+            launch(linear_nll_hidden_gradient_kernel<T>, {p.M}, SUM_THREADS, 0, p,
+                   static_cast<const float*>(sums.as<float>()));
+        }
+        if ((p.d_weight == nullptr && p.d_bias == nullptr) || p.V == 0) return;
+        const Scratch list((N + 1) * int64_t{sizeof(int)});
+        int *const count = list.as<int>(), *const tokens = count + 1;
+        list_tokens(p, p.d_nll, tokens, count);
+        const Plan chosen = plan<T, D>(sizeof(T) == 4 || p.V <= 4096 ? MOST_WARPS / 2 : MOST_WARPS, p.D, 0,
+                                       3 * sizeof(float) * KEYS<T>);
+        const int64_t tiles = ceil_div(p.V, chosen.warps * 16);
+        const int64_t parts = parts_to_fill(tiles, ceil_div(N, 4 * KEYS<T>));
+        const Scratch d_weight(p.d_weight ? parts * p.V * p.D * int64_t{sizeof(float)} : 0);
+        const Scratch d_bias(p.d_bias ? parts * p.V * int64_t{sizeof(float)} : 0);
+        const WordScratch scratch{tokens, count, p.d_weight ? d_weight.as<float>() : nullptr,
+                                  p.d_bias ? d_bias.as<float>() : nullptr};
+        launch(linear_nll_word_gradient_kernel<T, D>, {tiles, parts, p.d_weight ? ceil_div(p.D, D) : 1},
+               chosen.warps * WARP, chosen.bytes, p, scratch, chosen.stages, aligned);
+        const auto sum_parts = [&](const float* from, int64_t numbers, auto* to) {
+            if (numbers == 0) return;
+            launch(sum_parts_kernel<std::remove_pointer_t<decltype(to)>>, {ceil_div(numbers, SUM_THREADS)}, SUM_THREADS,
+                   0, from, numbers, static_cast<int>(parts), to);
+        };
+        if (p.d_weight) sum_parts(scratch.d_weight, p.V * p.D, static_cast<T*>(p.d_weight));
+        if (p.d_bias) sum_parts(scratch.d_bias, p.V, p.d_bias);
+    });
+}
+
+}  // namespace cnm

@@ -1,0 +1,48 @@
+// Dropout's masks, drawn in registers: the bits that csrc/cpu/philox.h states.
+#pragma once
+
+#include "device.cuh"
+
+namespace cnm::cuda {
+
+struct Dropout {
+    uint64_t offset;
+    uint32_t threshold;  // of the 65,536 values of a draw, how many drop
+    float scale;         // of what is kept
+
+    static Dropout of(double p, int64_t offset) {
+        constexpr double LEVELS = 65536;
+        const double threshold = std::nearbyint(p * LEVELS);
+        return {static_cast<uint64_t>(offset), static_cast<uint32_t>(threshold),
+                static_cast<float>(LEVELS / std::fmax(LEVELS - threshold, 1))};
+    }
+};
+
+// Bit i says whether element 8 group + i is kept.
+__device__ __forceinline__ uint32_t keep_bits(const Dropout& dropout, uint64_t seed, uint64_t group) {
+    if (dropout.threshold == 0) return 0xFF;
+    constexpr uint32_t M0 = 0xD2511F53, M1 = 0xCD9E8D57, W0 = 0x9E3779B9, W1 = 0xBB67AE85;
+    uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32);
+    uint32_t c2 = static_cast<uint32_t>(dropout.offset), c3 = static_cast<uint32_t>(dropout.offset >> 32);
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+        const uint32_t high0 = multiply_high(M0, c0), low0 = M0 * c0, high1 = multiply_high(M1, c2), low1 = M1 * c2;
+        c0 = high1 ^ c1 ^ k0;
+        c1 = low1;
+        c2 = high0 ^ c3 ^ k1;
+        c3 = low0;
+        k0 += W0;
+        k1 += W1;
+    }
+    const uint32_t words[] = {c0, c1, c2, c3};
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t draw = words[i / 2] >> (16 * (i % 2)) & 0xFFFF;
+        bits |= static_cast<uint32_t>(draw >= dropout.threshold) << i;
+    }
+    return bits;
+}
+
+}  // namespace cnm::cuda

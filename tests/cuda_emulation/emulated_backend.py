@@ -1,0 +1,40 @@
+"""The kernels of csrc/cuda as a backend named ``cuda_emulation``, on CPU tensors; for tests, by name only."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from cnm_kernels import formulas, native, registry
+from emulation_build import COMPILER, build
+
+NAME = "cuda_emulation"
+NAMESPACE = "cnm_kernels_emulated"
+OPS = {"cpu": native.OPS["cuda"]}
+DTYPES = native.DTYPES
+BY_NAME_ONLY = True
+LOAD_ERRORS: dict[str, str] = {}
+
+if COMPILER is None:
+    LOAD_ERRORS["cpu"] = "no C++ compiler"
+else:
+    library = build()
+    torch.ops.load_library(str(library))
+    machine = ctypes.CDLL(str(library))
+    machine.emulator_set_seed.argtypes = [ctypes.c_uint64]
+    machine.emulator_set_shared_bytes.argtypes = [ctypes.c_int64]
+    gaussian_mask = formulas.gaussian_mask.bind(NAMESPACE)
+    weighted_attention, gaussian_attention = formulas.attention.bind(NAMESPACE)
+    branched_attention = formulas.branched_attention.bind(NAMESPACE)
+    intra_video_contrastive_loss = formulas.intra_video_contrastive_loss.bind(NAMESPACE)
+    linear_nll, contrastive_reconstruction_loss = formulas.linear_nll.bind(
+        NAMESPACE, intra_video_contrastive_loss, lambda *_: True
+    )
+    dropout = formulas.dropout.bind(NAMESPACE)
+    dropout_add_layer_norm = formulas.dropout_add_layer_norm.bind(NAMESPACE)
+
+
+def seed(number: int) -> None:
+    """Of the order in which threads and blocks run."""
+    machine.emulator_set_seed(number)
