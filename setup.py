@@ -1,8 +1,12 @@
-"""Build entry point: what is static is in pyproject.toml; here the C++ CPU module is compiled.
+"""Build entry point: what is static is in pyproject.toml; here the C++ modules are compiled, for CPUs and for GPUs.
 
 Environment:
-    CNM_KERNELS_NATIVE=0   leave the C++ module out: a pure-Python install.
-    CNM_KERNELS_NATIVE=1   a failure to compile it fails the install, instead of being reported and left out.
+    CNM_KERNELS_NATIVE=0   leave the C++ modules out: a pure-Python install.
+    CNM_KERNELS_NATIVE=1   a failure to compile for CPUs fails the install, instead of being reported and left out.
+    CNM_KERNELS_CUDA=0|1   the same for GPUs, which takes nvcc and a CUDA build of torch.
+    TORCH_CUDA_ARCH_LIST   the GPUs to compile for, as torch has it: "8.0;9.0a+PTX"; by default all that nvcc knows of
+                           8.0, 8.6, 9.0a, 10.0, and PTX for what comes after.
+    CUDA_HOME              where CUDA is, if nvcc is not on the PATH.
     CXX, CXXFLAGS          compiler and extra flags, as usual.
 """
 
@@ -10,7 +14,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCES = Path("csrc")
-REASON_FILE = "native_skipped.txt"  # beside native.py: why the C++ module is missing, for `python -m cnm_kernels`
+REASON_FILE = "{}_skipped.txt"  # beside native.py: why a C++ module is missing, for `python -m cnm_kernels`
 MATRIX_KERNELS = {
     "gemm",
     "attention",
@@ -50,35 +56,45 @@ INSTRUCTION_SETS: dict[str, list[str]] = {
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }  # in the order of csrc/cpu/isa.h
 MATRIX_ONLY = ("avx512bf16", "amx")
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Xfatbin=-compress-all",
+]
+ARCHITECTURES = ("8.0", "8.6", "9.0a", "10.0+PTX")
 
 
 class BuildNative(build_ext):
-    """Compiles every kernel once per instruction set, and the rest once; leaves the module out where that fails."""
+    """Compiles the modules; leaves one out where that fails, and says why."""
 
     def build_extension(self, ext: Extension) -> None:
         module = Path(self.get_ext_fullpath(ext.name))
-        reason_file = module.with_name(REASON_FILE)
+        name = ext.name.rpartition(".")[2]
+        reason_file = module.with_name(REASON_FILE.format(name))
         reason_file.unlink(missing_ok=True)
         try:
             self._compile(ext)
         except Exception as error:
-            if os.environ.get("CNM_KERNELS_NATIVE") == "1":
+            if os.environ.get(SWITCHES[name]) == "1":
                 raise
             reason = f"{ext.name} was not built: {error}"
-            print(f"\nWARNING: {reason}\ncnm-kernels works without it, on PyTorch's own operations.\n")
+            print(f"\nWARNING: {reason}\ncnm-kernels works without it, on {WITHOUT[name]}.\n")
             module.unlink(missing_ok=True)
             reason_file.parent.mkdir(parents=True, exist_ok=True)
             reason_file.write_text(reason + "\n", encoding="utf-8")
 
     def copy_extensions_to_source(self) -> None:
-        """For editable installs: the module as just built, or the reason, and nothing of an earlier build."""
+        """For editable installs: the modules as just built, or the reasons, and nothing of an earlier build."""
         package = Path(self.get_finalized_command("build_py").get_package_dir("cnm_kernels"))
         for ext in self.extensions:
-            module = Path(self.get_ext_fullpath(ext.name))
-            for stale in (package / module.name, package / REASON_FILE):
+            module = Path(self.build_lib, self.get_ext_filename(ext.name))  # where it was built
+            reason_file = module.with_name(REASON_FILE.format(ext.name.rpartition(".")[2]))
+            for stale in (package / module.name, package / reason_file.name):
                 stale.unlink(missing_ok=True)
-            if module.with_name(REASON_FILE).exists():
-                self.copy_file(str(module.with_name(REASON_FILE)), str(package))
+            if reason_file.exists():
+                self.copy_file(str(reason_file), str(package))
         super().copy_extensions_to_source()
 
     def _compile(self, ext: Extension) -> None:
@@ -97,7 +113,7 @@ class BuildNative(build_ext):
         self.torch_headers = [flag for path in include_paths() for flag in ("-isystem", path)]
         ext.library_dirs += library_paths()
         # Objects without special instructions come first: the linker keeps the first copy of an inline function.
-        ext.extra_objects = self._objects(ext)
+        ext.extra_objects = self._gpu_objects(ext) if ext.name.endswith("_C_cuda") else self._cpu_objects(ext)
         sources, depends = ext.sources, ext.depends
         ext.sources, ext.depends = [], ext.extra_objects  # what is left to do is to link, if an object is new
         try:
@@ -105,7 +121,8 @@ class BuildNative(build_ext):
         finally:
             ext.sources, ext.depends = sources, depends
 
-    def _objects(self, ext: Extension) -> list[str]:
+    def _cpu_objects(self, ext: Extension) -> list[str]:
+        """Every kernel once per instruction set, and the rest once."""
         jobs: list[tuple[str, str, list[str]]] = []
         kernels = [source for source in ext.sources if is_kernel(Path(source))]
         for source in ext.sources:
@@ -115,6 +132,18 @@ class BuildNative(build_ext):
             for source in kernels:
                 if name not in MATRIX_ONLY or Path(source).stem in MATRIX_KERNELS:
                     jobs.append((source, name, [f"-DCNM_ISA={name}", *flags]))
+        return self._objects(ext, jobs)
+
+    def _gpu_objects(self, ext: Extension) -> list[str]:
+        """Every kernel once for all architectures by nvcc, and the rest by the C++ compiler."""
+        home, nvcc = cuda_toolkit()
+        ext.library_dirs.append(str(home / "lib64"))
+        self.torch_headers += ["-isystem", str(home / "include")]
+        self.nvcc = [nvcc, *NVCC_FLAGS, *(f"-gencode={code}" for code in architectures(nvcc))]
+        return self._objects(ext, [(source, "cuda", []) for source in ext.sources])
+
+    def _objects(self, ext: Extension, jobs: list[tuple[str, str, list[str]]]) -> list[str]:
+        """What has changed is compiled, side by side. Jobs are (source, folder, flags)."""
         newest_header = max(Path(path).stat().st_mtime for path in [*ext.depends, __file__])
 
         def run(job: tuple[str, str, list[str]]) -> str:
@@ -122,8 +151,15 @@ class BuildNative(build_ext):
             output = Path(self.build_temp, folder)
             target = output / Path(source).with_suffix(".o")
             stale = max(newest_header, Path(source).stat().st_mtime)
-            if self.force or not target.exists() or target.stat().st_mtime < stale:
-                try:
+            if not self.force and target.exists() and target.stat().st_mtime >= stale:
+                return str(target)
+            try:
+                if source.endswith(".cu"):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    macros = [f"-D{name}={value}" for name, value in ext.define_macros]
+                    headers = [f"-I{path}" for path in ext.include_dirs]
+                    subprocess.run([*self.nvcc, *macros, *headers, "-c", source, "-o", str(target)], check=True)
+                else:
                     self.compiler.compile(
                         [source],
                         output_dir=str(output),
@@ -131,14 +167,62 @@ class BuildNative(build_ext):
                         macros=ext.define_macros,
                         extra_postargs=[*FLAGS, *self.torch_headers, *flags],
                     )
-                except CompileError as error:
-                    raise RuntimeError(
-                        f"the compiler failed on {source} for {folder}; `pip install -v .` shows what it said"
-                    ) from error
+            except (CompileError, subprocess.CalledProcessError) as error:
+                target.unlink(missing_ok=True)
+                raise RuntimeError(
+                    f"the compiler failed on {source} for {folder}; `pip install -v .` shows what it said"
+                ) from error
             return str(target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(run, jobs))
+
+
+def cuda_toolkit() -> tuple[Path, str]:
+    """Where CUDA is, and its compiler, if torch can use what that makes."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise RuntimeError(f"torch {torch.__version__} is a build without CUDA")
+    given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=str(Path(given, "bin")) if given else None) or shutil.which("nvcc")
+    if nvcc is None:
+        raise RuntimeError("nvcc is not on the PATH (CUDA_HOME names where CUDA is)")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None:
+        raise RuntimeError(f"{nvcc} --version names no release")
+    if release.group(1) != torch.version.cuda.partition(".")[0]:
+        raise RuntimeError(
+            f"nvcc is of CUDA {'.'.join(release.groups())}, but torch {torch.__version__} of CUDA {torch.version.cuda}: "
+            f"install nvcc {torch.version.cuda}, or a torch for the CUDA that is here"
+        )
+    home = Path(given) if given else Path(os.path.realpath(nvcc)).parents[1]
+    for candidate in (home, Path("/usr/local/cuda"), Path(f"/usr/local/cuda-{'.'.join(release.groups())}")):
+        if (candidate / "include" / "cuda_runtime.h").exists():
+            return candidate, nvcc
+    raise RuntimeError(f"{home} has no include/cuda_runtime.h (CUDA_HOME names where CUDA is)")
+
+
+def architectures(nvcc: str) -> list[str]:
+    """Arguments of -gencode."""
+    given = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    codes: list[str] = []
+    for item in [item for item in given if item] or ARCHITECTURES:
+        form = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", item)
+        if form is None:
+            raise RuntimeError(f'TORCH_CUDA_ARCH_LIST: "{item}" is none; write them like "8.0;9.0a+PTX"')
+        major, minor, variant, ptx = form.groups()
+        number = major + minor + variant
+        if f"sm_{major}{minor}" not in known:
+            if any(given):
+                raise RuntimeError(f"TORCH_CUDA_ARCH_LIST: {nvcc} cannot compile for {item}")
+            continue
+        codes.append(f"arch=compute_{number},code=sm_{number}")
+        if ptx:
+            codes.append(f"arch=compute_{number},code=compute_{number}")
+    return codes
 
 
 def is_kernel(source: Path) -> bool:
@@ -152,25 +236,39 @@ def instruction_sets() -> dict[str, list[str]]:
     return {"portable": []}
 
 
-def native() -> dict[str, Any]:
-    if os.environ.get("CNM_KERNELS_NATIVE") == "0":
-        return {}
-    extension = Extension(
-        "cnm_kernels._C_cpu",
-        sources=sorted(str(path) for path in [*SOURCES.glob("*.cpp"), *(SOURCES / "cpu").glob("*.cpp")]),
-        depends=sorted(str(path) for path in [*SOURCES.glob("*.h"), *(SOURCES / "cpu").glob("*.h")]),
-        include_dirs=[str(SOURCES), str(SOURCES / "cpu")],
+SWITCHES = {"_C_cpu": "CNM_KERNELS_NATIVE", "_C_cuda": "CNM_KERNELS_CUDA"}
+WITHOUT = {"_C_cpu": "PyTorch's own operations", "_C_cuda": "Triton or PyTorch's own operations on GPUs"}
+
+
+def extension(name: str, sources: list[Path], folder: str, libraries: list[str], macros: list[str]) -> Extension:
+    headers = [path for where in (SOURCES, SOURCES / folder) for path in where.glob("*.*h")]
+    return Extension(
+        f"cnm_kernels.{name}",
+        sources=sorted(map(str, sources)),
+        depends=sorted(map(str, headers)),
+        include_dirs=[str(SOURCES), str(SOURCES / folder)],
         define_macros=[
             ("Py_LIMITED_API", "0x030A0000"),
             ("TORCH_TARGET_VERSION", "0x020B000000000000"),  # torch 2.11
+            *((macro, "1") for macro in macros),
         ],
-        libraries=["torch_cpu"],
+        libraries=libraries,
         language="c++",
         py_limited_api=True,
         optional=True,  # so that a module left out is no error
     )
+
+
+def native() -> dict[str, Any]:
+    if os.environ.get("CNM_KERNELS_NATIVE") == "0":
+        return {}
+    cpu, cuda = SOURCES / "cpu", SOURCES / "cuda"
+    modules = [extension("_C_cpu", [*SOURCES.glob("*.cpp"), *cpu.glob("*.cpp")], "cpu", ["torch_cpu"], [])]
+    if os.environ.get("CNM_KERNELS_CUDA") != "0":
+        sources = [*SOURCES.glob("*_op.cpp"), *cuda.glob("*.cpp"), *cuda.glob("*.cu")]
+        modules.append(extension("_C_cuda", sources, "cuda", ["torch_cuda", "torch_cpu", "cudart"], ["CNM_CUDA", "USE_CUDA"]))
     return {
-        "ext_modules": [extension],
+        "ext_modules": modules,
         "cmdclass": {"build_ext": BuildNative},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

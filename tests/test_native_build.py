@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def checkout(tmp_path: Path) -> Path:
     """What a build reads, without what an earlier one left."""
     copy = tmp_path / "checkout"
-    ignored = shutil.ignore_patterns("*.so", "native_skipped.txt", "__pycache__")
+    ignored = shutil.ignore_patterns("*.so", "*_skipped.txt", "__pycache__")
     for name in ("cnm", "cnm_kernels", "csrc"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "LICENSE"):

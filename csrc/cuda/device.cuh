@@ -5,9 +5,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
+#include "runtime.h"
 #include "types.h"
 
 #if defined(CNM_EMULATED)
@@ -20,8 +19,6 @@
 #define blockIdx (emulator::machine().block)
 #define gridDim (emulator::machine().grid)
 #define blockDim (emulator::machine().threads)
-#else
-#include <cuda_runtime.h>
 #endif
 
 namespace cnm::cuda {
@@ -41,8 +38,6 @@ struct alignas(16) Words {
 // ------------------------------------------------------------------------------------------------ primitives
 
 #if defined(CNM_EMULATED)
-
-using Stream = void*;
 
 template <class T>
 T* dynamic_shared() {
@@ -121,8 +116,6 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 #else
-
-using Stream = cudaStream_t;
 
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
@@ -300,27 +293,6 @@ struct Grid {
     int64_t x = 1, y = 1, z = 1;
 };
 
-Stream current_stream();
-
-// Scratch memory on the current device, free for others once the kernels launched so far are through.
-class Scratch {
-public:
-    explicit Scratch(int64_t bytes);
-    ~Scratch();
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    template <class T>
-    T* as() const {
-        return static_cast<T*>(data_);
-    }
-
-private:
-    void* owner_ = nullptr;
-    void* data_ = nullptr;
-};
-
-int most_shared_bytes();  // that a block of the current device can have
-
 #if defined(CNM_EMULATED)
 
 template <class... Params, class... Arguments>
@@ -330,12 +302,6 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_byt
 }
 
 #else
-
-inline void check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) {
-        throw std::runtime_error(std::string("cnm_kernels: ") + what + ": " + cudaGetErrorString(status));
-    }
-}
 
 template <class... Params, class... Arguments>
 void launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_bytes, const Arguments&... arguments) {

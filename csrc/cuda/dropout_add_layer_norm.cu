@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(WARPS* WARP)
         float y[GROUP];
         total.get(k, y);
 #pragma unroll
-        for (int i = 0; i < GROUP; ++i) sum += column + i < D ? y[i] : 0.0f;
+        for (int i = 0; i < GROUP; ++i) y[i] = column + i < D ? y[i] : 0.0f;
+        sum += ((y[0] + y[1]) + (y[2] + y[3])) + ((y[4] + y[5]) + (y[6] + y[7]));  // of equal numbers: exact
     });
     const float mean = sum_over_lanes(sum) / static_cast<float>(D);
     for_groups<HELD>(D, [&](int k, int column) {

@@ -569,7 +569,11 @@ void linear_nll_backward(const LinearNllBackwardParams& p) {
             launch(sum_parts_kernel<std::remove_pointer_t<decltype(to)>>, {ceil_div(numbers, SUM_THREADS)}, SUM_THREADS,
                    0, from, numbers, static_cast<int>(parts), to);
         };
-        if (p.d_weight) sum_parts(scratch.d_weight, p.V * p.D, static_cast<T*>(p.d_weight));
+        if (p.d_weight) {
+            with_type(p.d_weight_dtype, [&](auto* to) {
+                sum_parts(scratch.d_weight, p.V * p.D, static_cast<decltype(to)>(p.d_weight));
+            });
+        }
         if (p.d_bias) sum_parts(scratch.d_bias, p.V, p.d_bias);
     });
 }

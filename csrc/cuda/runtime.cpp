@@ -1,7 +1,6 @@
 // What the kernels' host code needs of PyTorch: the current stream and scratch memory from PyTorch's own allocator.
-#include <cuda_runtime.h>
+#include "runtime.h"
 
-#include "device.cuh"
 #include "tensors.h"
 
 namespace cnm::cuda {

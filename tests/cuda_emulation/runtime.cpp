@@ -1,7 +1,8 @@
 // What csrc/cuda/runtime.cpp gives the kernels' host code on a GPU, for the emulator; and its handles for tests.
 #include <cstdlib>
 
-#include "device.cuh"
+#include "emulator.h"
+#include "runtime.h"
 
 namespace cnm::cuda {
 
