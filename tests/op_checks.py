@@ -114,13 +114,13 @@ def check_values(op: str, inputs: Inputs, backend: str) -> None:
 def check_gradients(op: str, inputs: Inputs, backend: str, names: Sequence[str] | None = None) -> None:
     """The gradient of every differentiable input (or of ``names`` alone) against that of the formula in float64."""
     names = [name for name in names or DIFFERENTIABLE[op] if inputs.get(name) is not None]
-    actual = _gradients(lambda **inputs: run(op, inputs, backend), inputs, names)
-    exact = _gradients(REFERENCES[op], in_dtype(inputs, torch.float64), names)
-    moved = _gradients(REFERENCES[op], rounded_once_more(op, inputs), names)
+    actual = gradients_of(lambda **inputs: run(op, inputs, backend), inputs, names)
+    exact = gradients_of(REFERENCES[op], in_dtype(inputs, torch.float64), names)
+    moved = gradients_of(REFERENCES[op], rounded_once_more(op, inputs), names)
     if backend == "torch":
-        plain = _gradients(REFERENCES[op], in_dtype(inputs, wide(inputs[names[0]].dtype)), names)
+        plain = gradients_of(REFERENCES[op], in_dtype(inputs, wide(inputs[names[0]].dtype)), names)
     else:
-        plain = _gradients(lambda **inputs: run(op, inputs, "torch"), inputs, names)
+        plain = gradients_of(lambda **inputs: run(op, inputs, "torch"), inputs, names)
     terms = dict.fromkeys(names, GRADIENT_TERM)
     if op in ("weighted_attention", "gaussian_attention", "branched_attention"):
         terms |= attention_terms(inputs, GRADIENT_TERM)
@@ -184,7 +184,7 @@ def check_deterministic(op: str, inputs: Inputs, backend: str) -> None:
         torch.set_num_threads(threads)
         try:
             outputs = run(op, inputs, backend)
-            gradients = _gradients(lambda **inputs: run(op, inputs, backend), inputs, DIFFERENTIABLE[op])
+            gradients = gradients_of(lambda **inputs: run(op, inputs, backend), inputs, DIFFERENTIABLE[op])
         finally:
             torch.set_num_threads(before)
         return [*outputs, *gradients.values()]
@@ -200,7 +200,7 @@ def check_deterministic(op: str, inputs: Inputs, backend: str) -> None:
 def check_compiles(op: str, inputs: Inputs, backend: str) -> None:
     """torch.compile(fullgraph=True) traces forward and backward, and the graph gives what eager gives."""
     torch._dynamo.reset()
-    eager = _gradients(lambda **inputs: run(op, inputs, backend), inputs, DIFFERENTIABLE[op])
+    eager = gradients_of(lambda **inputs: run(op, inputs, backend), inputs, DIFFERENTIABLE[op])
     function = torch.compile(getattr(cnm_kernels, op), fullgraph=True, backend="aot_eager")
 
     def compiled(**inputs: Any) -> tuple[Tensor, ...]:
@@ -208,7 +208,7 @@ def check_compiles(op: str, inputs: Inputs, backend: str) -> None:
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     with cnm_kernels.use_backend(backend):
-        gradients = _gradients(compiled, inputs, DIFFERENTIABLE[op])
+        gradients = gradients_of(compiled, inputs, DIFFERENTIABLE[op])
         outputs = compiled(**inputs)
     for actual, expected in zip(outputs, run(op, inputs, backend), strict=True):
         torch.testing.assert_close(actual, expected, equal_nan=True)
@@ -250,7 +250,7 @@ def check_autocast(op: str, inputs: Inputs, backend: str, cast: Sequence[str]) -
         with torch.autocast(device, torch.bfloat16):
             return run(op, inputs, backend)
 
-    for name, gradient in _gradients(under_autocast, inputs, DIFFERENTIABLE[op]).items():
+    for name, gradient in gradients_of(under_autocast, inputs, DIFFERENTIABLE[op]).items():
         assert gradient.dtype == torch.float32, name
         assert gradient.isfinite().all(), name
 
@@ -277,7 +277,7 @@ def _requiring_gradients(inputs: Inputs, names: Sequence[str]) -> Inputs:
     return inputs | leaves
 
 
-def _gradients(function: Callable[..., tuple[Tensor, ...]], inputs: Inputs, names: Sequence[str]) -> dict[str, Tensor]:
+def gradients_of(function: Callable[..., tuple[Tensor, ...]], inputs: Inputs, names: Sequence[str]) -> dict[str, Tensor]:
     """Gradients of the outputs weighted by fixed normal numbers, rounded to bfloat16 so that every dtype holds them."""
     inputs = _requiring_gradients(inputs, names)
     outputs = [output for output in function(**inputs) if output.requires_grad]

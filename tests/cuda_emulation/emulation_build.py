@@ -38,9 +38,9 @@ def cache_folder() -> Path:
     return Path(folder) if folder else Path(tempfile.gettempdir()) / f"cnm_kernels_emulation_{os.getuid()}"
 
 
-def compile_object(source: Path, target: Path, csrc: Path = CSRC) -> None:
+def compile_object(source: Path, target: Path) -> None:
     """One source; a ``.cu`` as C++."""
-    headers = [f"-I{path}" for path in (csrc, csrc / "cuda", HERE)]
+    headers = [f"-I{path}" for path in (CSRC, CSRC / "cuda", HERE)]
     torch_headers = [flag for path in include_paths() for flag in ("-isystem", path)]
     command = [str(COMPILER), *FLAGS, *headers, *torch_headers, "-x", "c++", "-c", str(source), "-o"]
     outcome = subprocess.run([*command, str(target)], capture_output=True, text=True)
@@ -48,8 +48,9 @@ def compile_object(source: Path, target: Path, csrc: Path = CSRC) -> None:
         raise RuntimeError(f"{source.name} does not compile against the emulator:\n{outcome.stderr[-4000:]}")
 
 
-def build(csrc: Path = CSRC) -> Path:
+def build() -> Path:
     """The library that registers ``cnm_kernels_emulated::<op>``."""
+    csrc = CSRC
     sources = sorted([*csrc.glob("*.cpp"), *(csrc / "cuda").glob("*_op.cpp"), *(csrc / "cuda").glob("*.cu"), HERE / "runtime.cpp"])
     headers = sorted(path for folder in (csrc, csrc / "cuda", HERE) for path in folder.glob("*.*h"))
     common = hashlib.sha256(repr((FLAGS, torch.__version__, sys.version)).encode())
@@ -75,7 +76,7 @@ def build(csrc: Path = CSRC) -> Path:
 
     def object_of(source: Path) -> Path:
         path = folder / f"{source.stem}-{key(source.read_bytes())}.o"
-        return made(path, lambda target: compile_object(source, target, csrc))
+        return made(path, lambda target: compile_object(source, target))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(object_of, sources))

@@ -1,9 +1,9 @@
 // GPUs in miniature: runs the kernels of csrc/cuda, compiled as C++, on one CPU thread.
 //
-// Every thread of a block is a fiber, and the order in which fibers run is drawn at random: between two barriers any
-// interleaving may happen, as on the real thing, so that a barrier left out shows in the results. Warp instructions wait
-// for their 32 lanes and check that all of them came to the same instruction. Asynchronous copies land when they are
-// waited for, not before. Shared memory is poisoned with NaNs before each block and ends in a guard; global memory is
+// Every thread of a block is a fiber, and the order in which fibers run is drawn at random, in bursts that let one warp
+// get far ahead of the others: between two barriers any interleaving may happen, as on the real thing, so that a barrier
+// left out shows in the results. Warp instructions wait for their 32 lanes and check that all of them came to the same
+// instruction. An asynchronous copy lands at once or when it is waited for, as the dice fall. Shared memory is poisoned with NaNs before each block and ends in a guard; global memory is
 // what the binding made known, and any other access is an error.
 #pragma once
 
@@ -26,6 +26,7 @@ namespace emulator {
 constexpr int WARP = 32;
 constexpr size_t STACK_BYTES = 128 << 10;
 constexpr size_t GUARD_BYTES = 1 << 10;  // behind a block's shared memory
+constexpr uint32_t LONGEST_BURST = 4096;  // steps of one warp before another is preferred
 constexpr unsigned char POISON = 0xFF;   // a NaN in every floating type
 
 struct Index {
@@ -82,7 +83,8 @@ struct Warp {
 struct Machine {
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Warp> warps;
-    std::vector<int> runnable;
+    std::vector<std::vector<int>> runnable;  // of each warp
+    int runnable_count = 0;
     std::vector<char> shared;
     std::vector<std::pair<char*, size_t>> static_shared;
     jmp_buf scheduler;
@@ -123,7 +125,8 @@ inline void wait() {
 
 inline void wake(int fiber) {
     machine().fibers[static_cast<size_t>(fiber)]->waiting = false;
-    machine().runnable.push_back(fiber);
+    machine().runnable[static_cast<size_t>(fiber / WARP)].push_back(fiber);
+    ++machine().runnable_count;
 }
 
 inline void fiber_main() {
@@ -163,23 +166,33 @@ inline void run_block() {
     for (auto [data, bytes] : m.static_shared) std::memset(data, POISON, bytes);
     m.at_barrier = 0;
     m.warps.assign(static_cast<size_t>((m.count + WARP - 1) / WARP), Warp{});
-    m.runnable.resize(static_cast<size_t>(m.count));
-    std::iota(m.runnable.begin(), m.runnable.end(), 0);
+    m.runnable.assign(m.warps.size(), {});
+    m.runnable_count = 0;
     for (int i = 0; i < m.count; ++i) {
         Fiber& f = fiber(i);
         f.finished = f.waiting = false;
         const unsigned x = static_cast<unsigned>(i);
         f.thread = {x % m.threads.x, x / m.threads.x % m.threads.y, x / m.threads.x / m.threads.y};
         f.copies.assign(1, {});
+        wake(i);
     }
     volatile int left = m.count;
+    volatile size_t favourite = 0;
+    volatile uint32_t burst = 0;
     while (left > 0) {
-        if (m.runnable.empty()) {
+        if (m.runnable_count == 0) {
             m.error = "deadlock: threads wait for others that have ended or wait elsewhere";
             break;
         }
-        const size_t pick = m.draw(static_cast<uint32_t>(m.runnable.size()));
-        Fiber& next = fiber(m.runnable[pick]);
+        if (burst == 0) {
+            favourite = m.draw(static_cast<uint32_t>(m.warps.size()));
+            burst = 1 + m.draw(LONGEST_BURST);
+        }
+        burst = burst - 1;
+        size_t warp = favourite;
+        while (m.runnable[warp].empty()) warp = m.draw(static_cast<uint32_t>(m.warps.size()));
+        const auto& ready = m.runnable[warp];
+        Fiber& next = fiber(ready[m.draw(static_cast<uint32_t>(ready.size()))]);
         m.current = &next;
         if (_setjmp(m.scheduler) == 0) {
             if (!next.begun) {
@@ -192,10 +205,11 @@ inline void run_block() {
         if (!m.error.empty()) break;
         if (ran.finished) left = left - 1;
         if (ran.finished || ran.waiting) {
-            auto& list = m.runnable;
+            auto& list = m.runnable[static_cast<size_t>(ran.index / WARP)];
             const auto place = std::find(list.begin(), list.end(), ran.index);
             *place = list.back();
             list.pop_back();
+            --m.runnable_count;
         }
     }
     m.current = nullptr;
@@ -299,22 +313,29 @@ inline void check_shared(const void* address, size_t bytes, const char* what) {
     }
 }
 
+inline void land(const Copy& copy) {
+    if (copy.from) {
+        std::memcpy(copy.to, copy.from, 16);
+    } else {
+        std::memset(copy.to, 0, 16);
+    }
+}
+
 inline void copy_async(void* to, const void* from, bool inside) {
     check_shared(to, 16, "cp.async");
     if (inside) check_global(from, 16, "cp.async");
-    machine().current->copies.back().push_back({to, inside ? from : nullptr});
+    const Copy copy{to, inside ? from : nullptr};
+    if (machine().draw(2) == 0) {
+        land(copy);
+    } else {
+        machine().current->copies.back().push_back(copy);
+    }
 }
 inline void commit_async() { machine().current->copies.emplace_back(); }
 inline void wait_async(size_t pending) {
     auto& groups = machine().current->copies;
     while (groups.size() > pending + 1) {  // the open one is not committed
-        for (const Copy& copy : groups.front()) {
-            if (copy.from) {
-                std::memcpy(copy.to, copy.from, 16);
-            } else {
-                std::memset(copy.to, 0, 16);
-            }
-        }
+        for (const Copy& copy : groups.front()) land(copy);
         groups.erase(groups.begin());
     }
 }

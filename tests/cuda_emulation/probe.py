@@ -1,0 +1,62 @@
+"""Runs kernels of a changed csrc on the emulator and says in its exit code whether anything was wrong with them.
+
+    python probe.py <csrc> <op> <sample> ...
+
+Prints what was caught first: an access that the emulator refused, other bits in another order of the threads, or
+numbers that are not those of the torch backend.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import emulation_build
+import torch
+
+emulation_build.CSRC = Path(sys.argv[1])
+
+import emulated_backend
+from op_checks import gradients_of
+from samples import DIFFERENTIABLE, run, sample
+
+from cnm_kernels import registry
+
+registry.add(emulated_backend.NAME, emulated_backend)
+torch.set_num_threads(1)
+
+
+def everything(op: str, name: str, backend: str) -> list[torch.Tensor]:
+    inputs = sample(op, name, torch.float32, "cpu")
+    outputs = list(run(op, inputs, backend))
+    return outputs + list(gradients_of(lambda **inputs: run(op, inputs, backend), inputs, DIFFERENTIABLE[op]).values())
+
+
+def main() -> int:
+    for case in sys.argv[2:]:
+        op, _, name = case.partition(":")
+        expected = everything(op, name, "torch")
+        first = None
+        for seed in range(4):
+            emulated_backend.seed(seed)
+            try:
+                actual = everything(op, name, emulated_backend.NAME)
+            except RuntimeError as error:
+                print(f"caught: {str(error).splitlines()[0]}")
+                return 1
+            if first is not None and not all(map(torch.equal, actual, first)):
+                print(f"caught: {case} gives other bits in another order of the threads")
+                return 1
+            first = actual
+            for tensor, wanted in zip(actual, expected, strict=True):
+                if not torch.allclose(tensor, wanted, rtol=1e-3, atol=1e-4):
+                    print(f"caught: {case} is not what the torch backend gives")
+                    return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
