@@ -71,7 +71,7 @@ class Kernel:
             return 2 * 64 * row + 256
         if self.op == "attention_backward_kernel":
             return 4 * 64 * row + 5 * 256
-        keys, rows = 128 // size, self.threads // 32 * 16
+        keys, rows = 32 if size == 4 or width > 128 else 64, self.threads // 32 * 16
         both = (rows + 2 * keys) * row + 4 * rows + 12 * keys
         return both if both <= SHARED_BYTES[self.architecture] else both - keys * row
 
@@ -139,8 +139,10 @@ def read(file: Path) -> Iterator[Kernel]:
     dumper = tool("cuobjdump")
     if dumper is None:
         raise RuntimeError("cuobjdump is not here")
+    cubin = re.search(r"-(\w+)\.cubin$", file.name)  # which does not name its architecture itself
+    of_file = f"sm_{cubin.group(1)}" if cubin else ""
     usage = subprocess.run([dumper, "--dump-resource-usage", str(file)], capture_output=True, text=True, check=True)
-    architecture, name, found = "", "", []
+    architecture, name, found = of_file, "", []
     for line in usage.stdout.splitlines():
         if match := re.search(r"arch = (sm_\w+)", line):
             architecture = match.group(1)
@@ -149,6 +151,7 @@ def read(file: Path) -> Iterator[Kernel]:
         elif match := re.search(r"REG:(\d+) STACK:(\d+)", line):
             found.append((architecture, name, int(match.group(1)), int(match.group(2))))
     counts: Counter[tuple[str, str]] = Counter()
+    architecture = of_file
     with subprocess.Popen([dumper, "-sass", str(file)], stdout=subprocess.PIPE, text=True) as code:
         assert code.stdout is not None
         for line in code.stdout:

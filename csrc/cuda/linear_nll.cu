@@ -21,9 +21,9 @@ constexpr int64_t BLOCKS = 256;     // enough for any GPU; not the present one's
 constexpr int64_t MOST_PARTS = 8;   // of the vocabulary, or of the tokens
 constexpr int COLUMN_SUM_PARTS = 32, SUM_THREADS = 256, MOST_WARPS = 8;
 
-// Keys (words, backward: tokens) of a tile, and the widest chunk of columns: what registers and shared memory allow.
-template <class T>
-constexpr int KEYS = sizeof(T) == 4 ? 32 : 64;
+// Keys (words, backward: tokens) of a tile, for chunks of D columns: what registers allow.
+template <class T, int D>
+constexpr int KEYS = sizeof(T) == 4 || D > 128 ? 32 : 64;
 
 // ------------------------------------------------------------------------------------------------ tokens that count
 
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(SUM_THREADS)
 // A tile of rows (16 a warp) against all keys of a range, tile by tile, chunk by chunk; D columns to a chunk.
 template <class T, int D>
 struct Products {
-    static constexpr int STRIDE = tile_stride<T>(D), N = KEYS<T> / 8;
+    static constexpr int STRIDE = tile_stride<T>(D), N = KEYS<T, D> / 8;
 
     int columns, chunks, own_chunk, stages;
     bool aligned;
@@ -78,12 +78,12 @@ struct Products {
           aligned(aligned) {
         rows = dynamic_shared<T>();
         keys = rows + (chunks > 1 ? stages : 1) * row_tile();
-        rest = reinterpret_cast<char*>(keys + stages * KEYS<T> * STRIDE);
+        rest = reinterpret_cast<char*>(keys + stages * KEYS<T, D> * STRIDE);
     }
 
     static size_t bytes(int warps, int64_t columns, int stages) {
         const int row_stages = columns > D ? stages : 1;
-        return sizeof(T) * STRIDE * static_cast<size_t>(row_stages * warps * 16 + stages * KEYS<T>);
+        return sizeof(T) * STRIDE * static_cast<size_t>(row_stages * warps * 16 + stages * KEYS<T, D>);
     }
 
     __device__ int row_tile() const { return threads() / WARP * 16 * STRIDE; }
@@ -105,8 +105,8 @@ struct Products {
                 copy_tile<MOST_WARPS / 2 * 16, D>(to, width, aligned, at, STRIDE);
             }
         }
-        copy_tile<KEYS<T>, D>(
-            keys + step % stages * KEYS<T> * STRIDE, width, aligned,
+        copy_tile<KEYS<T, D>, D>(
+            keys + step % stages * KEYS<T, D> * STRIDE, width, aligned,
             [&](int r) -> const T* {
                 const T* const key = key_at(tile, r);
                 return key == nullptr ? nullptr : key + first;
@@ -133,7 +133,7 @@ struct Products {
             stages == 2 ? wait_async<1>() : wait_async<0>();
             sync_block();
             const T* const own = rows + (chunks > 1 ? step % stages : 0) * row_tile() + warp() * 16 * STRIDE;
-            const T* const tile_keys = keys + step % stages * KEYS<T> * STRIDE;
+            const T* const tile_keys = keys + step % stages * KEYS<T, D> * STRIDE;
             add_products<D>(z, own, tile_keys, STRIDE);
             if (chunk + 1 == chunks) use(tile, z, tile_keys);
             sync_block();
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1)
     const int first_word = static_cast<int>(blockIdx.y) * words_per_part;
     const int vocabulary = static_cast<int>(p.V);
     const int end = first_word + words_per_part < vocabulary ? first_word + words_per_part : vocabulary;
-    constexpr int N = KEYS<T> / 8;
+    constexpr int N = KEYS<T, D> / 8;
     int target[2];
     float highest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, z_sum[2] = {0, 0}, z_target[2] = {0, 0};
     int best[2] = {0, 0};
@@ -180,17 +180,17 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1)
         target[r] = token < 0 ? -1 : static_cast<int>(load(p.target + token));
     }
     products.walk(
-        (end - first_word + KEYS<T> - 1) / KEYS<T>,
+        (end - first_word + KEYS<T, D> - 1) / KEYS<T, D>,
         [&](int r) -> const T* {
             return tokens[r] < 0 ? nullptr : static_cast<const T*>(p.hidden) + tokens[r] * p.D;
         },
         [&](int tile, int r) -> const T* {
-            const int word = first_word + tile * KEYS<T> + r;
+            const int word = first_word + tile * KEYS<T, D> + r;
             return word < end ? static_cast<const T*>(p.weight) + word * p.D : nullptr;
         },
         [&](int tile) {
-            for (int i = thread(); i < KEYS<T>; i += threads()) {
-                const int word = first_word + tile * KEYS<T> + i;
+            for (int i = thread(); i < KEYS<T, D>; i += threads()) {
+                const int word = first_word + tile * KEYS<T, D> + i;
                 bias[i] = word < end ? to_float(load(static_cast<const T*>(p.bias) + word)) : 0.0f;
             }
         },
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1)
             for (int n = 0; n < N; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const int column = 8 * n + column_of(i), word = first_word + tile * KEYS<T> + column;
+                    const int column = 8 * n + column_of(i), word = first_word + tile * KEYS<T, D> + column;
                     z[n][i] += bias[column];
                     if (word == target[i / 2]) z_target[i / 2] += z[n][i];
                     if (word < end) z_sum[i / 2] += z[n][i];
@@ -374,17 +374,17 @@ struct WordScratch {
 template <class T, int D>
 __global__ void __launch_bounds__(MOST_WARPS* WARP, 1)
     linear_nll_word_gradient_kernel(LinearNllBackwardParams p, WordScratch scratch, int stages, bool aligned) {
-    constexpr int N = KEYS<T> / 8;
+    constexpr int N = KEYS<T, D> / 8;
     const int warps = threads() / WARP, vocabulary = static_cast<int>(p.V);
     const int first_word = static_cast<int>(blockIdx.x) * warps * 16, own_word = first_word + warp() * 16;
     const int count = load(scratch.count), part = static_cast<int>(blockIdx.y), parts = static_cast<int>(gridDim.y);
-    const int tiles = (count + KEYS<T> - 1) / KEYS<T>, share = (tiles + parts - 1) / parts;
-    const int first = part * share * KEYS<T>;
-    const int end = first + share * KEYS<T> < count ? first + share * KEYS<T> : count;
+    const int tiles = (count + KEYS<T, D> - 1) / KEYS<T, D>, share = (tiles + parts - 1) / parts;
+    const int first = part * share * KEYS<T, D>;
+    const int end = first + share * KEYS<T, D> < count ? first + share * KEYS<T, D> : count;
     const Products<T, D> products(p.D, stages, aligned);
     float* const lse = reinterpret_cast<float*>(products.rest);  // of a tile of tokens
-    float* const d_nll = lse + KEYS<T>;
-    int* const target = reinterpret_cast<int*>(d_nll + KEYS<T>);
+    float* const d_nll = lse + KEYS<T, D>;
+    int* const target = reinterpret_cast<int*>(d_nll + KEYS<T, D>);
     float bias[2], d_bias[2] = {0, 0}, d_weight[D / 8][4];
     clear(d_weight);
     for (int r = 0; r < 2; ++r) {
@@ -394,17 +394,17 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1)
     const float smoothing = p.label_smoothing, uniform = smoothing / static_cast<float>(vocabulary);
     if (first < end) {
         products.walk(
-            (end - first + KEYS<T> - 1) / KEYS<T>,
+            (end - first + KEYS<T, D> - 1) / KEYS<T, D>,
             [&](int r) -> const T* {
                 return first_word + r < vocabulary ? static_cast<const T*>(p.weight) + (first_word + r) * p.D : nullptr;
             },
             [&](int tile, int r) -> const T* {
-                const int i = first + tile * KEYS<T> + r;
+                const int i = first + tile * KEYS<T, D> + r;
                 return i < end ? static_cast<const T*>(p.hidden) + load(scratch.tokens + i) * p.D : nullptr;
             },
             [&](int tile) {
-                for (int i = thread(); i < KEYS<T>; i += threads()) {
-                    const int place = first + tile * KEYS<T> + i;
+                for (int i = thread(); i < KEYS<T, D>; i += threads()) {
+                    const int place = first + tile * KEYS<T, D> + i;
                     const int token = place < end ? load(scratch.tokens + place) : -1;
                     const int64_t m = token < 0 ? 0 : token / p.L;
                     lse[i] = token < 0 ? 0.0f : load(p.lse + token);
@@ -517,9 +517,9 @@ void linear_nll(const LinearNllParams& p) {
         constexpr int D = size();
         // float32's operands take twice the registers: 16 rows a warp, but four warps
         const Plan chosen = plan<T, D>(sizeof(T) == 4 ? MOST_WARPS / 2 : MOST_WARPS, p.D, sizeof(int),
-                                       sizeof(float) * KEYS<T>);
-        const int64_t tiles = ceil_div(N, chosen.warps * 16), word_tiles = ceil_div(p.V, KEYS<T>);
-        const int64_t per_part = ceil_div(word_tiles, parts_to_fill(tiles, ceil_div(word_tiles, 4))) * KEYS<T>;
+                                       sizeof(float) * KEYS<T, D>);
+        const int64_t tiles = ceil_div(N, chosen.warps * 16), word_tiles = ceil_div(p.V, KEYS<T, D>);
+        const int64_t per_part = ceil_div(word_tiles, parts_to_fill(tiles, ceil_div(word_tiles, 4))) * KEYS<T, D>;
         const int64_t parts = std::max<int64_t>(ceil_div(p.V, std::max<int64_t>(per_part, 1)), 1);
         const Scratch partial(parts * 4 * N * int64_t{sizeof(float)});
         const Scratch likeliest(p.accuracy ? parts * N * int64_t{sizeof(int)} : 0);
@@ -555,9 +555,9 @@ void linear_nll_backward(const LinearNllBackwardParams& p) {
         int *const count = list.as<int>(), *const tokens = count + 1;
         list_tokens(p, p.d_nll, tokens, count);
         const Plan chosen = plan<T, D>(sizeof(T) == 4 || p.V <= 4096 ? MOST_WARPS / 2 : MOST_WARPS, p.D, 0,
-                                       3 * sizeof(float) * KEYS<T>);
+                                       3 * sizeof(float) * KEYS<T, D>);
         const int64_t tiles = ceil_div(p.V, chosen.warps * 16);
-        const int64_t parts = parts_to_fill(tiles, ceil_div(N, 4 * KEYS<T>));
+        const int64_t parts = parts_to_fill(tiles, ceil_div(N, 4 * KEYS<T, D>));
         const Scratch d_weight(p.d_weight ? parts * p.V * p.D * int64_t{sizeof(float)} : 0);
         const Scratch d_bias(p.d_bias ? parts * p.V * int64_t{sizeof(float)} : 0);
         const WordScratch scratch{tokens, count, p.d_weight ? d_weight.as<float>() : nullptr,

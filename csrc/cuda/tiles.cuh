@@ -143,7 +143,7 @@ __device__ __forceinline__ void clear(float (&c)[N][4]) {
 // c [16, 8 N] += a [16, K] b [8 N, K]^T
 template <int K, int N, class T>
 __device__ __forceinline__ void add_products(float (&c)[N][4], const T* a, const T* b, int stride) {
-#pragma unroll(sizeof(T) == 4 ? 1 : 2)  // float32's operands take four times the registers
+#pragma unroll(sizeof(T) == 4 || K > 128 ? 1 : 2)  // as far as registers go
     for (int k = 0; k < K; k += 16) {
         RowsOperand<T> rows;
         load_rows(rows, a + k, stride);
