@@ -194,8 +194,8 @@ def cuda_toolkit() -> tuple[Path, str]:
         raise RuntimeError(f"{nvcc} --version names no release")
     if release.group(1) != torch.version.cuda.partition(".")[0]:
         raise RuntimeError(
-            f"nvcc is of CUDA {'.'.join(release.groups())}, but torch {torch.__version__} of CUDA {torch.version.cuda}: "
-            f"install nvcc {torch.version.cuda}, or a torch for the CUDA that is here"
+            f"nvcc is of CUDA {'.'.join(release.groups())}, but torch {torch.__version__} is of {torch.version.cuda}: "
+            f"install nvcc {torch.version.cuda}, or a torch for the CUDA here"
         )
     home = Path(given) if given else Path(os.path.realpath(nvcc)).parents[1]
     for candidate in (home, Path("/usr/local/cuda"), Path(f"/usr/local/cuda-{'.'.join(release.groups())}")):
@@ -266,7 +266,9 @@ def native() -> dict[str, Any]:
     modules = [extension("_C_cpu", [*SOURCES.glob("*.cpp"), *cpu.glob("*.cpp")], "cpu", ["torch_cpu"], [])]
     if os.environ.get("CNM_KERNELS_CUDA") != "0":
         sources = [*SOURCES.glob("*_op.cpp"), *cuda.glob("*.cpp"), *cuda.glob("*.cu")]
-        modules.append(extension("_C_cuda", sources, "cuda", ["torch_cuda", "torch_cpu", "cudart"], ["CNM_CUDA", "USE_CUDA"]))
+        modules.append(
+            extension("_C_cuda", sources, "cuda", ["torch_cuda", "torch_cpu", "cudart"], ["CNM_CUDA", "USE_CUDA"])
+        )
     return {
         "ext_modules": modules,
         "cmdclass": {"build_ext": BuildNative},

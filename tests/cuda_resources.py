@@ -60,7 +60,7 @@ class Kernel:
     @property
     def shared(self) -> int:
         """Bytes of a block, as the host code asks for them, with 200 keys or 256 columns."""
-        if "attention" not in self.op and not self.op.startswith("linear_nll") or len(self.arguments) < 2:
+        if ("attention" not in self.op and not self.op.startswith("linear_nll")) or len(self.arguments) < 2:
             return 0
         size, width = BYTES[self.arguments[0]], int(self.arguments[1])
         row = size * width + 16

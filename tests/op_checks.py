@@ -277,7 +277,9 @@ def _requiring_gradients(inputs: Inputs, names: Sequence[str]) -> Inputs:
     return inputs | leaves
 
 
-def gradients_of(function: Callable[..., tuple[Tensor, ...]], inputs: Inputs, names: Sequence[str]) -> dict[str, Tensor]:
+def gradients_of(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Inputs, names: Sequence[str]
+) -> dict[str, Tensor]:
     """Gradients of the outputs weighted by fixed normal numbers, rounded to bfloat16 so that every dtype holds them."""
     inputs = _requiring_gradients(inputs, names)
     outputs = [output for output in function(**inputs) if output.requires_grad]

@@ -3,6 +3,7 @@ them here would notice a mistake. What they owe like every backend is in ``test_
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import torch
 from emulated_backend import LOAD_ERRORS, NAME, seed
 from op_checks import check_gradients, check_values, gradients_of
 from samples import DIFFERENTIABLE, Draw, add_and_norm, attention, branched, gaussian, run, sample, vocabulary, weighted
+from test_step import assert_trains_as_torch
+
+from cnm.step import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = ROOT / "tests" / "cuda_emulation" / "probe.py"
@@ -102,7 +106,7 @@ def test_a_block_that_cannot_have_its_shared_memory_says_so() -> None:
 
 def test_a_head_too_wide_says_so() -> None:
     inputs = attention(Draw("wider", torch.float32, "cpu"), 1, 1, 3, 4, 129)
-    with pytest.raises(RuntimeError, match="heads of up to 128, got 129"):
+    with pytest.raises(RuntimeError, match="heads of up to 128, got 129: use_backend"):
         run("weighted_attention", inputs, NAME)
 
 
@@ -142,6 +146,21 @@ def test_wide_layer_norms(D: int, dtype: torch.dtype) -> None:
     inputs = add_and_norm(Draw("wide", dtype, "cpu"), 21, D)
     check_values("dropout_add_layer_norm", inputs, NAME)
     check_gradients("dropout_add_layer_norm", inputs, NAME)
+
+
+def test_float32_products_are_not_tf32() -> None:
+    """Three tf32 products err at most twice what plain float32 errs; one would err a thousand times as much."""
+    draw = Draw("tf32", torch.float32, "cpu")
+    q, k, v = (draw.normal(2, 4, 50, 64) for _ in range(3))
+    exact = torch.softmax(q.double() @ k.double().mT / 8, -1) @ v.double()
+    plain = torch.softmax(q @ k.mT / 8, -1) @ v
+    (ours,) = run("weighted_attention", {"query": q, "key": k, "value": v}, NAME)
+    assert (ours.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_training_step(step: str) -> None:
+    assert_trains_as_torch(step, NAME)
 
 
 # ------------------------------------------------------------------------------ the emulator must notice mistakes
@@ -211,8 +230,10 @@ MISTAKES = {
 
 
 def probe(csrc: Path, cases: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(PROBE), str(csrc), *(case for case in cases.split() if ":" in case)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    path = os.pathsep.join([str(PROBE.parent), str(PROBE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"CNM_EMULATION_CSRC": str(csrc), "PYTHONPATH": path}
+    command = [sys.executable, str(PROBE), *cases.split()]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+
+import cnm_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,8 +33,10 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def build(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """For CPUs only, unless CNM_KERNELS_CUDA is given: nvcc would take its minutes."""
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", "built"]
-    return subprocess.run(command, cwd=checkout, env=os.environ | environment, capture_output=True, text=True)
+    environment = os.environ | {"CNM_KERNELS_CUDA": "0"} | environment
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
 
 
 def table(checkout: Path) -> str:
@@ -72,3 +79,46 @@ def test_required_native_fails_loudly(checkout: Path) -> None:
     outcome = build(checkout, CXX="no-such-compiler", CC="no-such-compiler", CNM_KERNELS_NATIVE="1")
     assert outcome.returncode != 0
     assert "no C++ compiler" in outcome.stderr
+
+
+NO_CUDA = re.compile("cnm_kernels._C_cuda was not built: (nvcc is not on the PATH|torch .* is a build without CUDA)")
+WITHOUT_NVCC = {"PATH": "/usr/bin:/bin", "CUDA_HOME": "/nowhere", "CXX": "false", "CC": "false"}
+
+
+@pytest.mark.skipif(shutil.which("nvcc", path="/usr/bin:/bin") is not None, reason="nvcc cannot be hidden here")
+def test_without_nvcc(checkout: Path) -> None:
+    outcome = build(checkout, CNM_KERNELS_CUDA="", **WITHOUT_NVCC)
+    assert outcome.returncode == 0, outcome.stderr
+    assert NO_CUDA.search(outcome.stdout)
+    assert "_C_cuda_skipped.txt" in [path.name for path in (checkout / "built" / "cnm_kernels").iterdir()]
+
+
+@pytest.mark.skipif(shutil.which("nvcc", path="/usr/bin:/bin") is not None, reason="nvcc cannot be hidden here")
+def test_required_cuda_fails_loudly(checkout: Path) -> None:
+    outcome = build(checkout, CNM_KERNELS_CUDA="1", **WITHOUT_NVCC)
+    assert outcome.returncode != 0
+    assert re.search("nvcc is not on the PATH|is a build without CUDA", outcome.stderr)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or torch.version.cuda is None, reason="needs nvcc and a CUDA torch")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("Hopper", '"Hopper" is none; write them like "8.0;9.0a+PTX"'), ("8.0;77.0", "cannot compile for 77.0")],
+)
+def test_an_unknown_architecture_is_named(checkout: Path, given: str, said: str) -> None:
+    outcome = build(checkout, CNM_KERNELS_CUDA="1", TORCH_CUDA_ARCH_LIST=given, CXX="false", CC="false")
+    assert outcome.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST: " in outcome.stderr
+    assert said in outcome.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cnm_kernels._C_cuda") is None, reason="the CUDA module is not built here")
+def test_the_cuda_module_links_and_imports() -> None:
+    """Without a GPU too; what is asked of it on CPU tensors takes the CPU's kernels."""
+    importlib.import_module("cnm_kernels._C_cuda")
+    for op in ("attention", "branched_attention", "linear_nll", "dropout", "gaussian_mask"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnm_kernels::{op}", "CUDA")
+    query = torch.randn(2, 4, 5, 16)
+    with cnm_kernels.use_backend("native"):
+        out = cnm_kernels.weighted_attention(query, query, query)
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, query, query))

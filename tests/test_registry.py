@@ -25,7 +25,9 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
     def fast(*arguments: object) -> torch.Tensor:
         return torch_backend.gaussian_mask(*arguments) + 100  # type: ignore[arg-type]
 
-    ready = SimpleNamespace(OPS={"cpu": ("gaussian_mask",)}, DTYPES=(torch.float32,), LOAD_ERRORS={}, gaussian_mask=fast)
+    ready = SimpleNamespace(
+        OPS={"cpu": ("gaussian_mask",)}, DTYPES=(torch.float32,), LOAD_ERRORS={}, gaussian_mask=fast
+    )
     broken = SimpleNamespace(OPS={"cpu": registry.OPS}, DTYPES=(torch.float32,), LOAD_ERRORS={"cpu": "no libfoo.so"})
     monkeypatch.setattr(registry, "BACKENDS", {"native": "native", "triton": "triton", "torch": "torch_backend"})
     monkeypatch.setattr(registry, "_modules", {"native": ready, "triton": broken, "torch": torch_backend})

@@ -9,6 +9,7 @@ import torch
 from small_runs import synthetic_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import cnm_kernels
 from cnm import CNM
 from cnm.cuda_graph import WARM_UP_STEPS, GraphedStep
 from cnm.data.batch import Batch
@@ -36,6 +37,24 @@ def make_model() -> CNM:
     torch.manual_seed(0)
     config = synthetic_config(dataset__vocab_size=V, model__config__DualTransformer__num_decoder_layers1=2)
     return CNM(config)
+
+
+def assert_trains_as_torch(step: str, backend: str) -> None:
+    """Losses, norms and updated parameters of the PyTorch backend, with dropout."""
+    metrics, parameters = {}, {}
+    batch = make_batch()
+    masked = (torch.arange(batch.words.size(1)) == 1).expand(batch.words.size(0), -1)
+    for name in ("torch", backend):
+        model = make_model().train()
+        assert model.dropout > 0
+        torch.manual_seed(2)
+        with cnm_kernels.use_backend(name):
+            metrics[name] = STEPS[step](model, model.config)(batch, masked_words=(masked, masked))
+        parameters[name] = dict(model.named_parameters())
+    for name, value in metrics["torch"].items():
+        torch.testing.assert_close(metrics[backend][name], value, rtol=1e-4, atol=1e-6)
+    for name, value in parameters["torch"].items():
+        torch.testing.assert_close(parameters[backend][name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -7,9 +7,8 @@ import importlib
 import pytest
 import torch
 from op_checks import check_deterministic, check_gradients, check_values
-from samples import ATTENTION_SHAPES, run, sample
-from small_runs import synthetic_config
-from test_step import make_batch, make_model
+from samples import ATTENTION_SHAPES, sample
+from test_step import assert_trains_as_torch
 
 import cnm_kernels
 from cnm.step import STEPS
@@ -20,7 +19,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs triton",
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 ATTENTION = [
     *(("weighted_attention", f"{kind}-{name}") for kind in ("unweighted", "weighted") for name in ATTENTION_SHAPES),
     *(("gaussian_attention", name) for name in [*ATTENTION_SHAPES, "complement", "narrow-and-outside-complement"]),
@@ -56,21 +54,7 @@ def test_whole_and_blocked_kernels_share_their_statistics(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_training_step(step: str) -> None:
-    """Losses, norms and updated parameters of the PyTorch backend, with dropout."""
-    metrics, parameters = {}, {}
-    batch = make_batch()
-    masked = (torch.arange(batch.words.size(1)) == 1).expand(batch.words.size(0), -1)
-    for backend in ("torch", "triton"):
-        model = make_model().train()
-        assert model.dropout > 0
-        torch.manual_seed(2)
-        with cnm_kernels.use_backend(backend):
-            metrics[backend] = STEPS[step](model, model.config)(batch, masked_words=(masked, masked))
-        parameters[backend] = dict(model.named_parameters())
-    for name, value in metrics["torch"].items():
-        torch.testing.assert_close(metrics["triton"][name], value, rtol=1e-4, atol=1e-6)
-    for name, value in parameters["torch"].items():
-        torch.testing.assert_close(parameters["triton"][name], value, rtol=1e-4, atol=1e-6)
+    assert_trains_as_torch(step, "triton")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the interpreter")
@@ -78,10 +62,6 @@ def test_the_interpreter_runs_only_when_asked_for() -> None:
     assert registry.choice("dropout", "cpu", torch.float32) != "triton"
     with cnm_kernels.use_backend("triton"):
         assert registry.choice("dropout", "cpu", torch.float32) == "triton"
-
-
-def test_the_small_model_has_dropout() -> None:
-    assert synthetic_config().model.config.DualTransformer.dropout > 0
 
 
 def test_schemas_are_those_of_the_compiled_backend() -> None:
@@ -93,67 +73,6 @@ def test_schemas_are_those_of_the_compiled_backend() -> None:
             assert ours.replace("cnm_kernels_triton", "cnm_kernels") == str(
                 getattr(torch.ops.cnm_kernels, op).default._schema
             )
-
-
-@pytest.mark.parametrize(
-    ("op", "name"),
-    [
-        pytest.param("gaussian_attention", "frames-200", marks=needs_gpu),
-        pytest.param("contrastive_reconstruction_loss", "published-13x256x1112", marks=needs_gpu),
-        pytest.param("dropout_add_layer_norm", "published-12x256", marks=needs_gpu),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cuda_graph_holds_forward_and_backward(op: str, name: str, dtype: torch.dtype) -> None:
-    inputs = sample(op, name, dtype, "cuda")
-    leaves = {
-        key: value.requires_grad_() for key, value in inputs.items() if getattr(value, "is_floating_point", bool)()
-    }
-    inputs["seed"] = torch.tensor(7, device="cuda") if "seed" in inputs else None
-    inputs = {key: value for key, value in inputs.items() if value is not None}
-
-    def step() -> tuple[torch.Tensor, ...]:
-        out = run(op, inputs, "triton")[0]
-        return (out, *torch.autograd.grad(out.float().square().sum(), list(leaves.values())))
-
-    expected = [tensor.clone() for tensor in step()]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    for tensor, wanted in zip(captured, expected, strict=True):
-        assert torch.equal(tensor, wanted)
-
-
-@pytest.mark.parametrize("V", [pytest.param(8001, marks=needs_gpu)])
-def test_the_loss_never_holds_the_logits(V: int) -> None:
-    inputs = {
-        "hidden": torch.randn(3, 128, 20, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True),
-        "weight": torch.randn(V, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True),
-        "bias": torch.zeros(V, device="cuda", dtype=torch.bfloat16, requires_grad=True),
-        "target": torch.randint(V, (128, 20), device="cuda"),
-        "valid_lengths": torch.full((128,), 20, device="cuda"),
-    }
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run("contrastive_reconstruction_loss", inputs, "triton")[0].backward()
-    assert torch.cuda.max_memory_allocated() - before < 3 * 128 * 20 * V * 2 / 2  # half of them, in bfloat16
-
-
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=needs_gpu)])
-def test_float32_products_are_not_tf32(dtype: torch.dtype) -> None:
-    """Three tf32 products err at most twice what plain float32 errs."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 4, 50, 64, generator=generator) for _ in range(3))
-    exact = torch.softmax(q.double() @ k.double().mT / 8, -1) @ v.double()
-    plain = torch.softmax(q @ k.mT / 8, -1) @ v
-    (ours,) = run("weighted_attention", {"query": q.cuda(), "key": k.cuda(), "value": v.cuda()}, "triton")
-    assert (ours.cpu().double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

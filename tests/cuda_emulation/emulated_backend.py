@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 
 import torch
-
-from cnm_kernels import formulas, native, registry
 from emulation_build import COMPILER, build
+
+from cnm_kernels import formulas, native
 
 NAME = "cuda_emulation"
 NAMESPACE = "cnm_kernels_emulated"

@@ -16,7 +16,7 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
+CSRC = Path(os.environ.get("CNM_EMULATION_CSRC", HERE.parents[1] / "csrc"))
 COMPILER = os.environ.get("CXX") or next((name for name in ("g++", "clang++") if shutil.which(name)), None)
 FLAGS = [
     "-std=c++17",
@@ -50,9 +50,10 @@ def compile_object(source: Path, target: Path) -> None:
 
 def build() -> Path:
     """The library that registers ``cnm_kernels_emulated::<op>``."""
-    csrc = CSRC
-    sources = sorted([*csrc.glob("*.cpp"), *(csrc / "cuda").glob("*_op.cpp"), *(csrc / "cuda").glob("*.cu"), HERE / "runtime.cpp"])
-    headers = sorted(path for folder in (csrc, csrc / "cuda", HERE) for path in folder.glob("*.*h"))
+    sources = sorted(
+        [*CSRC.glob("*.cpp"), *(CSRC / "cuda").glob("*_op.cpp"), *(CSRC / "cuda").glob("*.cu"), HERE / "runtime.cpp"]
+    )
+    headers = sorted(path for folder in (CSRC, CSRC / "cuda", HERE) for path in folder.glob("*.*h"))
     common = hashlib.sha256(repr((FLAGS, torch.__version__, sys.version)).encode())
     for path in headers:
         common.update(path.read_bytes())
