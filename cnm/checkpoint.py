@@ -64,6 +64,9 @@ def _read(path: str | Path, file: IO[bytes]) -> Any:
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
+                declared = sum(entry.file_size for entry in archive.infolist())
+                if declared > file.seek(0, io.SEEK_END):  # torch compresses nothing
+                    raise InputError(f"{path}: declares {declared} bytes, more than it holds; {_REMEDY}")
                 damaged = archive.testzip()  # torch.load would not notice a changed byte
             if damaged is not None:
                 raise InputError(f"{path}: is damaged ({damaged} does not match its checksum); copy it again")

@@ -46,12 +46,31 @@ class Arguments:
 
     def number(self, name: str, value: float, low: float, high: float) -> None:
         """A number within [low, high]."""
+        self._number(name, value)
         if not low <= value <= high:
             raise ValueError(f"{self.op}: {name} must be between {low:g} and {high:g}, got {value}")
+
+    def whole(self, name: str, value: int, low: int, high: int) -> None:
+        """An int within [low, high]."""
+        if not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{self.op}: {name} must be an int, got {type(value).__name__}")
+        self.number(name, value, low, high)
+
+    def above_zero(self, name: str, value: float) -> None:
+        """A number above 0."""
+        self._number(name, value)
+        if not value > 0:
+            raise ValueError(f"{self.op}: {name} must be above 0, got {value}")
+
+    def _number(self, name: str, value: float) -> None:
+        if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
 
     def _tensor(self, name: str, tensor: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{self.op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{self.op}: {name} must be a dense tensor, got {tensor.layout}; call to_dense() on it")
 
     def _device(self, name: str, tensor: Tensor) -> None:
         if self.first is not None and tensor.device != self.first.device:

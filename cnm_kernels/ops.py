@@ -32,10 +32,14 @@ def _run(op: str, tensor: Tensor, *arguments: Any) -> Any:
 
 def _outside_autocast(function: Callable[..., Any], tensor: Tensor, *arguments: Any) -> Any:
     """The ops fix their own precision."""
-    if torch.is_autocast_enabled(tensor.device.type):
+    if _autocasts(tensor.device.type):
         with torch.autocast(tensor.device.type, enabled=False):
             return function(*arguments)
     return function(*arguments)
+
+
+def _autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -43,7 +47,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return tensors  # the checks that follow name the culprit
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
@@ -83,7 +87,7 @@ def gaussian_mask(
     check = Arguments("gaussian_mask")
     check.floating("center", center, "...")
     check.floating("width", width, "...")
-    check.number("length", length, 0, 1 << 31)
+    check.whole("length", length, 0, 1 << 31)
     if (alpha is None) == (sigma is None):
         raise ValueError(f"gaussian_mask: give either alpha or sigma, got alpha={alpha} and sigma={sigma}")
     if alpha is not None:
@@ -474,6 +478,7 @@ def dropout(x: Tensor, p: float, *, seed: int | Tensor, offset: int = 0) -> Tens
     check = Arguments("dropout")
     check.floating("x", x, "...")
     check.number("p", p, 0, 1)
+    check.whole("offset", offset, -(1 << 63), (1 << 63) - 1)
     return _run("dropout", x, x, p, _seed(check, seed, x), offset)
 
 
@@ -501,7 +506,7 @@ def dropout_add_layer_norm(
     Returns:
         [..., D] in the dtype of x (the wider one, where x and residual differ).
     """
-    floating = all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in (x, residual))
+    floating = all(isinstance(t, Tensor) and t.is_floating_point() and t.layout == torch.strided for t in (x, residual))
     if floating and x.dtype != residual.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
@@ -511,6 +516,7 @@ def dropout_add_layer_norm(
     check.floating("weight", weight, "D", own_dtype=True)
     check.floating("bias", bias, "D", own_dtype=True)
     check.number("p", p, 0, 1)
+    check.whole("offset", offset, -(1 << 63), (1 << 63) - 1)
     return _run("dropout_add_layer_norm", x, x, residual, weight, bias, p, _seed(check, seed, x), offset, eps)
 
 
@@ -518,7 +524,7 @@ def _check_attention(
     check: Arguments, query: Tensor, key: Tensor | None, value: Tensor | None, key_lengths: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The operands in the autocast dtype."""
-    given = [operand for operand in (query, key, value) if operand is not None]
+    given = [query, *(operand for operand in (key, value) if operand is not None)]
     if key is None and value is not None:
         raise TypeError(f"{check.op}: value is given without key; give both, or pack both into key")
     given = list(_autocast(*given))
@@ -546,8 +552,7 @@ def _for_backend(
 
 def _check_gaussian(check: Arguments, alpha: float, min_width: float) -> None:
     check.number("alpha", alpha, 0, float("inf"))
-    if not min_width > 0:
-        raise ValueError(f"{check.op}: min_width must be above 0, got {min_width}")
+    check.above_zero("min_width", min_width)
 
 
 def _check_vocabulary(check: Arguments, weight: Tensor, bias: Tensor, label_smoothing: float) -> None:

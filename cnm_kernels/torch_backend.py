@@ -135,7 +135,8 @@ def linear_nll(
     return_accuracy: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Per row the mean over its valid tokens of (1-e)(lse - z_y) + e (lse - mean_v z_v), z = h W^T + b."""
-    logits = _wide(hidden) @ _wide(weight).T + _wide(bias)  # [M, L, V]
+    hidden = _wide(hidden)
+    logits = hidden @ weight.to(hidden.dtype).T + bias.to(hidden.dtype)  # [M, L, V]
     L = logits.size(1)
     valid = torch.arange(L, device=hidden.device) < valid_lengths[:, None]  # [M, L]
     target = torch.where(valid, target, 0)
@@ -192,7 +193,7 @@ def dropout_add_layer_norm(
 ) -> Tensor:
     """LayerNorm(residual + dropout(x)) over the last dimension."""
     total = _wide(residual) + dropout(_wide(x), p, seed, offset)
-    normalized = F.layer_norm(total, total.shape[-1:], _wide(weight), _wide(bias), eps)
+    normalized = F.layer_norm(total, total.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps)
     return normalized.to(x.dtype)
 
 

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,12 @@ def test_an_interrupted_save_leaves_nothing(path: Path, monkeypatch: pytest.Monk
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none/some\.pt: cannot be written \(No such file or directory\)"):
         checkpoint.save(tmp_path / "none" / "some.pt", CONTENT)
+
+
+def test_an_archive_that_would_unpack_to_much_more(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
+        archive.writestr("archive/data/0", bytes(1 << 24))
+    assert path.stat().st_size < 100_000
+    with pytest.raises(InputError, match="more than it holds"):
+        checkpoint.load(path)

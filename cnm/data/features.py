@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ import numpy as np
 
 from cnm.errors import InputError
 
+MOST_BYTES = 2 << 30  # of one video's features; what a file declares costs nothing to write and memory to read
 INNER_KEYS = ("c3d_features",)  # where a video is a group instead of a dataset
 
 
@@ -47,7 +49,11 @@ class FeatureFile:
         Raises:
             InputError: as ``frames``, except for the values, which it does not read.
         """
-        missing = [video for video in videos if video not in self._file]
+        missing = []
+        for video in videos:
+            with self._readable(video):
+                if video not in self._file:
+                    missing.append(video)
         if missing:
             raise InputError(
                 f"{self.path}: has no features for video {missing[0]!r}"
@@ -64,28 +70,42 @@ class FeatureFile:
             InputError: the video is missing, has another shape or width, holds NaN or infinity, or cannot be read.
         """
         dataset = self._dataset(video, frame_dim)
-        try:
+        with self._readable(video):
             frames = dataset[()].astype(np.float32, copy=False)
-        except OSError as error:
-            raise InputError(f"{self.path}: video {video!r} cannot be read ({error}); fetch the file again") from None
         if not np.isfinite(frames).all():
             raise InputError(f"{self.path}: the features of video {video!r} hold NaN or infinity; extract them again")
         return frames
 
-    def _dataset(self, video: str, frame_dim: int) -> h5py.Dataset:
+    @contextmanager
+    def _readable(self, video: str) -> Iterator[None]:
+        """HDF5's library finds a damaged file in many ways, and h5py raises many things for it."""
         try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            reason = str(error).replace("\n", " ")
+            raise InputError(f"{self.path}: video {video!r} cannot be read ({reason}); fetch the file again") from None
+
+    def _dataset(self, video: str, frame_dim: int) -> h5py.Dataset:
+        with self._readable(video):
             item = self._file.get(video)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{self.path}: video {video!r} cannot be read ({error}); fetch the file again") from None
-        if isinstance(item, h5py.Group):
-            inner = [key for key in INNER_KEYS if key in item]
-            item = item[inner[0]] if inner else None
-        if not isinstance(item, h5py.Dataset):
-            raise InputError(f"{self.path}: has no features for video {video!r}; take the file of these annotations")
-        if item.ndim != 2 or item.shape[0] == 0 or item.dtype.kind not in "fiu":
+            if isinstance(item, h5py.Group):
+                inner = [key for key in INNER_KEYS if key in item]
+                item = item[inner[0]] if inner else None
+            if not isinstance(item, h5py.Dataset):
+                raise InputError(
+                    f"{self.path}: has no features for video {video!r}; take the file of these annotations"
+                )
+            if item.ndim != 2 or item.shape[0] == 0 or item.dtype.kind not in "fiu":
+                raise InputError(
+                    f"{self.path}: video {video!r} holds {item.dtype} of shape {list(item.shape)}, "
+                    f"not numbers [frames, width]; extract them again"
+                )
+        if item.nbytes > MOST_BYTES:
             raise InputError(
-                f"{self.path}: video {video!r} holds {item.dtype} of shape {list(item.shape)}, "
-                f"not numbers [frames, width]; extract them again"
+                f"{self.path}: video {video!r} declares {list(item.shape)} numbers, {item.nbytes >> 20} MB, where "
+                f"{MOST_BYTES >> 20} MB is the most; the file is damaged or made to fill the memory"
             )
         if item.shape[1] != frame_dim:
             raise InputError(
@@ -129,8 +149,9 @@ def load_features(source: str, frame_dim: int, num_clips: int) -> np.ndarray:
         frames = np.load(source, allow_pickle=False)
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror or error}); check the path") from None
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{source}: is no array of numbers ({error}); save it with numpy.save") from None
+    except Exception as error:  # numpy parses the header as Python, and fails in as many ways
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{source}: is no array of numbers ({reason}); save it with numpy.save") from None
     if not isinstance(frames, np.ndarray) or frames.ndim != 2 or len(frames) == 0 or frames.dtype.kind not in "fiu":
         raise InputError(f"{source}: holds {frames.dtype} of shape {list(frames.shape)}, not numbers [frames, width]")
     if frames.shape[1] != frame_dim:

@@ -9,8 +9,10 @@ what it is called with and is checked before an array or a Counter is made of it
 from __future__ import annotations
 
 import collections
+import io
 import math
 import pickle
+import pickletools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from cnm.errors import InputError
 
 _NUMBER = re.compile(r"[<>=|]?([fiu][1248]|b1)")  # the dtypes admitted, as numpy spells them
 _MAX_NESTING = 16
+_MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
 _EMPTY = (0,)  # the shape that numpy's _reconstruct is called with
 
 
@@ -193,6 +196,13 @@ def _plain_key(key: Any) -> Any:
     return key
 
 
+def _check_memo(content: bytes) -> None:
+    """A pickle numbers what it refers to again; C code makes room up to the number, gigabytes of it for 15 bytes."""
+    for opcode, number, _ in pickletools.genops(content):
+        if opcode.name in _MEMO_OPCODES and int(number) > len(content):
+            raise pickle.UnpicklingError("it numbers more objects than it can hold")
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -209,8 +219,9 @@ def read_pickle(path: str | Path) -> Any:
         InputError: the file cannot be read, is no pickle, or holds anything else.
     """
     try:
-        with open(path, "rb") as file:
-            return _finished(_Unpickler(file).load(), {})
+        content = Path(path).read_bytes()
+        _check_memo(content)
+        return _finished(_Unpickler(io.BytesIO(content)).load(), {})
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except pickle.UnpicklingError as error:

@@ -92,3 +92,13 @@ def test_npy_features(tmp_path: Path) -> None:
             load_features(str(source), 3, 4)
     with pytest.raises(InputError, match="are 3 wide, but the model expects 5"):
         load_features(str(tmp_path / "f.npy"), 5, 4)
+
+
+def test_a_file_that_declares_more_than_it_holds(tmp_path: Path) -> None:
+    """A few hundred bytes of HDF5 that would read as terabytes of zeros."""
+    path = tmp_path / "bomb.hdf5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("video", shape=(1 << 33, 8), dtype="f4", chunks=(1024, 8), compression="gzip")
+    assert path.stat().st_size < 100_000
+    with FeatureFile(path) as features, pytest.raises(InputError, match=r"declares .* numbers, 262144 MB"):
+        features.check(["video"], 8)

@@ -153,6 +153,15 @@ def test_a_list_named_a_billion_times_costs_nothing(tmp_path: Path) -> None:
         read_pickle(write(tmp_path / "v.pkl", cycle))
 
 
+@pytest.mark.parametrize("put", [b"r\xff\xff\xff\x3f", b"p1000000000\n"])
+def test_a_memo_of_gigabytes_is_refused(tmp_path: Path, put: bytes) -> None:
+    """One object, numbered as if it were the billionth."""
+    path = tmp_path / "memo.pkl"
+    path.write_bytes(b"\x80\x02K\x01" + put + b".")
+    with pytest.raises(InputError, match="it numbers more objects than it can hold"):
+        read_pickle(path)
+
+
 @pytest.mark.parametrize("encoding", ["zip", "rot13", "idna"])
 def test_other_codecs_are_refused(tmp_path: Path, encoding: str) -> None:
     import codecs
