@@ -15,7 +15,10 @@ from filelock import FileLock
 
 from cnm.errors import InputError
 
-FORMAT = 1  # raise it whenever what is stored, or how it is computed, changes
+FORMAT = 2  # raise it whenever what is stored, or how it is computed, changes
+
+
+SIZES = "sizes.json"  # of the files beside it, written last
 
 
 def default_folder() -> Path:
@@ -48,19 +51,20 @@ def build_once(folder: Path, made_from: dict[str, Any], build: Callable[[Path], 
         folder: the cache.
         made_from: JSON values that determine the result; any change of them gives another folder.
         build: writes into the empty folder it is given. The folder appears under its final name only when it is whole;
-            a second process waits for the first.
+            a second process waits for the first. A folder whose files are missing or have another size than they were
+            written with (a disk that was full, a copy cut short) is built again.
 
     Raises:
         InputError: the cache cannot be written (a full disk, for one); nothing half-written is left.
     """
     description = json.dumps({"format": FORMAT, **made_from}, sort_keys=True)
     target = folder / hashlib.sha256(description.encode()).hexdigest()[:32]
-    if target.is_dir():
+    if _is_whole(target):
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if not target.is_dir():
+            if not _is_whole(target):
                 _build(folder, target, description, build)
     except OSError as error:
         raise InputError(
@@ -74,7 +78,29 @@ def _build(folder: Path, target: Path, description: str, build: Callable[[Path],
     try:
         build(temporary)
         (temporary / "made_from.json").write_text(description, encoding="utf-8")
+        (temporary / SIZES).write_text(json.dumps(_sizes(temporary)), encoding="utf-8")
+        if target.exists():  # damaged; who has its files mapped keeps them
+            os.replace(target, temporary.with_name(f"{temporary.name}-damaged"))
+            _remove(temporary.with_name(f"{temporary.name}-damaged"))
         os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != SIZES}
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / SIZES).read_text(encoding="utf-8")) == _sizes(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

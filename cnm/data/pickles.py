@@ -199,7 +199,7 @@ def _plain_key(key: Any) -> Any:
 def _check_memo(content: bytes) -> None:
     """A pickle numbers what it refers to again; C code makes room up to the number, gigabytes of it for 15 bytes."""
     for opcode, number, _ in pickletools.genops(content):
-        if opcode.name in _MEMO_OPCODES and int(number) > len(content):
+        if opcode.name in _MEMO_OPCODES and isinstance(number, int) and number > len(content):
             raise pickle.UnpicklingError("it numbers more objects than it can hold")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import sys
 import time
@@ -86,3 +87,29 @@ print((cache.build_once(Path({str(tmp_path / "cache")!r}), {{}}, build) / "x").r
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate()[0].strip() for process in processes] == ["whole", "whole"]
     assert (tmp_path / "log").read_text() == "built\n"
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing", "unlisted", "a file in its place"])
+def test_a_damaged_folder_is_built_again(tmp_path: Path, harm: str) -> None:
+    """And what is mapped of it stays readable."""
+
+    def build(folder: Path) -> None:
+        np.save(folder / "clips.npy", np.arange(10_000, dtype=np.float32))
+
+    folder = cache.build_once(tmp_path, {"what": "clips"}, build)
+    mapped = np.load(folder / "clips.npy", mmap_mode="r")
+    if harm == "truncated":
+        mapped = mapped.copy()
+        with open(folder / "clips.npy", "r+b") as file:
+            file.truncate(1000)
+    elif harm == "missing":
+        (folder / "clips.npy").unlink()
+    elif harm == "unlisted":
+        (folder / cache.SIZES).unlink()
+    else:
+        shutil.rmtree(folder)
+        folder.write_text("not a folder")
+    again = cache.build_once(tmp_path, {"what": "clips"}, build)
+    assert again == folder
+    np.testing.assert_array_equal(np.load(again / "clips.npy"), mapped)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".building")] == []
