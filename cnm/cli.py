@@ -190,6 +190,13 @@ def train(
             help="lean (the default); recompute: in half the memory, a quarter slower; published: without rewrites."
         ),
     ] = None,
+    skip_nonfinite: Annotated[
+        bool,
+        typer.Option(
+            "--skip-nonfinite",
+            help="Leave out updates whose loss or gradients are not finite, and count them, instead of stopping.",
+        ),
+    ] = False,
 ) -> None:
     """Trains a model; evaluates after each epoch on the validation split and at the end on the test split.
 
@@ -219,6 +226,7 @@ def train(
             device=_device(device),
             precision=_precision(precision, device),
             step=None if step is None else step.value,
+            skip_nonfinite=skip_nonfinite,
             group=group,
         )
     else:
@@ -232,6 +240,7 @@ def train(
             device=_device(device),
             precision=None if precision is Precision.auto else precision.value,
             step=None if step is None else step.value,
+            skip_nonfinite=skip_nonfinite,
             group=Group.join(_device(device)),
         )
     _train(trainer)

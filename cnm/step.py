@@ -6,6 +6,7 @@ without the work whose result is never used; the trainer uses it by default.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,10 @@ from cnm.distributed import Group
 from cnm.layers import DropoutDraws, Source
 from cnm.model import CNM, Reconstruction, downsample, sample_masked_words
 from cnm.optim import MAX_GRADIENT_NORM, ScheduledAdam
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return bool(torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all())
 
 
 class TrainingStep(ABC):
@@ -43,6 +48,7 @@ class TrainingStep(ABC):
         self.reconstructor = ScheduledAdam(reconstructor, config.train.reconstructor)
         self.group: Group | None = None  # processes that share each batch
         self.share = 1.0  # of the batch that is this process's
+        self.skip_nonfinite = False  # whether an update whose loss or gradients are not finite is left out
         self.fixed_gradients = False  # whether gradients keep their places in memory, as a CUDA graph needs
 
     @property
@@ -118,6 +124,8 @@ class TrainingStep(ABC):
         gradients: Sequence[Tensor] = torch.autograd.grad(loss, optimizer.parameters)
         if self.group is not None:
             gradients = self.group.sum(gradients, self.share)
+        if self.skip_nonfinite and not _all_finite([loss, *gradients]):  # waits for the device
+            return loss.new_full((), math.nan)
         for parameter, gradient in zip(optimizer.parameters, gradients, strict=True):
             if self.fixed_gradients and parameter.grad is not None:
                 parameter.grad.copy_(gradient)

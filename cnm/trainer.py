@@ -74,6 +74,8 @@ class Trainer:
         precision: of activations, "float32" or "bf16"; parameters, their gradients, optimizer states, losses and
             statistics are float32 either way. None: as the resumed run; a new one computes in float32.
         step: one of ``cnm.step.STEPS``. None: as the resumed run, or lean.
+        skip_nonfinite: leave out updates whose loss or gradients are not finite, and count them in the metrics, instead
+            of ending the run. On GPUs this waits for every update and uses no CUDA graph.
         log_every: updates per metrics row.
         quiet: show no progress.
         group: processes that train together, see ``cnm.distributed``; each makes a trainer, process 0's writes.
@@ -91,6 +93,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         precision: str | None = None,
         step: str | None = None,
+        skip_nonfinite: bool = False,
         log_every: int = LOG_EVERY,
         quiet: bool = False,
         group: Group | None = None,
@@ -134,7 +137,8 @@ class Trainer:
         self.step = STEPS[self.options["step"]](self.model, self.config)
         self.step.group = group
         self.model.seed_shift = 0 if group is None else group.rank
-        graphs = self.device.type == "cuda" and group is None
+        self.step.skip_nonfinite = skip_nonfinite
+        graphs = self.device.type == "cuda" and group is None and not skip_nonfinite
         self.run_step = GraphedStep(self.step) if graphs else self.step
         part = None if group is None else group.rows
         self.loader = BatchLoader(self.train_split, train.batch_size, shuffle=True, seed=train.seed, part=part)
@@ -237,9 +241,12 @@ class Trainer:
 
     def _log(self, rate: float) -> dict[str, str]:
         """One metrics row: means over the updates since the last one. Returns the figures for the progress display."""
-        values = self._finite_pending().mean(0).tolist()
+        finite = self._finite_pending()
+        skipped = len(self.pending) - len(finite)
         self.pending.clear()
-        losses = dict(zip(self.metric_names, values, strict=True))
+        losses = dict(zip(self.metric_names, finite.mean(0).tolist(), strict=True))
+        if self.step.skip_nonfinite:
+            losses["skipped"] = skipped
         now = time.monotonic()
         elapsed, self.row_started = now - self.row_started, now
         self.seconds += elapsed
@@ -259,11 +266,12 @@ class Trainer:
         """Metrics [updates, names] since the last row, on the host, which waits for the device here.
 
         Raises:
-            InputError: one of them is not finite; what was last saved was saved before that.
+            InputError: one of them is not finite, or all updates were skipped; what was last saved was saved before.
         """
         values = torch.stack(self.pending).cpu()
         broken = (~values.isfinite()).nonzero()
-        if len(broken):
+        finite = values[values.isfinite().all(1)]
+        if len(broken) and not (self.step.skip_nonfinite and len(finite)):
             row, column = broken[0].tolist()
             ago = len(values) - 1 - row
             raise InputError(
@@ -271,7 +279,7 @@ class Trainer:
                 f"{self.step.num_updates - ago} (epoch {self.epoch + 1}, batch {self.batch - ago}); lower "
                 f"train.reconstructor.lr and train.generator.lr, or lengthen their warmup_updates"
             )
-        return values
+        return finite
 
     def _finish_epoch(self) -> None:
         """Evaluation, checkpoints and pictures after an epoch's last update."""

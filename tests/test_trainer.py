@@ -268,6 +268,74 @@ def test_a_loss_that_is_no_number_is_never_saved(tmp_path: Path, monkeypatch: py
     assert checkpoint.load(tmp_path / "run" / "last.pt")["num_updates"] == 1
 
 
+def poison(monkeypatch: pytest.MonkeyPatch, updates: set[int]) -> None:
+    """In these updates the reconstruction loss is NaN."""
+    plain = LeanStep.reconstruction_loss
+
+    def poisoned(self: LeanStep, *args: Any) -> torch.Tensor:
+        return plain(self, *args) * (math.nan if self.num_updates in updates else 1.0)
+
+    monkeypatch.setattr(LeanStep, "reconstruction_loss", poisoned)
+
+
+def test_updates_that_are_no_numbers_can_be_skipped_and_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {2, 5})
+    folder = tmp_path / "run"
+    Trainer(synthetic_config(), folder, log_every=2, quiet=True, skip_nonfinite=True).train()
+    trained = [row for row in rows(folder) if row["kind"] == "train"]
+    assert sum(row["skipped"] for row in trained) == 2
+    assert all(math.isfinite(value) for row in trained for value in row.values() if isinstance(value, float))
+    model = checkpoint.load(folder / "last.pt")["model_parameters"]
+    assert all(value.isfinite().all() for value in model.values())
+
+
+def test_a_skipped_update_changes_nothing_but_the_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trainer_ = Trainer(synthetic_config(), tmp_path / "run", quiet=True, skip_nonfinite=True)
+    batches = [batch for _, batch in trainer_.loader.epoch(0)]
+    trainer_.step(batches[0])
+    names = [name for name, _ in trainer_.model.named_parameters() if not name.startswith("fc_mask_gen")]
+    before = {name: value.clone() for name, value in trainer_.model.state_dict().items()}
+    poison(monkeypatch, {2})
+    found = trainer_.step(batches[1])
+    assert found["grad_norm/reconstructor"].isnan()
+    assert found["grad_norm/generator"].isfinite()
+    assert trainer_.step.num_updates == 2
+    after = trainer_.model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in names)
+
+
+def test_a_run_whose_every_update_is_skipped_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, set(range(1, 100)))
+    with pytest.raises(InputError, match=r"became nan in update 1 \(epoch 1, batch 1\)"):
+        Trainer(synthetic_config(), tmp_path / "run", log_every=2, quiet=True, skip_nonfinite=True).train()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write to")
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"/proc/self/run: cannot be written .*; free disk space or choose another"):
+        Trainer(synthetic_config(), Path("/proc/self/run"), quiet=True).train()
+
+
+def test_features_replaced_while_training_do_not_reach_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches come from the cache, which was made of the file as it was; the next run sees the new file."""
+    config = CNMConfig.from_json(write_files(tmp_path))
+    Trainer(config, tmp_path / "whole", quiet=True).train()
+    features = tmp_path / "features.hdf5"
+
+    def replace() -> None:
+        content = features.read_bytes()
+        features.write_bytes(content[: len(content) // 2])
+
+    at_update(monkeypatch, 2, replace)
+    Trainer(config, tmp_path / "run", quiet=True).train()
+    assert_same_runs(tmp_path / "whole", tmp_path / "run")
+    with pytest.raises(InputError, match=r"truncated|cannot be read"):
+        Trainer(config, tmp_path / "next", quiet=True)
+    assert not (tmp_path / "next").exists()
+
+
 def test_resuming_removes_what_killed_writes_left(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     start(synthetic_config(train__max_num_epochs=1), folder).train()
