@@ -2,8 +2,9 @@
 
     python tests/kill_rounds.py --rounds 50
 
-After every kill the folder must hold whole files only and the run must go on; in the end its metrics and parameters
-must be, bit for bit, those of the unbroken run. A checkpoint is written after every epoch of a few updates.
+Every other round waits for a file to be half written. After every kill the folder must hold whole files only and the
+run must go on; in the end its metrics and parameters must be, bit for bit, those of the unbroken run. A checkpoint is
+written after every epoch of a few updates.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def finish(arguments: list[str]) -> None:
         raise AssertionError(f"training failed: {said[-2000:]}")
 
 
+def unfinished(run: Path) -> bool:
+    """Whether a file is being written, or was when its writer died."""
+    return run.is_dir() and any(name.endswith(".tmp") for name in os.listdir(run))
+
+
 def rows(run: Path) -> list[dict[str, object]]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in NOT_COMPARED} for row in found]
@@ -74,11 +80,15 @@ def main(rounds: int, folder: Path, seed: int = 0) -> dict[str, int]:
                 break
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.5))
+        if turn % 2 == 1:  # a write takes a millisecond: every other round waits for one
+            until = time.monotonic() + 5
+            while process.poll() is None and time.monotonic() < until and not unfinished(run):
+                pass
         process.kill()
         _, said = process.communicate()
         if process.returncode not in (-9, 0):
             raise AssertionError(f"round {turn}: {said[-2000:]}")
-        counts["in a write"] += any(path.name.endswith(".tmp") for path in run.glob(".*"))
+        counts["in a write"] += unfinished(run)
         for name in ("last.pt", "best.pt"):
             if (run / name).exists():
                 checkpoint.load(run / name)

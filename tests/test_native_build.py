@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def checkout(tmp_path: Path) -> Path:
     ignored = shutil.ignore_patterns("*.so", "*_skipped.txt", "__pycache__")
     for name in ("cnm", "cnm_kernels", "csrc"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, copy)
     (copy / "README.md").write_text("cnm-kernels\n", encoding="utf-8")
     return copy
@@ -80,6 +81,19 @@ def test_required_native_fails_loudly(checkout: Path) -> None:
     outcome = build(checkout, CXX="no-such-compiler", CC="no-such-compiler", CNM_KERNELS_NATIVE="1")
     assert outcome.returncode != 0
     assert "no C++ compiler" in outcome.stderr
+
+
+def test_the_source_distribution_holds_all_that_a_build_reads(checkout: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", "dist"]
+    environment = os.environ | {"CNM_KERNELS_NATIVE": "0"}  # which modules are built must not decide what is packed
+    outcome = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    (archive,) = (checkout / "dist").iterdir()
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    wanted = [path for folder in ("cnm", "cnm_kernels", "csrc") for path in (checkout / folder).rglob("*.*")]
+    wanted = [str(path.relative_to(checkout)) for path in wanted if path.is_file() and path.suffix != ".so"]
+    assert [name for name in wanted if name not in names] == []
 
 
 NO_CUDA = re.compile("cnm_kernels._C_cuda was not built: (nvcc is not on the PATH|torch .* is a build without CUDA)")

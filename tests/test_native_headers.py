@@ -38,7 +38,16 @@ def compile_and_run(isa: str, sources: list[Path], folder: Path) -> None:
     if missing:
         pytest.skip(f"this processor has no {', '.join(missing)}")
     program = folder / "check"
-    command = [COMPILER, "-std=c++17", "-O1", "-fno-math-errno", "-ffp-contract=fast", "-w", f"-I{KERNELS}"]
+    command = [
+        COMPILER,
+        "-std=c++17",
+        "-O1",
+        "-fno-math-errno",
+        "-ffp-contract=fast",
+        "-w",
+        f"-I{KERNELS}",
+        f"-I{KERNELS.parent}",
+    ]
     command += [f"-DCNM_ISA={isa}", *flags, *map(str, sources), "-o", str(program)]
     subprocess.run([str(part) for part in command], check=True)
     outcome = subprocess.run([program], capture_output=True, text=True)

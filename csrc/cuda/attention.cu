@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
 
 // P averaged over the heads, for 64 queries and 64 keys, one head after the other.
 template <class T, int D>
-__global__ void __launch_bounds__(ATTENTION_THREADS) attention_weights_kernel(AttentionParams p, bool aligned) {
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_weights_kernel(AttentionParams p, bool aligned) {
     constexpr int STRIDE = tile_stride<T>(D), SIZE = TILE * STRIDE;
     T* const query = dynamic_shared<T>();
     T* const keys = query + SIZE;
