@@ -41,6 +41,16 @@ class _Commands(TyperGroup):
         except (InputError, BackendUnavailable) as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
+        except (MemoryError, RuntimeError) as error:  # PyTorch has no exception of its own for a CPU's memory
+            if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
+                raise
+            reason = " ".join(str(error).split()) or "an allocation failed"
+            typer.echo(
+                f"error: not enough memory ({reason}); lower train.batch_size or dataset.max_num_frames, try --step "
+                f"recompute, or take a smaller model",
+                err=True,
+            )
+            raise typer.Exit(2) from None
         except Interrupted as stop:
             typer.echo(str(stop), err=True)
             raise typer.Exit(128 + stop.signum) from None

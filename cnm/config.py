@@ -10,7 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cnm.errors import InputError
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Words = Annotated[int, Field(ge=1, le=2**24)]  # as many as the loss's kernels take
+Width = Annotated[int, Field(ge=1, le=2**16)]  # of a vector
+Layers = Annotated[int, Field(ge=1, le=256)]
+Length = Annotated[int, Field(ge=1, le=2**16)]  # of a sentence
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -37,11 +41,11 @@ class DatasetConfig(_Section):
     train_data: str | None = None
     val_data: str | None = None
     test_data: str | None = None
-    vocab_size: Count  # words kept, most frequent first; the padding id 0 comes on top
-    word_dim: Count
-    frame_dim: Count
-    max_num_words: Count
-    max_num_frames: Annotated[int, Field(ge=4)]  # clips per video, T; the reconstructor sees T // 4
+    vocab_size: Words  # words kept, most frequent first; the padding id 0 comes on top
+    word_dim: Width
+    frame_dim: Width
+    max_num_words: Length
+    max_num_frames: Annotated[int, Field(ge=4, le=2**16)]  # clips per video, T; the reconstructor sees T // 4
     cache_path: str | None = None  # default: the user's cache folder
     seed: Seed = 8  # synthetic only
     num_videos: Count = 600  # synthetic only: training videos; each of val and test has a quarter as many
@@ -78,26 +82,26 @@ class TrainConfig(_Section):
 class TransformerConfig(_Section):
     """Sizes of the two decoders (published ``DualTransformer``)."""
 
-    d_model: Count
-    num_heads: Count
-    num_decoder_layers1: Count
-    num_decoder_layers2: Count
+    d_model: Width
+    num_heads: Width
+    num_decoder_layers1: Layers
+    num_decoder_layers2: Layers
     dropout: Probability = 0.0
 
 
 class NetworkConfig(_Section):
     """Sizes of the network. The last four follow from the dataset section; published checkpoints carry them here."""
 
-    hidden_size: Count
+    hidden_size: Width
     use_negative: Literal[True] = True
     alpha: Positive
     max_width: Positive = 1.0
     dropout: Probability
     DualTransformer: TransformerConfig
-    max_num_words: Count | None = None
-    frames_input_size: Count | None = None
-    words_input_size: Count | None = None
-    vocab_size: Count | None = None  # padding id 0 included
+    max_num_words: Length | None = None
+    frames_input_size: Width | None = None
+    words_input_size: Width | None = None
+    vocab_size: Words | None = None  # padding id 0 included
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> NetworkConfig:

@@ -203,6 +203,30 @@ def test_unknown_keys_and_wrong_values_of_set_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            MemoryError("Unable to allocate 30. TiB"),
+            "error: not enough memory (Unable to allocate 30. TiB); lower train",
+        ),
+        (MemoryError(), "error: not enough memory (an allocation failed); lower train.batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "error: not enough memory (CUDA out of memory.); lower train"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: not enough memory (DefaultCPUAllocator:"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cnm.trainer.CNM", fail)
+    message = error_line(run("train", "--config", "synthetic", "--run", tmp_path / "run"))
+    assert message.startswith(line)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
     assert "synthetic" in error_line(run("train", "--config", "charades", "--run", tmp_path / "run"))
     assert "--config is missing" in error_line(run("train", "--run", tmp_path / "run"))

@@ -95,6 +95,14 @@ def test_sizes_that_a_published_checkpoint_carries_must_agree() -> None:
         ("model.config.hidden_size", 128, "hidden_size 128 must equal DualTransformer.d_model 256"),
         ("model.config.DualTransformer.num_heads", 3, "d_model 256 must be divisible by num_heads 3"),
         ("model.config.dropout", 1.0, "model.config.dropout: Input should be less than 1"),
+        (
+            "dataset.max_num_frames",
+            2_000_000_000,
+            "dataset.max_num_frames: Input should be less than or equal to 65536",
+        ),
+        ("dataset.frame_dim", 10**9, "dataset.frame_dim: Input should be less than or equal to 65536"),
+        ("train.batch_size", 10**11, "train.batch_size: Input should be less than 2147483648"),
+        ("model.config.DualTransformer.num_decoder_layers1", 10**5, "num_decoder_layers1: Input should be less than"),
         ("model", None, "model: Input should be"),
     ],
 )
