@@ -20,6 +20,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // as torch 2.11 calls it
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace cnm {
 
 using torch::headeronly::ScalarType;
