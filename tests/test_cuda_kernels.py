@@ -204,8 +204,8 @@ MISTAKES = {
     ),
     "one element too many": (
         "dropout.cu",
-        "i < GROUP && first + i < numel",
-        "i < GROUP && first + i <= numel",
+        "store_group(out, first, numel, whole, values);",
+        "store_group(out, first, numel + 1, whole, values);",
         "dropout:odd-1021",
     ),
     "sums that start from whatever there was": (

@@ -7,7 +7,7 @@ namespace cnm {
 namespace cuda {
 namespace {
 
-constexpr int THREADS = 256, GROUP = 8;
+constexpr int THREADS = 256;
 
 template <class T>
 __global__ void __launch_bounds__(THREADS) dropout_kernel(const T* x, T* out, int64_t numel, const int64_t* seed,
@@ -15,25 +15,12 @@ __global__ void __launch_bounds__(THREADS) dropout_kernel(const T* x, T* out, in
     const int64_t group = static_cast<int64_t>(blockIdx.x) * THREADS + thread(), first = group * GROUP;
     if (first >= numel) return;
     const uint32_t keep = keep_bits(dropout, static_cast<uint64_t>(load(seed)), static_cast<uint64_t>(group));
-    if (aligned && first + GROUP <= numel) {
-        constexpr int PER = PER_WORDS<T>;
+    const bool whole = aligned && first + GROUP <= numel;
+    float values[GROUP];
+    load_group(x, first, numel, whole, values);
 #pragma unroll
-        for (int part = 0; part < GROUP / PER; ++part) {
-            float values[PER];
-            unpack(load(reinterpret_cast<const Words*>(x + first) + part), values, T{});
-#pragma unroll
-            for (int i = 0; i < PER; ++i) {
-                values[i] = keep >> (part * PER + i) & 1 ? values[i] * dropout.scale : 0.0f;
-            }
-            store(reinterpret_cast<Words*>(out + first) + part, pack_words<T>(values));
-        }
-        return;
-    }
-    for (int i = 0; i < GROUP && first + i < numel; ++i) {
-        T kept;
-        from_float(&kept, keep >> i & 1 ? to_float(load(x + first + i)) * dropout.scale : 0.0f);
-        store(out + first + i, kept);
-    }
+    for (int i = 0; i < GROUP; ++i) values[i] = keep >> i & 1 ? values[i] * dropout.scale : 0.0f;
+    store_group(out, first, numel, whole, values);
 }
 
 }  // namespace

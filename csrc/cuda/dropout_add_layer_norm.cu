@@ -11,46 +11,7 @@ namespace cnm {
 namespace cuda {
 namespace {
 
-constexpr int GROUP = 8, WARPS = 4;
-
-// Eight numbers from `column` on of rows as wide as D; zeros beyond it.
-template <class T>
-__device__ __forceinline__ void load_group(const T* row, int column, int D, bool aligned, float (&out)[GROUP]) {
-    if (aligned) {
-        constexpr int PER = PER_WORDS<T>;
-#pragma unroll
-        for (int part = 0; part < GROUP / PER; ++part) {
-            float values[PER];
-            unpack(load(reinterpret_cast<const Words*>(row + column) + part), values, T{});
-#pragma unroll
-            for (int i = 0; i < PER; ++i) out[part * PER + i] = values[i];
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < GROUP; ++i) out[i] = column + i < D ? to_float(load(row + column + i)) : 0.0f;
-}
-
-template <class T>
-__device__ __forceinline__ void store_group(T* row, int column, int D, bool aligned, const float (&values)[GROUP]) {
-    if (aligned) {
-        constexpr int PER = PER_WORDS<T>;
-#pragma unroll
-        for (int part = 0; part < GROUP / PER; ++part) {
-            float some[PER];
-#pragma unroll
-            for (int i = 0; i < PER; ++i) some[i] = values[part * PER + i];
-            store(reinterpret_cast<Words*>(row + column) + part, pack_words<T>(some));
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < GROUP; ++i) {
-        T rounded;
-        from_float(&rounded, values[i]);
-        if (column + i < D) store(row + column + i, rounded);
-    }
-}
+constexpr int WARPS = 4;
 
 // residual + dropout(x) of one row. A lane's k-th group is computed once and kept, if k < HELD; else whenever asked for.
 template <class T, int HELD>

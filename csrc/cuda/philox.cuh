@@ -5,6 +5,8 @@
 
 namespace cnm::cuda {
 
+constexpr int GROUP = 8;  // elements of a draw
+
 struct Dropout {
     uint64_t offset;
     uint32_t threshold;  // of the 65,536 values of a draw, how many drop
@@ -43,6 +45,45 @@ __device__ __forceinline__ uint32_t keep_bits(const Dropout& dropout, uint64_t s
         bits |= static_cast<uint32_t>(draw >= dropout.threshold) << i;
     }
     return bits;
+}
+
+// The numbers of a draw, from `column` on of a row as wide as D; zeros beyond it.
+template <class T, class Index>
+__device__ __forceinline__ void load_group(const T* row, Index column, Index D, bool aligned, float (&out)[GROUP]) {
+    if (aligned) {
+        constexpr int PER = PER_WORDS<T>;
+#pragma unroll
+        for (int part = 0; part < GROUP / PER; ++part) {
+            float values[PER];
+            unpack(load(reinterpret_cast<const Words*>(row + column) + part), values, T{});
+#pragma unroll
+            for (int i = 0; i < PER; ++i) out[part * PER + i] = values[i];
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) out[i] = column + i < D ? to_float(load(row + column + i)) : 0.0f;
+}
+
+template <class T, class Index>
+__device__ __forceinline__ void store_group(T* row, Index column, Index D, bool aligned, const float (&values)[GROUP]) {
+    if (aligned) {
+        constexpr int PER = PER_WORDS<T>;
+#pragma unroll
+        for (int part = 0; part < GROUP / PER; ++part) {
+            float some[PER];
+#pragma unroll
+            for (int i = 0; i < PER; ++i) some[i] = values[part * PER + i];
+            store(reinterpret_cast<Words*>(row + column) + part, pack_words<T>(some));
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) {
+        T rounded;
+        from_float(&rounded, values[i]);
+        if (column + i < D) store(row + column + i, rounded);
+    }
 }
 
 }  // namespace cnm::cuda
