@@ -139,6 +139,16 @@ def test_a_word_that_is_none_gives_nan() -> None:
     assert hidden.isfinite().all()
 
 
+def test_rows_without_a_gradient_take_no_part_in_the_backward() -> None:
+    """What is never read may hold anything."""
+    inputs = vocabulary(Draw("rows", torch.float32, "cpu"), 3, 5, 8, 11)
+    inputs["hidden"][1] = torch.nan
+    weight = inputs["weight"].requires_grad_()
+    (nll,) = run("linear_nll", inputs, NAME)
+    (d_weight,) = torch.autograd.grad(nll, weight, torch.tensor([1.0, 0.0, 1.0]))
+    assert d_weight.isfinite().all()
+
+
 @pytest.mark.parametrize("D", [300, 700, 1500])
 @on_dtypes
 def test_wide_layer_norms(D: int, dtype: torch.dtype) -> None:
