@@ -55,7 +55,11 @@ def measure(
         records[name] |= times
     for name in calls:
         record = records[name] | rates(case, records[name]["milliseconds"]["median"])
-        record["memory"] = memory.measure(table.name, index, name, quick=quick, threads=threads)
+        record["memory"] = None
+        try:
+            record["memory"] = memory.measure(table.name, index, name, quick=quick, threads=threads)
+        except RuntimeError as error:
+            record |= {"status": "failed", "reason": _one_line(error)}
         records[name] = record
     records[OURS]["goals"] = [evaluate(goal, records) for goal in case.goals]
     return list(records.values())

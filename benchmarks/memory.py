@@ -49,7 +49,11 @@ def _mallopt(options: dict[int, int]) -> bool:
 
 
 def measure(table: str, index: int, contender: str, *, quick: bool, threads: int) -> dict[str, int] | None:
-    """``peak_bytes`` above the inputs, ``result_bytes`` thereof and ``working_bytes``; None where not measurable."""
+    """``peak_bytes`` above the inputs, ``result_bytes`` thereof and ``working_bytes``; None where not measurable.
+
+    Raises:
+        RuntimeError: the contender raised an exception.
+    """
     if sys.platform != "linux":
         return None
     context = multiprocessing.get_context("forkserver")
@@ -63,6 +67,8 @@ def measure(table: str, index: int, contender: str, *, quick: bool, threads: int
     except EOFError:  # the process died, for want of memory most likely
         answer = None
     process.join()
+    if process.exitcode and process.exitcode > 0:  # not a signal: it raised, and has printed its traceback
+        raise RuntimeError(f"measuring the memory of {contender!r} in case {index} of {table!r} failed, see above")
     return answer
 
 

@@ -180,6 +180,8 @@ def plot_growth(results: dict[str, Any], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}" if max(axis.get_ylim()) < 10 * min(axis.get_ylim()) else "")
             axis.set_xticks([point[0] for point in points], [str(point[0]) for point in points], fontsize=7)
             axis.set_xticks([], minor=True)
             axis.set_xlabel(size)

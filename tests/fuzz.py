@@ -130,10 +130,10 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-def fuzz_file(kind: str, draw: random.Random, folder: Path) -> str:
-    make, suffix, read = READERS[kind]
+def read_file(kind: str, content: bytes, folder: Path) -> str:
+    _, suffix, read = READERS[kind]
     path = folder / f"case{suffix}"
-    path.write_bytes(damaged(make(), draw))
+    path.write_bytes(content)
     try:
         read(path)
     except InputError as error:
@@ -239,14 +239,21 @@ def fuzz_op(draw: random.Random) -> str:
     return "ran"
 
 
-KINDS = [*READERS, "op"]
+OP = "op"
+KINDS = [*READERS, OP]
 
 
 def one_case(seed: int, folder: Path) -> str:
     """``kind: outcome``; raises what is a finding."""
     draw = random.Random(seed)
     kind = KINDS[seed % len(KINDS)]
-    return f"{kind}: {fuzz_op(draw) if kind == 'op' else fuzz_file(kind, draw, folder)}"
+    if kind == OP:
+        return f"{kind}: {fuzz_op(draw)}"
+    return f"{kind}: {read_file(kind, damaged(READERS[kind][0](), draw), folder)}"
+
+
+def left_behind(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith("case.")]
 
 
 def child(seeds: range, pipe: int) -> None:
@@ -267,10 +274,9 @@ def child(seeds: range, pipe: int) -> None:
             signal.alarm(CASE_SECONDS)
             try:
                 outcome = one_case(seed, folder)
-                for path in folder.iterdir():
-                    if not path.name.startswith("case."):
-                        outcome = f"FINDING: left {path.name} behind"
-                        path.unlink()
+                for path in left_behind(folder):
+                    outcome = f"FINDING: left {path.name} behind"
+                    path.unlink()
             except BaseException:
                 outcome = f"FINDING: {traceback.format_exc(limit=-3)}"
             finally:

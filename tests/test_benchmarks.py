@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -232,8 +235,25 @@ def test_memory_counts_temporaries_and_not_inputs_or_results() -> None:
     assert eager["peak_bytes"] == pytest.approx(3 * x_bytes, rel=0.1)
 
 
-def test_a_process_that_dies_gives_no_memory_figure() -> None:
-    assert memory.measure("dropout", 0, "no such contender", quick=True, threads=1) is None
+def killed(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_gives_no_memory_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_child", killed)
+    assert memory.measure("dropout", 0, OURS, quick=True, threads=1) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured on Linux only")
+def test_an_error_is_not_taken_for_a_want_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="'no such contender' in case 0 of 'dropout' failed"):
+        memory.measure("dropout", 0, "no such contender", quick=True, threads=1)
+
+
+@pytest.mark.parametrize("table", tables().values(), ids=tables())
+def test_every_case_has_a_quick_twin(table: Table) -> None:
+    """The memory of a case is measured after a warm-up by its twin."""
+    assert len(table.cases(True)) == len(table.cases(False))
 
 
 def test_masks_are_read_off_the_gradient() -> None:

@@ -177,6 +177,14 @@ def test_an_empty_vocabulary(op: str) -> None:
     refused(op, inputs, ValueError, "weight must hold at least one word", "got shape [0, ")
 
 
+@pytest.mark.parametrize("op", ATTENTION)
+def test_heads_of_no_dim(op: str) -> None:
+    inputs = valid(op)
+    for name in ("query", "key", "value"):
+        inputs[name] = inputs[name][..., :0]
+    refused(op, inputs, ValueError, "query must have a head dim of at least 1", ", 0]")
+
+
 @pytest.mark.parametrize(
     ("op", "name", "value", "message"),
     [

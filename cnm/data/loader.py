@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from cnm.data.batch import Batch
+from cnm.data.buffers import BufferPool
 from cnm.data.split import Split
 
 AHEAD = 2  # batches prepared in advance
@@ -40,6 +41,7 @@ class BatchLoader:
         self.shuffle = shuffle
         self.seed = seed
         self.part = part
+        self._buffers = BufferPool(AHEAD + 2)  # as many as there are at once: those ahead, the next and the current one
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
@@ -60,7 +62,9 @@ class BatchLoader:
                 for chunk in chunks:
                     own = chunk if self.part is None else chunk[self.part(len(chunk))]
                     # As many words as in the whole batch: the row after a longest sentence is not reconstructed.
-                    ready.append((chunk, worker.submit(self.split.batch, own, self.split.longest(chunk))))
+                    ready.append(
+                        (chunk, worker.submit(self.split.batch, own, self.split.longest(chunk), self._buffers))
+                    )
                     if len(ready) > AHEAD:
                         indices, future = ready.popleft()
                         yield indices, future.result()

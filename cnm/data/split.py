@@ -14,6 +14,7 @@ from cnm.config import DatasetConfig
 from cnm.data import cache, synthetic
 from cnm.data.annotations import Sample, read_annotations
 from cnm.data.batch import Batch
+from cnm.data.buffers import BufferPool
 from cnm.data.features import FeatureFile, pool
 from cnm.data.tagging import tagger_name
 from cnm.data.vocabulary import Vocabulary, mask_weights
@@ -62,13 +63,21 @@ class Split:
         """Words in the longest of these sentences, 1 at least."""
         return max(int(self._lengths[indices].max(initial=0)), 1)
 
-    def batch(self, indices: Sequence[int] | np.ndarray, words: int | None = None) -> Batch:
-        """The samples of these indices, on the CPU; ``words`` of each, by default as many as the longest has."""
+    def batch(
+        self, indices: Sequence[int] | np.ndarray, words: int | None = None, buffers: BufferPool | None = None
+    ) -> Batch:
+        """The samples of these indices, on the CPU; ``words`` of each, by default as many as the longest has.
+
+        ``buffers`` lends the frames' memory; by default it is new.
+        """
         indices = np.asarray(indices)
         lengths = self._lengths[indices]
         L = self.longest(indices) if words is None else words
         ids = self._ids[indices, :L]
-        frames = torch.from_numpy(np.take(self._features, self._video_rows[indices], axis=0))
+        shape = (len(indices), *self._features.shape[1:])
+        frames = torch.empty(shape) if buffers is None else buffers.take(shape)
+        # Every row is there: "clip" spares the copy that "raise" makes on the way to out.
+        np.take(self._features, self._video_rows[indices], axis=0, out=frames.numpy(), mode="clip")
         vectors = np.zeros((len(indices), L + 1, self.vocabulary.vectors.shape[1]), dtype=np.float32)
         np.take(self.vocabulary.vectors, ids, axis=0, out=vectors[:, 1:])
         return Batch(
