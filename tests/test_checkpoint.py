@@ -86,6 +86,14 @@ def test_one_changed_byte_is_noticed(path: Path) -> None:
     assert "damaged" in refusal(path)
 
 
+def test_a_name_of_two_lines_is_shown_in_one(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arc\nhive/\x1b[2Jdata.pkl", b"content")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"content", b"c0ntent", 1))
+    assert r"is damaged (arc\nhive/\x1b[2Jdata.pkl does not match" in refusal(path)
+
+
 @pytest.mark.parametrize(
     "content",
     [b"hello\n", b"[1, 2]", b"\x93NUMPY" + bytes(100), b"PK\x05\x06" + bytes(18)],

@@ -85,6 +85,7 @@ def test_sizes_that_a_published_checkpoint_carries_must_agree() -> None:
     ("path", "value", "message"),
     [
         ("loss.beta_3", 1, "unknown field loss.beta_3"),
+        ("loss.two\nlines \x1b[2J", 1, r"unknown field loss.two\nlines \x1b[2J"),
         ("train.batch_size", "128", "train.batch_size: Input should be a valid integer, got '128'"),
         ("train.batch_size", 0, "train.batch_size: Input should be greater than or equal to 1, got 0"),
         ("train.generator.lr", "fast", "train.generator.lr: Input should be a valid number"),
