@@ -159,6 +159,7 @@ def plot_growth(results: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     grown = [record for record in results["measurements"] if record["along"] and record["status"] == "measured"]
     axes_names = list(dict.fromkeys(record["along"][0] for record in grown))
@@ -180,8 +181,9 @@ def plot_growth(results: dict[str, Any], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}" if max(axis.get_ylim()) < 10 * min(axis.get_ylim()) else "")
+            axis.set_yticks([], minor=True)
             axis.set_xticks([point[0] for point in points], [str(point[0]) for point in points], fontsize=7)
             axis.set_xticks([], minor=True)
             axis.set_xlabel(size)
