@@ -10,6 +10,7 @@ traceback is printed, and the exit code is 1.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import random
 import re
@@ -127,6 +128,8 @@ def main() -> int:
     parser.add_argument("--kind", action="append", choices=fuzz.KINDS, help="default: all")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-findings"), help="default: %(default)s")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("atheris") is None:
+        parser.error("needs atheris, which has wheels for Linux on x86_64: pip install atheris")
     arguments.keep.mkdir(parents=True, exist_ok=True)
     findings = 0
     print(f"{'kind':<16}{'cases':>9}{'branches':>18}{'kept':>7}{'seconds':>9}")
