@@ -222,38 +222,29 @@ def train(
       torchrun --nproc-per-node 4 -m cnm train --config charades_i3d --run-folder runs/four     (four GPUs)
     """
     changes = [*(changes or []), *([] if seed is None else [f"train.seed={seed}"])]
-    if resume is None:
-        if config is None:
-            raise InputError("--config is missing: name a configuration file, or --resume a run")
-        chosen = configs.resolve(config, changes)
-        folder = run or Path(chosen.train.model_saved_path)
-        group = Group.join(_device(device))
-        if group is None or group.rank == 0:
-            RunFolder(folder).check_new()
-        trainer = Trainer(
-            chosen,
-            folder,
-            device=_device(device),
-            precision=_precision(precision, device),
-            step=None if step is None else step.value,
-            skip_nonfinite=skip_nonfinite,
-            group=group,
-        )
-    else:
-        if run is not None and run != resume:
-            raise InputError(f"--run {run}: a resumed run stays in its folder; leave --run out")
-        RunFolder(resume).check_resumable()
-        trainer = Trainer(
-            _resumed(resume, config, changes),
-            resume,
-            resume=True,
-            device=_device(device),
-            precision=None if precision is Precision.auto else precision.value,
-            step=None if step is None else step.value,
-            skip_nonfinite=skip_nonfinite,
-            group=Group.join(_device(device)),
-        )
-    _train(trainer)
+    options: dict[str, Any] = {
+        "device": _device(device),
+        "step": None if step is None else step.value,
+        "skip_nonfinite": skip_nonfinite,
+    }
+    if resume is not None and run is not None and run != resume:
+        raise InputError(f"--run {run}: a resumed run stays in its folder; leave --run out")
+    if resume is None and config is None:
+        raise InputError("--config is missing: name a configuration file, or --resume a run")
+    with Group.joined(options["device"]) as group:
+        if resume is not None:
+            RunFolder(resume).check_resumable()
+            chosen = _resumed(resume, config, changes)
+            kept = None if precision is Precision.auto else precision.value
+            trainer = Trainer(chosen, resume, resume=True, precision=kept, group=group, **options)
+        else:
+            assert config is not None
+            chosen = configs.resolve(config, changes)
+            folder = run or Path(chosen.train.model_saved_path)
+            if group is None or group.rank == 0:
+                RunFolder(folder).check_new()
+            trainer = Trainer(chosen, folder, precision=_precision(precision, device), group=group, **options)
+        _train(trainer)
 
 
 @app.command("evaluate")

@@ -8,7 +8,8 @@ with one global batch do what one process does. Only process 0 writes.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -30,23 +31,27 @@ class Group:
         self.size = size
 
     @staticmethod
-    def join(device: torch.device) -> Group | None:
-        """The job that torchrun started this process for; None where it stands alone.
+    @contextmanager
+    def joined(device: torch.device) -> Iterator[Group | None]:
+        """The job that torchrun started this process for, to the end of the block; None where it stands alone.
 
         Raises:
             InputError: torchrun's variables are there but the processes cannot be joined.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return None
-        if not dist.is_initialized():
-            try:
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-            except (RuntimeError, ValueError) as error:
-                raise InputError(
-                    f"WORLD_SIZE, RANK, MASTER_ADDR: the job's processes cannot be joined ({_one_line(error)}); start "
-                    f"them with torchrun"
-                ) from None
-        return Group(dist.get_rank(), dist.get_world_size())
+            yield None
+            return
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"WORLD_SIZE, RANK, MASTER_ADDR: the job's processes cannot be joined ({_one_line(error)}); start "
+                f"them with torchrun"
+            ) from None
+        try:
+            yield Group(dist.get_rank(), dist.get_world_size())
+        finally:
+            dist.destroy_process_group()  # its threads would outlive the interpreter, which aborts the process
 
     def rows(self, count: int) -> np.ndarray:
         """Which of a batch's samples are this process's: never none, see ``share``."""
