@@ -117,12 +117,23 @@ def branched_attention(
     return torch.stack([weighted_attention(query, key, value, weights, *arguments)[0] for weights in key_weights])
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    """x W^T + b; negative values 0 with ``relu``."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths: Tensor | None) -> Tensor:
+    """x W^T + b, or group by group of columns; negative values 0 with ``relu``; 0 in rows from lengths on."""
     # GPUs' libraries multiply narrow operands fast and accumulate in float32 all the same.
     dtype = x.dtype if x.is_cuda else _wide(x).dtype
-    out = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    return (F.relu(out) if relu else out).to(x.dtype)
+    padding = None
+    if lengths is not None:
+        padding = torch.arange(x.size(1), device=x.device) >= lengths[:, None]  # [B, L]
+        padding = padding.view(*padding.shape, *[1] * (x.dim() - 2))
+        x = x.masked_fill(padding, 0)  # what lies there may be anything
+    weight = weight.to(dtype)
+    if weight.dim() == 2:
+        out = F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+    else:
+        out = torch.einsum("...gk,gmk->...gm", x.to(dtype), weight)
+        out = out if bias is None else out + bias.to(dtype)
+    out = F.relu(out) if relu else out
+    return (out if padding is None else out.masked_fill(padding, 0)).to(x.dtype)
 
 
 def linear_nll(

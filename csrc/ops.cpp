@@ -42,10 +42,10 @@ STABLE_TORCH_LIBRARY(CNM_LIBRARY, m) {
         "linear_nll_backward(Tensor d_nll, Tensor hidden, Tensor weight, Tensor bias, Tensor target, "
         "Tensor valid_lengths, float label_smoothing, Tensor lse, Tensor expected, bool need_hidden, "
         "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
-    m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor");
+    m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? lengths) -> Tensor");
     m.def(
-        "linear_backward(Tensor d_out, Tensor x, Tensor weight, Tensor? out, bool need_x, bool need_weight, "
-        "bool need_bias) -> (Tensor, Tensor, Tensor)");
+        "linear_backward(Tensor d_out, Tensor x, Tensor weight, Tensor? out, Tensor? lengths, bool need_x, "
+        "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
     m.def("dropout(Tensor x, float p, Tensor seed, int offset) -> Tensor");
     m.def(
         "dropout_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float p, Tensor seed, "

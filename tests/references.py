@@ -82,8 +82,20 @@ def branched_attention(
     return (torch.stack(branches),)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> tuple[Tensor, ...]:
-    """Row by row."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, lengths: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Group by group, and of padded samples the real rows."""
+    if lengths is not None:
+        rows = []
+        for row, n in zip(x, lengths.tolist(), strict=True):
+            (real,) = linear(row[:n], weight, bias, relu)
+            rows.append(torch.cat([real, real.new_zeros(len(row[n:]), *real.shape[1:])]))
+        return (torch.stack(rows),)
+    if weight.dim() == 3:
+        biases = [None] * len(weight) if bias is None else list(bias)
+        groups = zip(x.unbind(-2), weight, biases, strict=True)
+        return (torch.stack([linear(*group, relu)[0] for group in groups], -2),)
     out = torch.einsum("...k,mk->...m", x, weight.to(x.dtype))
     if bias is not None:
         out = out + bias.to(x.dtype)

@@ -104,6 +104,16 @@ def layer(draw: Draw, *shape: int, M: int, **options: Any) -> Inputs:
     } | options
 
 
+def grouped_layer(draw: Draw, *shape: int, M: int, **options: Any) -> Inputs:
+    """Of x [..., G, K]."""
+    G, K = shape[-2:]
+    return {
+        "x": draw.normal(*shape),
+        "weight": draw.normal(G, M, K, scale=max(K, 1) ** -0.5),
+        "bias": draw.normal(G, M),
+    } | options
+
+
 def add_and_norm(draw: Draw, *shape: int, p: float = 0.1, **options: Any) -> Inputs:
     D = shape[-1]
     return {
@@ -118,6 +128,14 @@ def add_and_norm(draw: Draw, *shape: int, p: float = 0.1, **options: Any) -> Inp
 
 def three_losses(draw: Draw, B: int, **options: Any) -> Inputs:
     return {name: draw.uniform(B, low=1, high=1.5) for name in ("positive", "hard", "easy")} | options
+
+
+def _padded(inputs: Inputs, lengths: Tensor) -> Inputs:
+    """What lies in padding is NaN, if nothing may depend on it."""
+    x = inputs["x"].clone()
+    for row, n in zip(x, lengths, strict=True):
+        row[n:] = torch.nan
+    return inputs | {"x": x, "lengths": lengths}
 
 
 def strided(inputs: Inputs) -> Inputs:
@@ -294,6 +312,26 @@ SAMPLES: dict[str, dict[str, Builder]] = {
         "last-rows": lambda draw: layer(draw, 4, 1, 8, M=7) | {"x": draw.normal(4, 6, 8)[:, -1:]},
         "strided": lambda draw: strided(layer(draw, 3, 5, 8, M=7)),
         "misaligned": lambda draw: misaligned(layer(draw, 3, 5, 8, M=7, relu=True)),
+        "a-weight-of-columns": lambda draw: layer(draw, 3, 5, 8, M=7) | {"weight": draw.normal(8, 7).mT},
+        "wider-than-a-block": lambda draw: layer(draw, 70, 300, M=270, relu=True),
+        "lengths-0-1-odd-over": lambda draw: _padded(layer(draw, 5, 7, 37, M=19), draw.lengths(0, 1, 5, 7, 9)),
+        "words-13-of-256": lambda draw: _padded(layer(draw, 9, 13, 256, M=512, relu=True), draw.integers(14, 9)),
+        "lengths-of-a-view": lambda draw: _padded(
+            layer(draw, 3, 6, 8, M=7) | {"x": draw.normal(3, 6, 24)[..., 8:16]}, draw.lengths(2, 6, 3)
+        ),
+        "all-padding": lambda draw: _padded(layer(draw, 3, 4, 8, M=5, relu=True), draw.lengths(0, 0, 0)),
+        "heads": lambda draw: grouped_layer(draw, 2, 13, 4, 64, M=256),
+        "heads-of-columns": lambda draw: (
+            grouped_layer(draw, 2, 50, 4, 64, M=256) | {"weight": draw.normal(4, 64, 256, scale=0.125).mT}
+        ),
+        "odd-groups": lambda draw: grouped_layer(draw, 5, 3, 7, M=9, relu=True),
+        "odd-groups-without-bias": lambda draw: grouped_layer(draw, 4, 5, 3, 11, M=5) | {"bias": None},
+        "groups-of-packed-heads": lambda draw: (
+            grouped_layer(draw, 2, 5, 2, 8, M=12) | {"x": draw.normal(2, 5, 2, 2, 8)[:, :, 1]}
+        ),
+        "groups-lengths": lambda draw: _padded(grouped_layer(draw, 3, 9, 4, 64, M=33), draw.lengths(4, 9, 0)),
+        "groups-strided": lambda draw: strided(grouped_layer(draw, 3, 2, 8, M=7)),
+        "one-group": lambda draw: grouped_layer(draw, 6, 1, 8, M=7),
     },
     "linear_nll": {
         "plain": lambda draw: vocabulary(draw, 3, 5, 8, 11),

@@ -2,9 +2,9 @@
 //
 //   g = d_out, 0 where ReLU was 0; d_x = g W, d_weight = g^T x, d_bias = sum g
 //
-// y and d_x are parallel over blocks of rows; the right operand is packed once per call. d_weight sums over all rows: it
-// is cut into blocks of columns and the rows into slices, both by the problem alone, and the slices' sums are added in
-// order.
+// Groups of a row's columns have a weight each. y and d_x are parallel over blocks of rows; the right operands are
+// packed once per call. d_weight sums over all rows: it is cut into blocks and the rows into slices, both by the problem
+// alone, and the slices' sums are added in order. Rows that do not count are left out of every block, and written as 0.
 #include "linear.h"
 
 #include <algorithm>
@@ -17,143 +17,137 @@ namespace {
 
 constexpr int64_t ROWS = 96;             // of a block of y or d_x
 constexpr int64_t SUMMED_ROWS = 192;     // that d_weight takes at a time
-constexpr int64_t WEIGHT_COLUMNS = 256;  // of a block of d_weight
+constexpr int64_t WEIGHT_BLOCK = 256;    // rows and columns of a block of d_weight: its sums and operands fit the caches
 constexpr int64_t SLICE_ROWS = 1024;     // at least, of a slice
 constexpr int64_t MOST_SLICES = 16;
 constexpr int64_t PARTIAL_ELEMENTS = 1 << 21;  // at most, of all slices' d_weight
 constexpr int64_t PAD = W;  // added to rows of scratch, or rows a power of two apart would share few cache sets
 
-// Rows [N, width] of x, or of g: d_out where `positive` is above 0.
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The rows that count, in order.
+class RowList {
+   public:
+    explicit RowList(const LinearInputs& p) : count(p.N) {
+        if (p.lengths == nullptr) return;
+        buffer_ = Buffer(static_cast<size_t>(p.N) * sizeof(int64_t));
+        count = 0;
+        for (int64_t first = 0, b = 0; first < p.N; first += p.sample_rows, ++b) {
+            for (int64_t l = 0; l < std::min(p.lengths[b], p.sample_rows); ++l) data()[count++] = first + l;
+        }
+    }
+
+    const int64_t* index() const { return data(); }  // null: every row
+    int64_t count;
+
+   private:
+    int64_t* data() const { return buffer_.as<int64_t>(); }
+    Buffer buffer_;
+};
+
+// Rows [count, width] of x, or of g: d_out where `positive` is above 0.
 template <class T>
 struct Rows {
     const T* data;
-    int64_t ld;
-    const T* positive = nullptr;  // [N, width], or null: everywhere
-    int64_t width;
+    int64_t ld, width;
+    const T* positive;  // null: everywhere
+    int64_t positive_ld;
+    const int64_t* index;  // of the rows; null: one after the other
+    int64_t count;
 
-    const T* row(int64_t i) const { return data + i * ld; }
+    int64_t at(int64_t i) const { return index == nullptr ? i : index[i]; }
+    const T* row(int64_t i) const { return data + at(i) * ld; }
+    bool in_place() const { return index == nullptr && positive == nullptr; }
+
+    Rows columns(int64_t first, int64_t n) const {
+        Rows some = *this;
+        some.data += first;
+        if (positive != nullptr) some.positive += first;
+        some.width = n;
+        return some;
+    }
 
     // To dst[r * dst_ld + j]; exact, since what is written was read.
-    void masked(int64_t begin, int64_t rows, T* dst, int64_t dst_ld) const {
+    void copy(int64_t begin, int64_t rows, T* dst, int64_t dst_ld) const {
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t j = 0; j < width; j += W) {
                 const int64_t n = width - j;
                 Vec v = load_tail(row(begin + r) + j, n);
                 if (positive != nullptr) {
-                    v = select(less(set1(0), load_tail(positive + (begin + r) * width + j, n)), v, set1(0));
+                    v = select(less(set1(0), load_tail(positive + at(begin + r) * positive_ld + j, n)), v, set1(0));
                 }
                 store_tail(dst + r * dst_ld + j, v, n);
             }
         }
     }
 
-    // The sums of rows of `from`, added to sums[width]. Sums of sums round less than one long sum.
-    void add_up(const T* from, int64_t from_ld, int64_t rows, float* sums) const {
-        for (int64_t j = 0; j < width; j += W) {
-            const int64_t n = width - j;
-            Vec even = set1(0), odd = set1(0);
-            for (int64_t r = 0; r < rows; r += 2) {
-                even += load_tail(from + r * from_ld + j, n);
-                if (r + 1 < rows) odd += load_tail(from + (r + 1) * from_ld + j, n);
-            }
-            store_tail(sums + j, load_tail(sums + j, n) + (even + odd), n);
+    // The cache lines of rows from `begin` on.
+    void list(int64_t begin, int64_t rows, PrefetchList& lines) const {
+        for (int64_t r = 0; r < std::min(rows, count - begin); ++r) {
+            lines.add(row(begin + r), ld, 1, width);
+            if (positive != nullptr) lines.add(positive + at(begin + r) * positive_ld, positive_ld, 1, width);
         }
+    }
+    int64_t line_capacity(int64_t rows) const {
+        return (positive == nullptr ? 1 : 2) * PrefetchList::capacity(rows, (width + W) * static_cast<int64_t>(sizeof(T)));
     }
 };
 
-// out[N, columns] = x[N, width] b[width, columns] + bias: y from W^T, d_x from W.
-template <class T>
-void rows_times(int64_t N, int64_t columns, const Rows<T>& x, const Operand<T>* b, int64_t ldb, const float* bias, T* out,
-                bool relu) {
-    using E = Operand<T>;
-    // Whether the product writes the result itself.
-    constexpr bool DIRECT = std::is_same_v<T, float> || (std::is_same_v<T, bf16> && PAIRS_TO_BF16);
-    const Output<T> write(N * columns);
-    const int64_t wide = round_up(columns, W) + PAD, deep = round_up(x.width, W) + PAD;
-    const int64_t threads = thread_count();
-    struct Scratch {
-        float* sums;
-        T* masked;
-        E* packed;
-        const char** lines;
-        size_t bytes;
-
-        Scratch(void* memory, const Rows<T>& x, int64_t wide, int64_t deep) {
-            Layout layout(memory);
-            sums = layout.take<float>(DIRECT ? 0 : ROWS * wide);
-            masked = layout.take<T>(x.positive == nullptr ? 0 : ROWS * deep);
-            packed = layout.take<E>(std::is_same_v<T, E> ? 0 : ROWS * deep);
-            lines = layout.take<const char*>(PrefetchList::capacity(ROWS, x.width * static_cast<int64_t>(sizeof(T))));
-            bytes = layout.bytes();
-        }
-    };
-    const size_t bytes = Scratch(nullptr, x, wide, deep).bytes;
-    parallel_for((N + ROWS - 1) / ROWS, [&](int64_t block) {
-        const Scratch scratch(thread_scratch(bytes), x, wide, deep);
-        float* sums = scratch.sums;
-        const int64_t begin = block * ROWS, rows = std::min(ROWS, N - begin);
-        const T* source = x.row(begin);
-        int64_t source_ld = x.ld;
-        if (x.positive != nullptr) {
-            x.masked(begin, rows, scratch.masked, deep);
-            source = scratch.masked;
-            source_ld = deep;
-        }
-        const auto [a, lda] = left_rows(rows, x.width, source, source_ld, scratch.packed, deep);
-        // The rows that the thread will probably take next, spread over the steps of this block's product.
-        const int64_t next = std::min(N, begin + threads * ROWS);
-        PrefetchList list(scratch.lines);
-        list.add(x.row(next), x.ld, std::min(ROWS, N - next), x.width);
-        const int64_t steps = (rows + 5) / 6 * ((columns + 4 * W - 1) / (4 * W)) * packed_k<T>(x.width);
-        int shift = 0;
-        while ((steps >> (shift + 1)) > list.size()) ++shift;
-        Prefetch prefetch = list.finish(shift);
-        if constexpr (DIRECT) {
-            const ResultOf<T> to{out + begin * columns, columns, bias, 0, nullptr, 0, write.streams(), &prefetch, relu};
-            gemm(rows, columns, packed_k<T>(x.width), a, lda, 1, b, ldb, to);
-        } else {
-            gemm(rows, columns, packed_k<T>(x.width), a, lda, 1, b, ldb, sums, wide, false, &prefetch);
-            for (int64_t r = 0; r < rows; ++r) {
-                for (int64_t j = 0; j < columns; j += W) {
-                    const int64_t n = columns - j;
-                    Vec v = load_tail(sums + r * wide + j, n);
-                    if (bias != nullptr) v = v + load_tail(bias + j, n);
-                    if (relu) v = vmax(set1(0), v);
-                    write(out + (begin + r) * columns + j, v, n);
-                }
-            }
-        }
-        write.finish();
-    });
+// The list's lines, to be asked for in turn during a product of M N K steps.
+Prefetch spread(PrefetchList& list, int64_t M, int64_t N, int64_t K) {
+    const int64_t steps = ceil_div(M, 6) * ceil_div(N, 4 * W) * K;
+    int shift = 0;
+    while ((steps >> (shift + 1)) > list.size()) ++shift;
+    return list.finish(shift);
 }
 
-// W^T (or W) as a right operand: packed, or where it lies.
+// The sums of rows of `from`, added to sums[width]. Sums of sums round less than one long sum.
+template <class T>
+void add_up_rows(const T* from, int64_t from_ld, int64_t rows, int64_t width, float* sums) {
+    for (int64_t j = 0; j < width; j += W) {
+        const int64_t n = width - j;
+        Vec even = set1(0), odd = set1(0);
+        for (int64_t r = 0; r < rows; r += 2) {
+            even += load_tail(from + r * from_ld + j, n);
+            if (r + 1 < rows) odd += load_tail(from + (r + 1) * from_ld + j, n);
+        }
+        store_tail(sums + j, load_tail(sums + j, n) + (even + odd), n);
+    }
+}
+
+// Each group's weight as a right operand [K, N]: packed, or where it lies.
 template <class T, class S>
-struct RightOperand {
+struct RightOperands {
     using E = Operand<T>;
     const E* data;
-    int64_t ld;
+    int64_t ld, group;
 
-    RightOperand(int64_t K, int64_t N, const S* source, int64_t source_ld, bool transposed) {
+    // Element (k, n) of a group is source[k * k_step + n * n_step], one of which is 1.
+    RightOperands(int64_t G, int64_t K, int64_t N, const S* source, int64_t source_group, int64_t k_step, int64_t n_step) {
+        const bool transposed = n_step != 1;
         if constexpr (std::is_same_v<S, E>) {
             if (!transposed) {
                 data = source;
-                ld = source_ld;
+                ld = k_step;
+                group = source_group;
                 return;
             }
         }
         ld = round_up(N, W);
-        buffer_ = Buffer(static_cast<size_t>(packed_k<T>(K) * ld) * sizeof(E));
+        group = packed_k<T>(K) * ld;
+        buffer_ = Buffer(static_cast<size_t>(G * group) * sizeof(E));
         E* packed = buffer_.template as<E>();
         data = packed;
         constexpr int64_t STEP = 64;  // even: bf16 pairs along K
-        parallel_for((K + STEP - 1) / STEP, [&](int64_t chunk) {
-            const int64_t begin = chunk * STEP, depth = std::min(STEP, K - begin);
-            E* to = packed + packed_k<T>(begin) * ld;
+        const int64_t steps = ceil_div(K, STEP);
+        parallel_for(G * steps, [&](int64_t chunk) {
+            const int64_t g = chunk / steps, begin = chunk % steps * STEP, depth = std::min(STEP, K - begin);
+            const S* from = source + g * source_group + begin * k_step;
+            E* to = packed + g * group + packed_k<T>(begin) * ld;
             if (transposed) {
-                pack_transposed(depth, N, source + begin, source_ld, to, ld);
+                pack_transposed(depth, N, from, n_step, to, ld);
             } else {
-                pack_rows(depth, N, source + begin * source_ld, source_ld, to, ld);
+                pack_rows(depth, N, from, k_step, to, ld);
             }
         });
     }
@@ -162,99 +156,219 @@ struct RightOperand {
     Buffer buffer_;
 };
 
+// out[N, G, columns] = x[N, G, depth] b[G][depth, columns] + bias: y from W^T, d_x from W.
 template <class T, class S>
-void forward(const LinearParams& p) {
-    const RightOperand<T, S> weight(p.K, p.M, static_cast<const S*>(p.weight), p.K, true);
-    const Rows<T> x{static_cast<const T*>(p.x), p.x_ld, nullptr, p.K};
-    rows_times<T>(p.N, p.M, x, weight.data, weight.ld, p.bias, static_cast<T*>(p.out), p.relu);
-}
-
-int64_t slices_of(int64_t N, int64_t M, int64_t K) {
-    const int64_t most = std::min(MOST_SLICES, PARTIAL_ELEMENTS / std::max<int64_t>(M * K, 1));
-    return std::clamp<int64_t>(N / SLICE_ROWS, 1, std::max<int64_t>(most, 1));
-}
-
-template <class T, class S>
-void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g) {
+void rows_times(int64_t G, int64_t columns, const Rows<T>& x, const RightOperands<T, S>& b, const float* bias, T* out,
+                bool relu) {
     using E = Operand<T>;
-    constexpr bool FLOAT = std::is_same_v<T, float>;
-    const T* x = static_cast<const T*>(p.x);
-    const int64_t slices = slices_of(p.N, p.M, p.K), blocks = std::max<int64_t>((p.K + WEIGHT_COLUMNS - 1) / WEIGHT_COLUMNS, 1);
-    const int64_t slice_rows = round_up((p.N + slices - 1) / slices, SUMMED_ROWS);
-    const int64_t wide = round_up(p.M, W) + PAD, deep = WEIGHT_COLUMNS + PAD;
-    const Buffer partial_buffer(p.d_weight == nullptr ? 0 : static_cast<size_t>(slices * p.M * p.K) * sizeof(float));
-    const Buffer bias_buffer(static_cast<size_t>(slices * p.M) * sizeof(float));
-    float *partial = partial_buffer.as<float>(), *partial_bias = bias_buffer.as<float>();
+    // Whether the product writes the result itself.
+    constexpr bool DIRECT = std::is_same_v<T, float> || (std::is_same_v<T, bf16> && PAIRS_TO_BF16);
+    const int64_t depth = x.width / G, all_columns = G * columns;
+    const Output<T> write(x.count * all_columns);
+    const int64_t wide = round_up(columns, W) + PAD, deep = round_up(depth, W) + PAD;
+    const int64_t copy_ld = round_up(x.width, W) + PAD, result_ld = round_up(all_columns, W) + PAD;
+    const int64_t threads = thread_count();
     struct Scratch {
-        T* masked;  // rows of g: masked, and in float32 not a power of two apart
-        E *packed, *columns;
+        float* sums;
+        T *copy, *result;
+        E* packed;
+        const char** lines;
         size_t bytes;
 
-        Scratch(void* memory, bool masks, int64_t wide, int64_t deep) {
+        Scratch(void* memory, const Rows<T>& x, int64_t wide, int64_t deep, int64_t copy_ld, int64_t result_ld) {
             Layout layout(memory);
-            masked = layout.take<T>(masks ? SUMMED_ROWS * wide : 0);
-            packed = layout.take<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * wide);
-            columns = layout.take<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * deep);
+            sums = layout.take<float>(DIRECT ? 0 : ROWS * wide);
+            copy = layout.take<T>(x.in_place() ? 0 : ROWS * copy_ld);
+            result = layout.take<T>(DIRECT && x.index != nullptr ? ROWS * result_ld : 0);
+            packed = layout.take<E>(std::is_same_v<T, E> ? 0 : ROWS * deep);
+            lines = layout.take<const char*>(x.line_capacity(ROWS));
             bytes = layout.bytes();
         }
     };
-    const bool masks = FLOAT || g.positive != nullptr;
-    const size_t bytes = Scratch(nullptr, masks, wide, deep).bytes;
-    parallel_for(slices * blocks, [&](int64_t task) {
-        const Scratch scratch(thread_scratch(bytes), masks, wide, deep);
-        const int64_t slice = task / blocks, block = task % blocks;
-        const int64_t column = block * WEIGHT_COLUMNS, width = std::min(WEIGHT_COLUMNS, p.K - column);
-        float* sums = partial + slice * p.M * p.K + column;
-        float* bias = partial_bias + slice * p.M;
-        if (block == 0) std::fill(bias, bias + p.M, 0.0f);
-        const int64_t end = std::min(p.N, (slice + 1) * slice_rows);
-        for (int64_t begin = slice * slice_rows; begin < end; begin += SUMMED_ROWS) {
-            const int64_t rows = std::min(SUMMED_ROWS, end - begin);
-            const T* rows_of_g = g.row(begin);
-            int64_t g_ld = g.ld;
-            if (masks) {
-                g.masked(begin, rows, scratch.masked, wide);
-                rows_of_g = scratch.masked;
-                g_ld = wide;
-            }
-            if (block == 0) g.add_up(rows_of_g, g_ld, rows, bias);
-            if (p.d_weight == nullptr) continue;
-            const bool old = begin > slice * slice_rows;
-            const T* source = x + begin * p.x_ld + column;
-            if constexpr (FLOAT) {
-                gemm(p.M, width, rows, rows_of_g, 1, g_ld, source, p.x_ld, sums, p.K, old);
+    const size_t bytes = Scratch(nullptr, x, wide, deep, copy_ld, result_ld).bytes;
+    parallel_for(ceil_div(x.count, ROWS), [&](int64_t block) {
+        const Scratch scratch(thread_scratch(bytes), x, wide, deep, copy_ld, result_ld);
+        const int64_t begin = block * ROWS, rows = std::min(ROWS, x.count - begin);
+        const T* source = x.row(begin);
+        int64_t source_ld = x.ld;
+        if (!x.in_place()) {
+            x.copy(begin, rows, scratch.copy, copy_ld);
+            source = scratch.copy;
+            source_ld = copy_ld;
+        }
+        // The rows that the thread will probably take next, spread over the steps of this block's products.
+        PrefetchList list(scratch.lines);
+        x.list(std::min(x.count, begin + threads * ROWS), ROWS, list);
+        Prefetch prefetch = spread(list, rows, columns, G * packed_k<T>(depth));
+        for (int64_t g = 0; g < G; ++g) {
+            const auto [a, lda] = left_rows(rows, depth, source + g * depth, source_ld, scratch.packed, deep);
+            const E* right = b.data + g * b.group;
+            const float* group_bias = bias == nullptr ? nullptr : bias + g * columns;
+            if constexpr (DIRECT) {
+                T* to = x.index == nullptr ? out + begin * all_columns : scratch.result;
+                const int64_t ld = x.index == nullptr ? all_columns : result_ld;
+                const bool streams = x.index == nullptr && write.streams();
+                const ResultOf<T> result{to + g * columns, ld, group_bias, 0, nullptr, 0, streams, &prefetch, relu};
+                gemm(rows, columns, packed_k<T>(depth), a, lda, 1, right, b.ld, result);
             } else {
-                pack_rows(rows, p.M, rows_of_g, g_ld, scratch.packed, wide);
-                pack_rows(rows, width, source, p.x_ld, scratch.columns, deep);
-                gemm(p.M, width, packed_k<T>(rows), scratch.packed, 1, wide, scratch.columns, deep, sums, p.K, old);
+                float* sums = scratch.sums;
+                gemm(rows, columns, packed_k<T>(depth), a, lda, 1, right, b.ld, sums, wide, false, &prefetch);
+                for (int64_t r = 0; r < rows; ++r) {
+                    T* to = out + x.at(begin + r) * all_columns + g * columns;
+                    for (int64_t j = 0; j < columns; j += W) {
+                        const int64_t n = columns - j;
+                        Vec v = load_tail(sums + r * wide + j, n);
+                        if (bias != nullptr) v = v + load_tail(group_bias + j, n);
+                        if (relu) v = vmax(set1(0), v);
+                        write(to + j, v, n);
+                    }
+                }
             }
         }
-        if (p.d_weight != nullptr && slice * slice_rows >= end) {
-            for (int64_t m = 0; m < p.M; ++m) std::fill(sums + m * p.K, sums + m * p.K + width, 0.0f);
+        for (int64_t r = 0; DIRECT && x.index != nullptr && r < rows; ++r) {
+            T* to = out + x.index[begin + r] * all_columns;
+            for (int64_t j = 0; j < all_columns; j += W) {
+                write(to + j, load_tail(scratch.result + r * result_ld + j, all_columns - j), all_columns - j);
+            }
+        }
+        write.finish();
+    });
+}
+
+// Zeros in the rows that do not count.
+template <class T>
+void clear_padding(const LinearInputs& p, T* out, int64_t width) {
+    if (p.lengths == nullptr || p.sample_rows == 0) return;
+    parallel_for(p.N / p.sample_rows, [&](int64_t b) {
+        const int64_t length = std::clamp<int64_t>(p.lengths[b], 0, p.sample_rows);
+        std::fill(out + (b * p.sample_rows + length) * width, out + (b + 1) * p.sample_rows * width, T{});
+    });
+}
+
+template <class T>
+Rows<T> rows_of_x(const LinearInputs& p, const RowList& rows) {
+    return {static_cast<const T*>(p.x), p.x_ld, p.G * p.K, nullptr, 0, rows.index(), rows.count};
+}
+
+template <class T, class S>
+void forward(const LinearParams& p) {
+    const RightOperands<T, S> weight(p.G, p.K, p.M, static_cast<const S*>(p.weight), p.weight_group, p.weight_column,
+                                     p.weight_row);
+    const RowList rows(p);
+    rows_times<T, S>(p.G, p.M, rows_of_x<T>(p, rows), weight, p.bias, static_cast<T*>(p.out), p.relu);
+    clear_padding(p, static_cast<T*>(p.out), p.G * p.M);
+}
+
+int64_t slices_of(int64_t rows, int64_t elements) {
+    const int64_t most = std::min(MOST_SLICES, PARTIAL_ELEMENTS / std::max<int64_t>(elements, 1));
+    return std::clamp<int64_t>(rows / SLICE_ROWS, 1, std::max<int64_t>(most, 1));
+}
+
+template <class T, class S>
+void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g, const Rows<T>& x) {
+    using E = Operand<T>;
+    constexpr bool FLOAT = std::is_same_v<T, float>;
+    const int64_t size = p.G * p.M * p.K, slices = slices_of(g.count, size), steps = ceil_div(g.count, SUMMED_ROWS);
+    const int64_t row_blocks = ceil_div(p.M, WEIGHT_BLOCK), column_blocks = std::max<int64_t>(ceil_div(p.K, WEIGHT_BLOCK), 1);
+    const int64_t blocks = p.G * row_blocks * column_blocks;
+    constexpr int64_t WIDE = WEIGHT_BLOCK + PAD;
+    const Buffer partial_buffer(p.d_weight == nullptr ? 0 : static_cast<size_t>(slices * size) * sizeof(float));
+    const Buffer bias_buffer(static_cast<size_t>(slices * p.G * p.M) * sizeof(float));
+    float *partial = partial_buffer.as<float>(), *partial_bias = bias_buffer.as<float>();
+    // In float32 g is copied even so: its rows, a power of two apart, would share few cache sets.
+    const bool copies_g = FLOAT || !g.in_place();
+    struct Scratch {
+        T *g, *x;
+        E *packed_g, *packed_x;
+        const char** lines;
+        size_t bytes;
+
+        Scratch(void* memory, const Rows<T>& rows_of_g, const Rows<T>& rows_of_x, bool copies_g) {
+            Layout layout(memory);
+            g = layout.take<T>(copies_g ? SUMMED_ROWS * WIDE : 0);
+            x = layout.take<T>(rows_of_x.in_place() ? 0 : SUMMED_ROWS * WIDE);
+            packed_g = layout.take<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * WIDE);
+            packed_x = layout.take<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * WIDE);
+            const int64_t width = WEIGHT_BLOCK;
+            lines = layout.take<const char*>(rows_of_g.columns(0, width).line_capacity(SUMMED_ROWS) +
+                                             rows_of_x.columns(0, width).line_capacity(SUMMED_ROWS));
+            bytes = layout.bytes();
+        }
+    };
+    const size_t bytes = Scratch(nullptr, g, x, copies_g).bytes;
+    parallel_for(slices * blocks, [&](int64_t task) {
+        const Scratch scratch(thread_scratch(bytes), g, x, copies_g);
+        const int64_t slice = task / blocks, block = task % blocks;
+        const int64_t group = block / (row_blocks * column_blocks);
+        const int64_t row = block / column_blocks % row_blocks * WEIGHT_BLOCK, height = std::min(WEIGHT_BLOCK, p.M - row);
+        const int64_t column = block % column_blocks * WEIGHT_BLOCK, width = std::min(WEIGHT_BLOCK, p.K - column);
+        const Rows<T> own_g = g.columns(group * p.M + row, height), own_x = x.columns(group * p.K + column, width);
+        float* sums = partial + slice * size + (group * p.M + row) * p.K + column;
+        float* bias = partial_bias + (slice * p.G + group) * p.M + row;
+        if (column == 0) std::fill(bias, bias + height, 0.0f);
+        const int64_t start = slice * steps / slices * SUMMED_ROWS;
+        const int64_t end = std::min(g.count, (slice + 1) * steps / slices * SUMMED_ROWS);
+        for (int64_t begin = start; begin < end; begin += SUMMED_ROWS) {
+            const int64_t rows = std::min(SUMMED_ROWS, end - begin);
+            const T *from_g = own_g.row(begin), *from_x = own_x.row(begin);
+            int64_t g_ld = g.ld, x_ld = x.ld;
+            if (copies_g) {
+                own_g.copy(begin, rows, scratch.g, WIDE);
+                from_g = scratch.g;
+                g_ld = WIDE;
+            }
+            if (column == 0) add_up_rows(from_g, g_ld, rows, height, bias);
+            if (p.d_weight == nullptr) continue;
+            if (!x.in_place()) {
+                own_x.copy(begin, rows, scratch.x, WIDE);
+                from_x = scratch.x;
+                x_ld = WIDE;
+            }
+            PrefetchList list(scratch.lines);
+            own_g.list(begin + rows, std::min(SUMMED_ROWS, end - begin - rows), list);
+            own_x.list(begin + rows, std::min(SUMMED_ROWS, end - begin - rows), list);
+            Prefetch prefetch = spread(list, height, width, packed_k<T>(rows));
+            const bool old = begin > start;
+            if constexpr (FLOAT) {
+                gemm(height, width, rows, from_g, 1, g_ld, from_x, x_ld, sums, p.K, old, &prefetch);
+            } else {
+                pack_rows(rows, height, from_g, g_ld, scratch.packed_g, WIDE);
+                pack_rows(rows, width, from_x, x_ld, scratch.packed_x, WIDE);
+                gemm(height, width, packed_k<T>(rows), scratch.packed_g, 1, WIDE, scratch.packed_x, WIDE, sums, p.K, old,
+                     &prefetch);
+            }
+        }
+        for (int64_t m = 0; p.d_weight != nullptr && start >= end && m < height; ++m) {
+            std::fill(sums + m * p.K, sums + m * p.K + width, 0.0f);
         }
     });
-    const auto add_up = [&](const float* parts, int64_t size, auto* out) {
+    const auto add_slices = [&](const float* parts, int64_t count, auto* out) {
         constexpr int64_t STEP = 4096;
-        parallel_for((size + STEP - 1) / STEP, [&](int64_t chunk) {
-            for (int64_t j = chunk * STEP; j < std::min(size, (chunk + 1) * STEP); j += W) {
-                Vec sum = load_tail(parts + j, size - j);
-                for (int64_t slice = 1; slice < slices; ++slice) sum += load_tail(parts + slice * size + j, size - j);
-                store_tail(out + j, sum, size - j);
+        parallel_for(ceil_div(count, STEP), [&](int64_t chunk) {
+            for (int64_t j = chunk * STEP; j < std::min(count, (chunk + 1) * STEP); j += W) {
+                Vec sum = load_tail(parts + j, count - j);
+                for (int64_t slice = 1; slice < slices; ++slice) sum += load_tail(parts + slice * count + j, count - j);
+                store_tail(out + j, sum, count - j);
             }
         });
     };
-    if (p.d_weight != nullptr) add_up(partial, p.M * p.K, static_cast<S*>(p.d_weight));
-    if (p.d_bias != nullptr) add_up(partial_bias, p.M, p.d_bias);
+    if (p.d_weight != nullptr) add_slices(partial, size, static_cast<S*>(p.d_weight));
+    if (p.d_bias != nullptr) add_slices(partial_bias, p.G * p.M, p.d_bias);
 }
 
 template <class T, class S>
 void backward(const LinearBackwardParams& p) {
-    const Rows<T> g{static_cast<const T*>(p.d_out), p.d_out_ld, static_cast<const T*>(p.out), p.M};
+    const RowList rows(p);
+    const int64_t width = p.G * p.M;
+    const Rows<T> g{static_cast<const T*>(p.d_out), p.d_out_ld, width, static_cast<const T*>(p.out), width, rows.index(),
+                    rows.count};
     if (p.d_x != nullptr) {
-        const RightOperand<T, S> weight(p.M, p.K, static_cast<const S*>(p.weight), p.K, false);
-        rows_times<T>(p.N, p.K, g, weight.data, weight.ld, nullptr, static_cast<T*>(p.d_x), false);
+        const RightOperands<T, S> weight(p.G, p.M, p.K, static_cast<const S*>(p.weight), p.weight_group, p.weight_row,
+                                         p.weight_column);
+        rows_times<T, S>(p.G, p.K, g, weight, nullptr, static_cast<T*>(p.d_x), false);
+        clear_padding(p, static_cast<T*>(p.d_x), p.G * p.K);
     }
-    if (p.d_weight != nullptr || p.d_bias != nullptr) weight_gradient<T, S>(p, g);
+    if (p.d_weight != nullptr || p.d_bias != nullptr) weight_gradient<T, S>(p, g, rows_of_x<T>(p, rows));
 }
 
 template <class Params, class Run>

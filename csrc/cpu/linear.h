@@ -8,32 +8,34 @@
 
 namespace cnm {
 
-// out[N, M] = x[N, K] weight[M, K]^T + bias[M], 0 where that is negative and `relu`.
-struct LinearParams {
-    Dtype dtype;         // of x and out
-    Dtype weight_dtype;  // of weight: dtype, or float32
-    int64_t N, M, K;
-    const void* x;  // rows `x_ld` elements apart
+struct LinearInputs {
+    Dtype dtype;         // of x, out and their gradients
+    Dtype weight_dtype;  // of weight and d_weight: dtype, or float32
+    int64_t N;           // rows
+    int64_t G, M, K;     // groups, and of each group outputs and inputs
+    const void* x;       // [N, G, K], rows `x_ld` elements apart
     int64_t x_ld;
-    const void* weight;
+    const void* weight;  // [G, M, K] with these strides, of which the second or the third is 1
+    int64_t weight_group, weight_row, weight_column;
+    // Rows come in samples of `sample_rows`, of which the first lengths[b] count; null: all do.
+    const int64_t* lengths;
+    int64_t sample_rows;
+};
+
+// out[N, G, M] = x weight^T + bias[G, M], 0 where that is negative and `relu`, and in rows that do not count.
+struct LinearParams : LinearInputs {
     const float* bias;  // or null
-    void* out;          // [N, M]
+    void* out;
     bool relu;
 };
 
-struct LinearBackwardParams {
-    Dtype dtype;         // of d_out, out, x, d_x
-    Dtype weight_dtype;  // of weight and d_weight
-    int64_t N, M, K;
-    const void* d_out;  // [N, M], rows `d_out_ld` elements apart
+struct LinearBackwardParams : LinearInputs {
+    const void* d_out;  // [N, G, M], rows `d_out_ld` elements apart
     int64_t d_out_ld;
-    const void* out;  // [N, M] where `relu` was on, else null
-    const void* x;    // rows `x_ld` elements apart
-    int64_t x_ld;
-    const void* weight;  // [M, K]
-    void* d_x;           // [N, K] or null: not wanted
-    void* d_weight;      // [M, K] or null
-    float* d_bias;       // [M] or null
+    const void* out;  // [N, G, M] where `relu` was on, else null
+    void* d_x;        // [N, G, K] or null: not wanted
+    void* d_weight;   // [G, M, K] or null
+    float* d_bias;    // [G, M] or null
 };
 
 CNM_MATRIX_KERNEL(linear, LinearParams)

@@ -30,37 +30,105 @@ struct RowsOf {
     }
 };
 
-Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool relu) {
-    const Tensor w = packed(weight);
-    STD_TORCH_CHECK(w.dim() == 2, "linear: expected a weight of 2 dimensions");
-    const int64_t M = w.size(0), K = w.size(1);
-    const RowsOf rows(x, K);
+// A weight [M, K], or [G, M, K] for groups of columns, in the strides that the kernels take: a copy where it has others.
+struct Weight {
+    Tensor tensor;
+    int64_t G, M, K, group, row, column;
+
+    explicit Weight(const Tensor& given) : tensor(given) {
+        const int64_t dim = given.dim();
+        STD_TORCH_CHECK(dim == 2 || dim == 3, "linear: expected a weight of 2 or 3 dimensions");
+        if (given.stride(dim - 1) != 1 && given.stride(dim - 2) != 1) tensor = torch::stable::contiguous(given);
+        G = dim == 3 ? given.size(0) : 1;
+        M = given.size(dim - 2);
+        K = given.size(dim - 1);
+        group = dim == 3 ? tensor.stride(0) : 0;
+        row = tensor.stride(dim - 2);
+        column = tensor.stride(dim - 1);
+        if (column != 1 && row != 1) row = K, column = 1;  // nothing there, or one number
+    }
+};
+
+// Keeps what the kernels point to.
+struct Arguments {
+    Weight weight;
+    RowsOf x;
+    std::optional<Tensor> lengths;
+
+    Arguments(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& lengths)
+        : weight(weight), x(weight.dim() == 3 ? columns_together(x, this->weight) : x, this->weight.G * this->weight.K),
+          lengths(packed(lengths)) {
+        STD_TORCH_CHECK(!lengths.has_value() || (x.dim() >= 3 && lengths->numel() == x.size(0)),
+                        "linear: the lengths do not fit x");
+    }
+
+    // [..., G, C] as [..., G C]
+    static Tensor columns_together(const Tensor& given, const Weight& weight) {
+        const int64_t dim = given.dim();
+        STD_TORCH_CHECK(dim >= 2 && given.size(dim - 2) == weight.G, "linear: expected ", weight.G, " groups");
+        return torch::stable::flatten(given, dim - 2, dim - 1);
+    }
+
+    template <class Params>
+    Params params(const Tensor& given) const {
+        Params p{};
+        const int64_t samples = lengths.has_value() ? lengths->numel() : 0;
+        static_cast<LinearInputs&>(p) = {dtype_of(given),
+                                         dtype_of(weight.tensor),
+                                         x.rows,
+                                         weight.G,
+                                         weight.M,
+                                         weight.K,
+                                         x.tensor.const_data_ptr(),
+                                         x.ld,
+                                         weight.tensor.const_data_ptr(),
+                                         weight.group,
+                                         weight.row,
+                                         weight.column,
+                                         data_or_null<int64_t>(lengths),
+                                         samples == 0 ? 0 : x.rows / samples};
+        return p;
+    }
+};
+
+Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool relu,
+               const std::optional<Tensor>& lengths) {
+    const Arguments arguments(x, weight, lengths);
+    auto p = arguments.params<LinearParams>(x);
     const std::optional<Tensor> b = floats(bias);
-    STD_TORCH_CHECK(!b.has_value() || b->numel() == M, "linear: weight and bias do not fit");
+    STD_TORCH_CHECK(!b.has_value() || b->numel() == p.G * p.M, "linear: weight and bias do not fit");
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-    sizes.back() = M;
+    sizes.back() = p.M;
     const Tensor out = empty(sizes.data(), static_cast<int64_t>(sizes.size()), x.scalar_type());
-    linear({dtype_of(x), dtype_of(w), rows.rows, M, K, rows.tensor.const_data_ptr(), rows.ld, w.const_data_ptr(),
-            data_or_null<float>(b), out.mutable_data_ptr(), relu});
+    p.bias = data_or_null<float>(b);
+    p.out = out.mutable_data_ptr();
+    p.relu = relu;
+    linear(p);
     return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const Tensor& x, const Tensor& weight,
-                                            const std::optional<Tensor>& out, bool need_x, bool need_weight,
-                                            bool need_bias) {
-    const Tensor w = packed(weight);
-    const int64_t M = w.size(0), K = w.size(1);
-    const RowsOf upstream(d_out, M), rows(x, K);
+                                            const std::optional<Tensor>& out, const std::optional<Tensor>& lengths,
+                                            bool need_x, bool need_weight, bool need_bias) {
+    const Arguments arguments(x, weight, lengths);
+    auto p = arguments.params<LinearBackwardParams>(x);
+    const bool grouped = weight.dim() == 3;
+    const RowsOf upstream(grouped ? Arguments::columns_together(d_out, arguments.weight) : d_out, p.G * p.M);
     const std::optional<Tensor> y = packed(out);
+    const ScalarType type = weight.scalar_type();
     const Tensor d_x = need_x ? empty_as(x, x.scalar_type()) : empty({0}, x.scalar_type());
-    const Tensor d_weight = need_weight ? empty_as(w, w.scalar_type()) : empty({0}, w.scalar_type());
-    const Tensor d_bias = empty({need_bias ? M : 0}, ScalarType::Float);
-    linear_backward({dtype_of(x), dtype_of(w), rows.rows, M, K, upstream.tensor.const_data_ptr(), upstream.ld,
-                     y.has_value() ? y->const_data_ptr() : nullptr, rows.tensor.const_data_ptr(), rows.ld,
-                     w.const_data_ptr(), need_x ? d_x.mutable_data_ptr() : nullptr,
-                     need_weight ? d_weight.mutable_data_ptr() : nullptr,
-                     need_bias ? d_bias.mutable_data_ptr<float>() : nullptr});
-    return {d_x, d_weight, as_type(d_bias, w.scalar_type())};
+    const Tensor d_weight = need_weight ? empty_as(weight, type) : empty({0}, type);
+    const Tensor d_bias = !need_bias ? empty({0}, ScalarType::Float)
+                          : grouped  ? empty({p.G, p.M}, ScalarType::Float)
+                                     : empty({p.M}, ScalarType::Float);
+    p.d_out = upstream.tensor.const_data_ptr();
+    p.d_out_ld = upstream.ld;
+    p.out = y.has_value() ? y->const_data_ptr() : nullptr;
+    p.d_x = need_x ? d_x.mutable_data_ptr() : nullptr;
+    p.d_weight = need_weight ? d_weight.mutable_data_ptr() : nullptr;
+    p.d_bias = need_bias ? d_bias.mutable_data_ptr<float>() : nullptr;
+    linear_backward(p);
+    return {d_x, d_weight, as_type(d_bias, type)};
 }
 
 }  // namespace
