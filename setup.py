@@ -30,6 +30,7 @@ REASON_FILE = "{}_skipped.txt"  # beside native.py: why a C++ module is missing,
 MATRIX_KERNELS = {
     "gemm",
     "attention",
+    "absorbed_attention",
     "linear",
     "linear_nll",
 }  # these are worth compiling for the bfloat16 instruction sets too

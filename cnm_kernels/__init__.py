@@ -7,6 +7,7 @@ Each op runs on the best backend the machine offers and can be checked against a
 from cnm_kernels import registry
 from cnm_kernels.accelerate import accelerate, accelerate_losses, restore
 from cnm_kernels.ops import (
+    absorbed_attention,
     branched_attention,
     contrastive_reconstruction_loss,
     dropout,
@@ -23,6 +24,7 @@ from cnm_kernels.registry import BackendUnavailable, use_backend
 
 __all__ = [
     "BackendUnavailable",
+    "absorbed_attention",
     "accelerate",
     "accelerate_losses",
     "branched_attention",

@@ -76,6 +76,7 @@ def keeps_expected(hidden: Tensor, weight: Tensor, bias: Tensor) -> bool:
 if "cpu" not in LOAD_ERRORS:
     gaussian_mask = formulas.gaussian_mask.bind("cnm_kernels")
     weighted_attention, gaussian_attention = formulas.attention.bind("cnm_kernels")
+    absorbed_attention = formulas.absorbed_attention.bind("cnm_kernels")
     linear = formulas.linear.bind("cnm_kernels")
     intra_video_contrastive_loss = formulas.intra_video_contrastive_loss.bind("cnm_kernels")
     linear_nll, contrastive_reconstruction_loss = formulas.linear_nll.bind(

@@ -36,6 +36,7 @@ OPS = (
     "weighted_attention",
     "gaussian_attention",
     "branched_attention",
+    "absorbed_attention",
     "linear",
     "linear_nll",
     "intra_video_contrastive_loss",
@@ -43,8 +44,9 @@ OPS = (
     "dropout",
     "dropout_add_layer_norm",
 )
-# What vendors' libraries do best on their processors: a backend asked for by name may leave these to PyTorch.
-LIBRARY_OPS = ("linear",)
+# What vendors' libraries do best on GPUs, or what only CPUs gain by: a backend asked for by name may leave these to
+# PyTorch.
+LIBRARY_OPS = ("linear", "absorbed_attention")
 ENVIRONMENT_VARIABLE = "CNM_KERNELS_BACKEND"
 
 

@@ -62,26 +62,30 @@ def weighted_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """P = p (m + eps) / sum_k p (m + eps), p = softmax(scale q k^T) over the allowed keys; out = P v."""
     q, k, v = _wide(query), _wide(key), _wide(value)
-    Lq, Lk = q.size(-2), k.size(-2)
     scores = scale * (q @ k.transpose(-1, -2))  # [B, H, Lq, Lk]
-    allowed = torch.ones(Lq, Lk, dtype=torch.bool, device=q.device)
+    weights = _probabilities(scores, key_weight, causal, key_lengths)
+    out = (weights @ v).to(query.dtype)  # [B, H, Lq, d]
+    return out, weights.mean(1).to(query.dtype) if return_weights else None
+
+
+def _probabilities(scores: Tensor, key_weight: Tensor | None, causal: bool, key_lengths: Tensor | None) -> Tensor:
+    """P of scores [B, H, Lq, Lk]: softmax over the allowed keys, times m + eps, divided by its sum."""
+    Lq, Lk = scores.shape[-2:]
+    if Lk == 0:
+        return scores
+    allowed = torch.ones(Lq, Lk, dtype=torch.bool, device=scores.device)
     if causal:
         allowed = allowed.tril()
     if key_lengths is not None:
-        within = torch.arange(Lk, device=q.device) < key_lengths[:, None]  # [B, Lk]
+        within = torch.arange(Lk, device=scores.device) < key_lengths[:, None]  # [B, Lk]
         allowed = allowed & within[:, None, None, :]
-    if Lk == 0:
-        weights = scores
-    else:
-        scores = scores.masked_fill(~allowed, -torch.inf)
-        highest = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
-        exponentials = torch.exp(scores - highest)
-        if key_weight is not None:
-            exponentials = exponentials * (_wide(key_weight).to(q.dtype) + KEY_WEIGHT_EPS)[:, None, None, :]
-        total = exponentials.sum(-1, keepdim=True)
-        weights = exponentials / torch.where(total == 0, 1, total)  # a query without any key gets zeros
-    out = (weights @ v).to(query.dtype)  # [B, H, Lq, d]
-    return out, weights.mean(1).to(query.dtype) if return_weights else None
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    highest = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+    exponentials = torch.exp(scores - highest)
+    if key_weight is not None:
+        exponentials = exponentials * (_wide(key_weight).to(scores.dtype) + KEY_WEIGHT_EPS)[:, None, None, :]
+    total = exponentials.sum(-1, keepdim=True)
+    return exponentials / torch.where(total == 0, 1, total)  # a query without any key gets zeros
 
 
 def gaussian_attention(
@@ -115,6 +119,29 @@ def branched_attention(
     """``weighted_attention`` of the same operands under each of n rows of weights. [n, B, H, Lq, d]"""
     arguments = (causal, key_lengths, scale, False)
     return torch.stack([weighted_attention(query, key, value, weights, *arguments)[0] for weights in key_weights])
+
+
+def absorbed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    key_bias: Tensor | None,
+    key_weight: Tensor | None,
+    query_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """out_i = sum_h P_hi v_h with P of the scores scale q_i . k_hj + b_hj; zeros for queries from query_lengths on."""
+    q, k = _wide(query), _wide(key)
+    v = k if value is None else _wide(value)
+    if query_lengths is not None:
+        padding = torch.arange(q.size(1), device=q.device)[:, None] >= query_lengths[:, None, None]  # [B, Lq, 1]
+        q = q.masked_fill(padding, 0)  # what lies there may be anything
+    scores = scale * (q.unsqueeze(1) @ k.transpose(-1, -2))  # [B, H, Lq, Lk]
+    if key_bias is not None:
+        scores = scores + _wide(key_bias).to(scores.dtype).unsqueeze(2)
+    out = (_probabilities(scores, key_weight, False, key_lengths) @ v).sum(1)  # [B, Lq, D]
+    return (out if query_lengths is None else out.masked_fill(padding, 0)).to(query.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths: Tensor | None) -> Tensor:

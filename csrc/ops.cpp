@@ -42,6 +42,13 @@ STABLE_TORCH_LIBRARY(CNM_LIBRARY, m) {
         "linear_nll_backward(Tensor d_nll, Tensor hidden, Tensor weight, Tensor bias, Tensor target, "
         "Tensor valid_lengths, float label_smoothing, Tensor lse, Tensor expected, bool need_hidden, "
         "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "absorbed_attention(Tensor query, Tensor key, Tensor? value, Tensor? key_bias, Tensor? key_weight, "
+        "Tensor? query_lengths, Tensor? key_lengths, float scale) -> Tensor");
+    m.def(
+        "absorbed_attention_backward(Tensor d_out, Tensor query, Tensor key, Tensor? value, Tensor? key_bias, "
+        "Tensor? key_weight, Tensor? query_lengths, Tensor? key_lengths, float scale, bool need_query, bool need_key, "
+        "bool need_value, bool need_bias, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? lengths) -> Tensor");
     m.def(
         "linear_backward(Tensor d_out, Tensor x, Tensor weight, Tensor? out, Tensor? lengths, bool need_x, "

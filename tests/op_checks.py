@@ -173,7 +173,8 @@ def gaussian_terms(inputs: Inputs) -> dict[str, float]:
 def check_gradients_one_at_a_time(op: str, inputs: Inputs, backend: str) -> None:
     """A gradient is right whichever others are wanted."""
     for name in DIFFERENTIABLE[op]:
-        check_gradients(op, inputs, backend, [name])
+        if inputs.get(name) is not None:
+            check_gradients(op, inputs, backend, [name])
 
 
 def check_deterministic(op: str, inputs: Inputs, backend: str) -> None:
@@ -241,7 +242,7 @@ def check_autocast(op: str, inputs: Inputs, backend: str, cast: Sequence[str]) -
     device = inputs[cast[0]].device.type if cast else "cpu"
     with torch.autocast(device, torch.bfloat16):
         actual = run(op, inputs, backend)
-    expected = run(op, inputs | {name: inputs[name].bfloat16() for name in cast}, backend)
+    expected = run(op, inputs | {name: inputs[name].bfloat16() for name in cast if name in inputs}, backend)
     for output, wanted in zip(actual, expected, strict=True):
         assert output.dtype == wanted.dtype
         assert torch.equal(output, wanted)

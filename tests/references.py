@@ -82,6 +82,35 @@ def branched_attention(
     return (torch.stack(branches),)
 
 
+def absorbed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    *,
+    scale: float,
+    key_bias: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Sample by sample and head by head, on what is real of each."""
+    value = key if value is None else value
+    outs = []
+    for b, (q, keys, values) in enumerate(zip(query, key, value, strict=True)):
+        queries = len(q) if query_lengths is None else min(int(query_lengths[b]), len(q))
+        n = key.size(2) if key_lengths is None else min(int(key_lengths[b]), key.size(2))
+        out = torch.zeros_like(q[:queries])
+        for h in range(len(keys)):
+            scores = q[:queries] @ keys[h, :n].T * scale
+            if key_bias is not None:
+                scores = scores + key_bias[b, h, :n].to(q.dtype)
+            if key_weight is not None:
+                scores = scores + torch.log(key_weight[b, :n].to(q.dtype) + 1e-10)
+            out = out + torch.softmax(scores, -1) @ values[h, :n]
+        outs.append(torch.cat([out, q.new_zeros(len(q) - queries, q.size(1))]))
+    return (torch.stack(outs) if outs else query * key.sum() * value.sum(),)
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, lengths: Tensor | None = None
 ) -> tuple[Tensor, ...]:
@@ -201,6 +230,7 @@ REFERENCES = {
         weighted_attention,
         gaussian_attention,
         branched_attention,
+        absorbed_attention,
         linear,
         linear_nll,
         intra_video_contrastive_loss,

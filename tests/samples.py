@@ -24,6 +24,7 @@ DIFFERENTIABLE = {
     "weighted_attention": ("query", "key", "value", "key_weight"),
     "gaussian_attention": ("query", "key", "value", "center", "width"),
     "branched_attention": ("query", "key", "value", "key_weights"),
+    "absorbed_attention": ("query", "key", "value", "key_bias", "key_weight"),
     "linear": ("x", "weight", "bias"),
     "linear_nll": ("hidden", "weight", "bias"),
     "intra_video_contrastive_loss": ("positive", "hard", "easy"),
@@ -78,6 +79,27 @@ def gaussian(draw: Draw, B: int, H: int, Lq: int, Lk: int, d: int, *, alpha: flo
 
 def branched(draw: Draw, n: int, B: int, H: int, Lq: int, Lk: int, d: int, **options: Any) -> Inputs:
     return attention(draw, B, H, Lq, Lk, d, **options) | {"key_weights": draw.uniform(n, B, Lk)}
+
+
+def absorbed(draw: Draw, B: int, H: int, Lq: int, Lk: int, D: int, **options: Any) -> Inputs:
+    """With a bias and without a weight, as many queries meet few keys."""
+    return {
+        "query": draw.normal(B, Lq, D),
+        "key": draw.normal(B, H, Lk, D),
+        "value": draw.normal(B, H, Lk, D),
+        "key_bias": draw.normal(B, H, Lk),
+        "scale": D**-0.5,
+    } | options
+
+
+def absorbed_queries(draw: Draw, B: int, Lq: int, Lk: int, D: int, **options: Any) -> Inputs:
+    """With a weight, and keys that are the values, as few queries meet many states."""
+    return {
+        "query": draw.normal(B, Lq, D),
+        "key": draw.normal(B, 1, Lk, D),
+        "key_weight": draw.uniform(B, Lk),
+        "scale": D**-0.5,
+    } | options
 
 
 def vocabulary(
@@ -136,6 +158,11 @@ def _padded(inputs: Inputs, lengths: Tensor) -> Inputs:
     for row, n in zip(x, lengths, strict=True):
         row[n:] = torch.nan
     return inputs | {"x": x, "lengths": lengths}
+
+
+def _query_padding(inputs: Inputs) -> Inputs:
+    padded = _padded({"x": inputs["query"]}, inputs["query_lengths"])
+    return inputs | {"query": padded["x"]}
 
 
 def strided(inputs: Inputs) -> Inputs:
@@ -291,6 +318,37 @@ SAMPLES: dict[str, dict[str, Builder]] = {
         "strided": lambda draw: strided(branched(draw, 3, 2, 2, 5, 7, 8)),
         "misaligned": lambda draw: misaligned(branched(draw, 3, 2, 2, 5, 7, 8, causal=True)),
         "extreme-logits": lambda draw: _extreme_logits(branched(draw, 3, 2, 2, 5, 7, 8)),
+    },
+    "absorbed_attention": {
+        "plain": lambda draw: absorbed(draw, 2, 3, 5, 7, 8),
+        "weighted": lambda draw: absorbed(draw, 2, 2, 5, 6, 8, key_weight=draw.uniform(2, 6)),
+        "keys-are-values": lambda draw: absorbed_queries(draw, 3, 5, 7, 8),
+        "heads-of-keys-that-are-values": lambda draw: absorbed(draw, 2, 3, 5, 7, 8) | {"value": None},
+        "lengths-0-1-odd-over": lambda draw: absorbed(
+            draw, 5, 2, 6, 7, 8, query_lengths=draw.lengths(6, 2, 0, 9, 5), key_lengths=draw.lengths(0, 1, 5, 7, 9)
+        ),
+        "frames-200-words-14": lambda draw: absorbed(draw, 2, 4, 200, 14, 256, key_lengths=draw.lengths(14, 5)),
+        "words-13-clips-50": lambda draw: absorbed_queries(
+            draw, 3, 52, 50, 256, query_lengths=draw.lengths(52, 12, 28), key_lengths=draw.lengths(50, 23, 1)
+        ),
+        "one-query-frames-200": lambda draw: absorbed_queries(draw, 2, 4, 200, 256) | {"key_weight": None},
+        "odd": lambda draw: absorbed(draw, 3, 5, 57, 3, 37, query_lengths=draw.lengths(57, 50, 49)),
+        "many-keys": lambda draw: absorbed(draw, 1, 2, 9, 301, 24),
+        "all-ones": lambda draw: absorbed(draw, 1, 1, 1, 1, 1),
+        "empty-batch": lambda draw: absorbed(draw, 0, 2, 3, 4, 8),
+        "no-queries": lambda draw: absorbed(draw, 2, 2, 0, 4, 8),
+        "no-keys": lambda draw: absorbed(draw, 2, 2, 3, 0, 8),
+        "zero-weights": lambda draw: _zero_rows(absorbed_queries(draw, 2, 5, 7, 8)),
+        "extreme-scores": lambda draw: absorbed(draw, 2, 2, 5, 7, 8, scale=1e4),
+        "strided": lambda draw: strided(absorbed(draw, 2, 2, 5, 7, 8)),
+        "misaligned": lambda draw: misaligned(absorbed(draw, 2, 2, 5, 7, 8)),
+        "heads-last": lambda draw: (
+            absorbed(draw, 2, 2, 5, 7, 8)
+            | {name: draw.normal(2, 7, 2, 8).transpose(1, 2) for name in ("key", "value")}
+        ),
+        "anything-in-padding": lambda draw: _query_padding(
+            absorbed(draw, 3, 2, 6, 5, 8, query_lengths=draw.lengths(4, 6, 0))
+        ),
     },
     "linear": {
         "published-3x50x256": lambda draw: layer(draw, 3, 50, 256, M=256),

@@ -6,6 +6,7 @@ that ``registry`` looks for.
 """
 
 from cnm_kernels.formulas import (
+    absorbed_attention,
     attention,
     branched_attention,
     dropout,
@@ -17,6 +18,7 @@ from cnm_kernels.formulas import (
 )
 
 __all__ = [
+    "absorbed_attention",
     "attention",
     "branched_attention",
     "dropout",

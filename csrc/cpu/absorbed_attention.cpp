@@ -1,0 +1,302 @@
+// Attention on states of the model's width, the heads' projections absorbed into the queries or the keys:
+//
+//   e_hij = exp(scale q_i.k_hj + b_hj - max_hi) (m_j + eps), P_hij = e_hij / sum_j e_hij, out_i = sum_h P_hi v_h
+//   dP_h = dO v_h^T, delta_hi = sum_j P_hij dP_hij, dS = P (dP - delta)
+//   dq = scale sum_h dS_h k_h, dk_h = scale dS_h^T q, dv_h = P_h^T dO, db_hj = sum_i dS_hij
+//   dm_j = sum over heads and queries of dS_hij / (m_j + eps)
+//
+// A chunk is a batch entry. The real keys of all its heads stand side by side, as one matrix of as many columns; blocks of
+// query rows pass through, their scores in the first caches, and a row's softmax runs head by head. The products with all
+// heads' values add up the heads. The backward makes P anew: nothing is kept for it.
+#include "absorbed_attention.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "gemm.h"
+#include "parallel.h"
+
+namespace cnm::CNM_ISA {
+namespace {
+
+constexpr float KEY_WEIGHT_EPS = 1e-10f;   // as in cnm_kernels/constants.py
+constexpr int64_t BLOCK_ROWS = 48;         // at most, of queries
+constexpr int64_t BLOCK_ELEMENTS = 16384;  // at most, of a block's scores: 64 KiB
+
+template <class T>
+class AbsorbedAttention {
+   public:
+    using E = Operand<T>;
+    static constexpr bool PAIRED = std::is_same_v<E, pair>;
+    static constexpr bool DIRECT = std::is_same_v<T, float> || (std::is_same_v<T, bf16> && PAIRS_TO_BF16);
+
+    // With a null `memory`, only counts the bytes it needs.
+    AbsorbedAttention(const AbsorbedAttentionInputs& p, bool backward, void* memory)
+        : p_(p), shared_(p.value.data == nullptr), wide_(round_up(p.D, W)),
+          long_(round_up(p.H * (p.Lk + (PAIRED ? 1 : 0)), 2 * W)),
+          block_rows_(std::clamp<int64_t>(BLOCK_ELEMENTS / std::max<int64_t>(long_, 1), 2, BLOCK_ROWS) / 2 * 2),
+          layout_(memory), write_(p.B * p.Lq * p.D) {
+        scores_ = layout_.take<float>(block_rows_ * long_);
+        packed_ = layout_.take<E>(block_rows_ * long_);
+        out_ = layout_.take<float>(DIRECT ? 0 : block_rows_ * wide_);
+        bias_ = layout_.take<float>(long_);
+        weight_ = layout_.take<float>(long_);
+        left_ = layout_.take<E>(block_rows_ * wide_);
+        key_t_ = layout_.take<E>(wide_ * long_);
+        value_ = layout_.take<E>(long_ * wide_);
+        if (!backward) return;
+        value_t_ = shared_ ? key_t_ : layout_.take<E>(wide_ * long_);
+        key_ = shared_ ? value_ : layout_.take<E>(long_ * wide_);
+        right_ = layout_.take<E>(block_rows_ * wide_);
+        d_scores_ = layout_.take<float>(block_rows_ * long_);
+        d_key_ = layout_.take<float>(long_ * wide_);
+        d_value_ = shared_ ? d_key_ : layout_.take<float>(long_ * wide_);
+        d_columns_ = layout_.take<float>(2 * long_);
+        block_columns_ = d_columns_ + long_;
+    }
+
+    size_t bytes() const { return layout_.bytes(); }
+
+    void forward(const AbsorbedAttentionParams& p, int64_t b) {
+        begin(b);
+        pack_keys(p_.key, key_t_);
+        pack_values(shared_ ? p_.key : p_.value, value_);
+        for (int64_t first = 0; first < queries_; first += block_rows_) {
+            const int64_t rows = std::min(block_rows_, queries_ - first);
+            probabilities(first, rows);
+            multiply(scores_, value_, first, rows, p.out);
+        }
+        clear(p.out, queries_, p_.Lq);
+        write_.finish();
+    }
+
+    void backward(const AbsorbedAttentionBackwardParams& p, int64_t b) {
+        begin(b);
+        pack_keys(p_.key, key_t_);
+        if (!shared_) pack_keys(p_.value, value_t_);
+        if (p.d_query.data != nullptr) pack_values(p_.key, key_);
+        std::fill(d_columns_, d_columns_ + 2 * long_, 0.0f);
+        const bool wants_values = shared_ ? p.d_key.data != nullptr : p.d_value.data != nullptr;
+        for (int64_t first = 0; first < queries_; first += block_rows_) {
+            const int64_t rows = std::min(block_rows_, queries_ - first);
+            const bool old = first > 0;
+            probabilities(first, rows);
+            product(p.d_out, first, rows, value_t_, d_scores_);
+            if (wants_values) add_transposed(scores_, p.d_out, first, rows, d_value_, old);
+            for (int64_t r = 0; r < rows; ++r) score_gradient(r);
+            for (int64_t c = 0; c < columns_; c += W) {  // sums of sums round less than one long sum
+                store(d_columns_ + c, load(d_columns_ + c) + load(block_columns_ + c));
+                store(block_columns_ + c, set1(0));
+            }
+            if (p.d_query.data != nullptr) multiply(d_scores_, key_, first, rows, p.d_query);
+            if (p.d_key.data != nullptr) add_transposed(d_scores_, p_.query, first, rows, d_key_, old || shared_);
+        }
+        if (p.d_query.data != nullptr) clear(p.d_query, queries_, p_.Lq);
+        write_keys(p.d_key, d_key_);
+        if (!shared_) write_keys(p.d_value, d_value_);
+        write_columns(p);
+        write_.finish();
+    }
+
+   private:
+    // Where head h's keys begin among the columns: an even one, for bf16 pairs rows of values.
+    int64_t column(int64_t h) const { return h * (PAIRED ? round_up(keys_, 2) : keys_); }
+
+    static int64_t real(const int64_t* lengths, int64_t b, int64_t most) {
+        return lengths == nullptr ? most : std::clamp<int64_t>(lengths[b], 0, most);
+    }
+
+    void begin(int64_t b) {
+        b_ = b;
+        keys_ = real(p_.key_lengths, b, p_.Lk);
+        queries_ = real(p_.query_lengths, b, p_.Lq);
+        columns_ = keys_ == 0 ? 0 : column(p_.H - 1) + keys_;
+        for (int64_t h = 0; h < p_.H; ++h) {
+            for (int64_t j = 0; j < keys_; ++j) {
+                bias_[column(h) + j] = p_.key_bias == nullptr ? 0 : p_.key_bias[(b * p_.H + h) * p_.Lk + j];
+                weight_[column(h) + j] = p_.key_weight == nullptr ? 1 : p_.key_weight[b * p_.Lk + j] + KEY_WEIGHT_EPS;
+            }
+        }
+    }
+
+    T* row(const Heads& t, int64_t h, int64_t i) const {
+        return static_cast<T*>(t.data) + b_ * t.batch + h * t.head + i * t.row;
+    }
+
+    // All heads' keys as a right operand [D, columns].
+    void pack_keys(const Heads& from, E* to) const {
+        for (int64_t h = 0; h < p_.H; ++h) pack_transposed(p_.D, keys_, row(from, h, 0), from.row, to + column(h), long_);
+    }
+    // All heads' values as a right operand [columns, D].
+    void pack_values(const Heads& from, E* to) const {
+        for (int64_t h = 0; h < p_.H; ++h) {
+            pack_rows(keys_, p_.D, row(from, h, 0), from.row, to + packed_k<T>(column(h)) * wide_, wide_);
+        }
+    }
+
+    // out[rows, columns] = t[the block's rows, D] b[D, columns]
+    void product(const Heads& t, int64_t first, int64_t rows, const E* b, float* out) const {
+        const auto [a, lda] = left_rows(rows, p_.D, row(t, 0, first), t.row, left_, wide_);
+        gemm(rows, columns_, packed_k<T>(p_.D), a, lda, 1, b, long_, out, long_, false);
+    }
+
+    // The block's rows of `out` = scores[rows, columns] b[columns, D].
+    void multiply(const float* scores, const E* b, int64_t first, int64_t rows, const Heads& out) const {
+        const E* a;
+        if constexpr (PAIRED) {
+            pack_a(rows, columns_, scores, long_, packed_, long_);
+            a = packed_;
+        } else {
+            a = scores;
+        }
+        const int64_t K = packed_k<T>(columns_);
+        if constexpr (DIRECT) {
+            const ResultOf<T> to{row(out, 0, first), out.row, nullptr, 0, nullptr, 0, write_.streams()};
+            gemm(rows, p_.D, K, a, long_, 1, b, wide_, to);
+        } else {
+            gemm(rows, p_.D, K, a, long_, 1, b, wide_, out_, wide_, false);
+            for (int64_t r = 0; r < rows; ++r) write_row(row(out, 0, first + r), out_ + r * wide_);
+        }
+    }
+
+    // sums[columns, D] = scores[rows, columns]^T t[the block's rows, D], added to what is there if `old`.
+    void add_transposed(const float* scores, const Heads& t, int64_t first, int64_t rows, float* sums, bool old) const {
+        const E *a, *b;
+        int64_t ldb = wide_;
+        if constexpr (std::is_same_v<T, E>) {
+            a = scores;
+            b = row(t, 0, first);
+            ldb = t.row;
+        } else {
+            if constexpr (PAIRED) {
+                pack_rows(rows, columns_, scores, long_, packed_, long_);
+                a = packed_;
+            } else {
+                a = scores;
+            }
+            pack_rows(rows, p_.D, row(t, 0, first), t.row, right_, wide_);
+            b = right_;
+        }
+        gemm(columns_, p_.D, packed_k<T>(rows), a, 1, long_, b, ldb, sums, wide_, old);
+    }
+
+    // The block's scores to P.
+    void probabilities(int64_t first, int64_t rows) const {
+        product(p_.query, first, rows, key_t_, scores_);
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t h = 0; h < p_.H && keys_ > 0; ++h) softmax(scores_ + r * long_, column(h));
+        }
+    }
+
+    void softmax(float* scores, int64_t begin) const {
+        const int64_t end = begin + keys_;
+        const Vec scale = set1(p_.scale), lowest = set1(std::numeric_limits<float>::lowest());
+        Vec top = lowest;
+        for (int64_t c = begin; c < end; c += W) {
+            const Vec s = fma(load_tail(scores + c, end - c), scale, load_tail(bias_ + c, end - c));
+            store_tail(scores + c, s, end - c);
+            top = vmax(end - c >= W ? s : select(first_n(static_cast<int>(end - c)), s, lowest), top);
+        }
+        const Vec max = set1(hmax(top));
+        Vec total = set1(0);
+        for (int64_t c = begin; c < end; c += W) {
+            const Vec e = exp(load_tail(scores + c, end - c) - max) * load_tail(weight_ + c, end - c);
+            store_tail(scores + c, e, end - c);
+            total += within(e, end - c);
+        }
+        const float Z = hsum(total);
+        const Vec inverse = set1(Z == 0 ? 0 : 1 / Z);
+        for (int64_t c = begin; c < end; c += W) {
+            store_tail(scores + c, load_tail(scores + c, end - c) * inverse, end - c);
+        }
+        clear_gap(scores, end);
+    }
+
+    // Row r of dP to scale dS; dS itself to the columns' sums.
+    void score_gradient(int64_t r) const {
+        const float* probability = scores_ + r * long_;
+        float* d = d_scores_ + r * long_;
+        for (int64_t h = 0; h < p_.H && keys_ > 0; ++h) {
+            const int64_t begin = column(h), end = begin + keys_;
+            Vec total = set1(0);
+            for (int64_t c = begin; c < end; c += W) {
+                total = fma(load_tail(probability + c, end - c), load_tail(d + c, end - c), total);
+            }
+            const Vec delta = set1(hsum(total));
+            for (int64_t c = begin; c < end; c += W) {
+                const int64_t n = end - c;
+                const Vec dS = load_tail(probability + c, n) * (load_tail(d + c, n) - delta);
+                store_tail(block_columns_ + c, load_tail(block_columns_ + c, n) + dS, n);
+                store_tail(d + c, dS * set1(p_.scale), n);
+            }
+            clear_gap(d, end);
+        }
+    }
+
+    // Between two heads' columns.
+    void clear_gap(float* scores, int64_t end) const {
+        if (PAIRED && keys_ % 2 != 0 && end < columns_) scores[end] = 0;
+    }
+
+    void write_row(T* out, const float* values) const {
+        for (int64_t c = 0; c < p_.D; c += W) {
+            write_(out + c, values == nullptr ? set1(0) : load_tail(values + c, p_.D - c), p_.D - c);
+        }
+    }
+    void clear(const Heads& t, int64_t from, int64_t to) const {
+        for (int64_t i = from; i < to; ++i) write_row(row(t, 0, i), nullptr);
+    }
+    void write_keys(const Heads& to, const float* sums) const {
+        if (to.data == nullptr) return;
+        for (int64_t h = 0; h < p_.H; ++h) {
+            for (int64_t j = 0; j < p_.Lk; ++j) {
+                write_row(row(to, h, j), j < keys_ && queries_ > 0 ? sums + (column(h) + j) * wide_ : nullptr);
+            }
+        }
+    }
+    void write_columns(const AbsorbedAttentionBackwardParams& p) const {
+        for (int64_t h = 0; p.d_key_bias != nullptr && h < p_.H; ++h) {
+            float* out = p.d_key_bias + (b_ * p_.H + h) * p_.Lk;
+            for (int64_t j = 0; j < p_.Lk; ++j) out[j] = j < keys_ ? d_columns_[column(h) + j] : 0;
+        }
+        for (int64_t j = 0; p.d_key_weight != nullptr && j < p_.Lk; ++j) {
+            float sum = 0;
+            for (int64_t h = 0; j < keys_ && h < p_.H; ++h) sum += d_columns_[column(h) + j] / weight_[j];
+            p.d_key_weight[b_ * p_.Lk + j] = sum;
+        }
+    }
+
+    const AbsorbedAttentionInputs& p_;
+    const bool shared_;  // the keys are the values
+    const int64_t wide_, long_;
+    const int64_t block_rows_;
+    Layout layout_;
+    const Output<T> write_;
+    float *scores_, *out_, *bias_, *weight_, *d_scores_, *d_key_, *d_value_, *d_columns_, *block_columns_;
+    E *packed_, *left_, *right_, *key_t_, *value_, *value_t_, *key_;
+    int64_t b_ = 0, keys_ = 0, queries_ = 0, columns_ = 0;
+};
+
+template <class Params, class Body>
+void for_each_sample(const Params& p, bool backward, const Body& body) {
+    with_type(p.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const size_t bytes = AbsorbedAttention<T>(p, backward, nullptr).bytes();
+        parallel_for(p.B, [&](int64_t b) {
+            AbsorbedAttention<T> attention(p, backward, thread_scratch(bytes));
+            body(attention, b);
+        });
+    });
+}
+
+}  // namespace
+
+void absorbed_attention(const AbsorbedAttentionParams& p) {
+    for_each_sample(p, false, [&](auto& attention, int64_t b) { attention.forward(p, b); });
+}
+
+void absorbed_attention_backward(const AbsorbedAttentionBackwardParams& p) {
+    for_each_sample(p, true, [&](auto& attention, int64_t b) { attention.backward(p, b); });
+}
+
+}  // namespace cnm::CNM_ISA
