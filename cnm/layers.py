@@ -36,21 +36,26 @@ class Source:
     weighting: Weighting = None
 
 
-class DropoutDraws:
-    """The dropout masks of one forward pass: one seed, and the next offset at every site that draws.
+class ForwardPass:
+    """One forward pass: its dropout masks (one seed, and the next offset at every site that draws), and what it spares.
 
     Args:
         input_p: probability of dropping an input feature; 0 draws nothing.
         p: the same for the residual branches.
         seed: int64 [] on the device of the activations.
         recompute: of each layer only the input is kept for the backward, which computes the rest again.
+        frugal: for processors whose time goes into products: cross attentions absorb projections into the side that
+            has fewer rows, and padding is left out. Results are the same but for rounding.
     """
 
-    def __init__(self, input_p: float, p: float, seed: Tensor, *, recompute: bool = False) -> None:
+    def __init__(
+        self, input_p: float, p: float, seed: Tensor, *, recompute: bool = False, frugal: bool = False
+    ) -> None:
         self.input_p = input_p
         self.p = p
         self.seed = seed
         self.recompute = recompute
+        self.frugal = frugal
         self.offset = 0
 
     def on_input(self, x: Tensor) -> Tensor:
@@ -62,15 +67,15 @@ class DropoutDraws:
             x, residual, norm.weight, norm.bias, self.p, seed=self.seed, offset=self._next_offset(), eps=norm.eps
         )
 
-    def layer(self, compute: Callable[[DropoutDraws], Tensor]) -> Tensor:
-        """``compute(draws)``, with the same masks whenever it is computed."""
+    def layer(self, compute: Callable[[ForwardPass], Tensor]) -> Tensor:
+        """``compute(run)``, with the same masks whenever it is computed."""
         if not (self.recompute and torch.is_grad_enabled()):
             return compute(self)
         start = copy.copy(self)
 
         def compute_again() -> tuple[Tensor, int]:
-            draws = copy.copy(start)
-            return compute(draws), draws.offset
+            run = copy.copy(start)
+            return compute(run), run.offset
 
         result, self.offset = checkpoint(compute_again, use_reentrant=False, preserve_rng_state=False)
         return cast(Tensor, result)
@@ -80,13 +85,16 @@ class DropoutDraws:
         return self.offset - 1
 
 
-def apply_linear(layer: nn.Linear, x: Tensor, *, relu: bool = False) -> Tensor:
-    """The layer on x [..., K], which may be narrower than its parameters."""
-    return kernels.linear(x, layer.weight, layer.bias, relu=relu)
+def apply_linear(layer: nn.Linear, x: Tensor, rows: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    """The layer on x [..., K], which may be narrower than its parameters; ``rows`` [B]: how many of a sample count."""
+    return kernels.linear(x, layer.weight, layer.bias, relu=relu, lengths=rows)
 
 
 class MultiheadAttention(nn.Module):
-    """Multi-head attention with one packed input projection and optional key weights."""
+    """Multi-head attention with one packed input projection and optional key weights.
+
+    ``rows`` [B] are how many of a sample's rows count; the others' results are 0. None: all do.
+    """
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
@@ -98,24 +106,19 @@ class MultiheadAttention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """query, key and value of self-attention over x [B, L, D], packed: [B, L, 3, H, d]."""
-        return kernels.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
-
-    def project_query(self, x: Tensor) -> Tensor:
-        """[B, H, L, d]"""
-        D = x.size(-1)
-        query = kernels.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D])
-        return query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def project_key_value(self, source: Tensor) -> Tensor:
-        """Packed: [B, S, 2, H, d]."""
-        D = source.size(-1)
-        packed = kernels.linear(source, self.in_proj_weight[D:], self.in_proj_bias[D:])
-        return packed.unflatten(-1, (2, self.num_heads, -1))
+        packed = kernels.linear(x, self.in_proj_weight, self.in_proj_bias, lengths=rows)
+        return packed.unflatten(-1, (3, self.num_heads, -1))
 
     def attend(
-        self, query: Tensor, key_value: Tensor | None, key_lengths: Tensor, weighting: Weighting, causal: bool
+        self,
+        query: Tensor,
+        key_value: Tensor | None,
+        key_lengths: Tensor,
+        weighting: Weighting,
+        causal: bool,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """[B, Lq, D]; without ``key_value`` self-attention on what ``project`` gives."""
         if isinstance(weighting, Gaussian):
@@ -132,19 +135,98 @@ class MultiheadAttention(nn.Module):
             )
         else:
             out = kernels.weighted_attention(query, key_value, None, weighting, causal=causal, key_lengths=key_lengths)
-        return apply_linear(self.out_proj, out.transpose(1, 2).flatten(2))
+        return apply_linear(self.out_proj, out.transpose(1, 2).flatten(2), rows)
 
     def attend_branches(self, packed: Tensor, key_lengths: Tensor, key_weights: Tensor) -> Tensor:
         """Causal self-attention on what ``project`` gives, under each of n weightings [n, B, L]: [n B, L, D]."""
         out = kernels.branched_attention(packed, key_weights=key_weights, causal=True, key_lengths=key_lengths)
         return apply_linear(self.out_proj, out.flatten(0, 1).transpose(1, 2).flatten(2))
 
+    def attend_to(self, source: Source, x: Tensor, rows: Tensor | None = None, *, frugal: bool = False) -> Tensor:
+        """Every row of x [B, Lq, D] attends to all of the source: [B, Lq, D].
+
+        ``frugal`` absorbs projections where that saves products; a source must then have one real row at least.
+        """
+        if frugal and not isinstance(source.weighting, Gaussian):
+            D, H, Lq, Lk = x.size(-1), self.num_heads, x.size(1), source.states.size(1)
+            absorbed_scores = 2 * H * Lq * Lk  # against H heads of d = D / H columns; all in products of D numbers
+            costs = {
+                self._project_both: 2 * (Lq + Lk) * D + 2 * Lq * Lk,
+                self._absorb_into_queries: 4 * Lq * D + absorbed_scores,
+                self._absorb_into_keys: 4 * Lk * D + absorbed_scores,
+            }
+            return min(costs, key=costs.__getitem__)(source, x, rows)
+        return self._project_both(source, x, rows)
+
+    def _project_both(self, source: Source, x: Tensor, rows: Tensor | None) -> Tensor:
+        D = x.size(-1)
+        query = kernels.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D], lengths=rows)
+        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, Lq, d]
+        key_value = self._project_source(source)
+        return self.attend(query, key_value, source.lengths, source.weighting, causal=False, rows=rows)
+
+    def _project_source(self, source: Source, rows: Tensor | None = None) -> Tensor:
+        """key and value, packed: [B, Lk, 2, H, d]."""
+        D = source.states.size(-1)
+        packed = kernels.linear(source.states, self.in_proj_weight[D:], self.in_proj_bias[D:], lengths=rows)
+        return packed.unflatten(-1, (2, self.num_heads, -1))
+
+    def _absorb_into_queries(self, source: Source, x: Tensor, rows: Tensor | None) -> Tensor:
+        """q . (W_k y + b_k) = (W_k^T q) . y and what no softmax sees; P (W_v y + b_v) = W_v (P y) + b_v."""
+        H = self.num_heads
+        W_q, W_k, W_v = self.in_proj_weight.chunk(3)
+        b_q, _, b_v = self.in_proj_bias.chunk(3)
+        query = kernels.linear(x, W_q, b_q, lengths=rows).unflatten(-1, (H, -1))  # [B, Lq, H, d]
+        absorbed = kernels.linear(query, W_k.unflatten(0, (H, -1)).mT, lengths=rows)  # [B, Lq, H, D]
+        out = kernels.absorbed_attention(
+            absorbed.flatten(1, 2),
+            source.states.unsqueeze(1),
+            scale=query.size(-1) ** -0.5,
+            key_weight=self._key_weight(source),
+            query_lengths=None if rows is None else H * rows,
+            key_lengths=source.lengths,
+        )
+        out = out.unflatten(1, (-1, H))  # [B, Lq, H, D]
+        heads = kernels.linear(out, W_v.unflatten(0, (H, -1)), b_v.unflatten(0, (H, -1)), lengths=rows)
+        return apply_linear(self.out_proj, heads.flatten(2), rows)
+
+    def _absorb_into_keys(self, source: Source, x: Tensor, rows: Tensor | None) -> Tensor:
+        """(W_q x + b_q) . k = x . (W_q^T k) + b_q . k; W_o of the heads side by side = sum_h P_h (W_oh v_h)."""
+        H = self.num_heads
+        W_q, b_q = self.in_proj_weight.chunk(3)[0], self.in_proj_bias.chunk(3)[0].unflatten(0, (H, -1))
+        W_o, b_o = (
+            self.out_proj.weight.unflatten(1, (H, -1)).transpose(0, 1),
+            self.out_proj.bias / H,
+        )  # P's rows add up to 1
+        key, value = self._project_source(source, source.lengths).unbind(2)  # [B, Lk, H, d]
+        absorbed = kernels.linear(key, W_q.unflatten(0, (H, -1)).mT, lengths=source.lengths)  # [B, Lk, H, D]
+        output = kernels.linear(value, W_o, b_o.expand(H, -1), lengths=source.lengths)  # [B, Lk, H, D]
+        return kernels.absorbed_attention(
+            x,
+            absorbed.transpose(1, 2),
+            output.transpose(1, 2),
+            scale=key.size(-1) ** -0.5,
+            key_bias=(key * b_q).sum(-1).transpose(1, 2) * key.size(-1) ** -0.5,
+            key_weight=self._key_weight(source),
+            query_lengths=rows,
+            key_lengths=source.lengths,
+        )
+
+    def _key_weight(self, source: Source) -> Tensor | None:
+        assert not isinstance(source.weighting, Gaussian)
+        return source.weighting
+
 
 class DecoderLayer(nn.Module):
-    """Self-attention, optional cross attention, feed-forward; each followed by dropout, residual and LayerNorm."""
+    """Self-attention, optional cross attention, feed-forward; each followed by dropout, residual and LayerNorm.
 
-    def __init__(self, d_model: int, num_heads: int) -> None:
+    Args:
+        reads_padding: whether anybody reads rows from their length on.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, reads_padding: bool) -> None:
         super().__init__()
+        self.reads_padding = reads_padding
         self.self_attn = MultiheadAttention(d_model, num_heads)
         self.self_attn_layer_norm = nn.LayerNorm(d_model)
         self.encoder_attn = MultiheadAttention(d_model, num_heads)
@@ -157,7 +239,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         lengths: Tensor,
-        draws: DropoutDraws,
+        run: ForwardPass,
         weighting: Weighting = None,
         source: Source | None = None,
         *,
@@ -165,50 +247,51 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """x [B, L, D] -> [B, L, D]; with ``last_only`` just the last position's state, [B, 1, D]."""
 
-        def compute(draws: DropoutDraws) -> Tensor:
-            attended = self.self_attention(x, lengths, draws, weighting, last_only=last_only)
-            return self.after_self_attention(attended, draws, source)
+        def compute(run: ForwardPass) -> Tensor:
+            attended = self.self_attention(x, lengths, run, weighting, last_only=last_only)
+            return self.after_self_attention(attended, lengths, run, source)
 
-        return draws.layer(compute)
+        return run.layer(compute)
 
     def self_attention(
-        self, x: Tensor, lengths: Tensor, draws: DropoutDraws, weighting: Weighting = None, *, last_only: bool = False
+        self, x: Tensor, lengths: Tensor, run: ForwardPass, weighting: Weighting = None, *, last_only: bool = False
     ) -> Tensor:
         """The layer's first sublayer."""
-        attention = self.self_attn
+        attention, rows = self.self_attn, self.rows(lengths, run)
         if last_only:
             # The last query sees every key, so its row of the causal mask is all ones.
-            key_value = attention.project_key_value(x)
-            x = x[:, -1:]
-            attended = attention.attend(attention.project_query(x), key_value, lengths, weighting, causal=False)
+            source, x = Source(x, lengths, weighting), x[:, -1:]
+            attended = attention.attend_to(source, x, frugal=run.frugal)
         else:
-            attended = attention.attend(attention.project(x), None, lengths, weighting, causal=True)
-        return draws.add_and_norm(attended, x, self.self_attn_layer_norm)
+            attended = attention.attend(attention.project(x, rows), None, lengths, weighting, causal=True, rows=rows)
+        return run.add_and_norm(attended, x, self.self_attn_layer_norm)
 
-    def after_self_attention(self, x: Tensor, draws: DropoutDraws, source: Source | None) -> Tensor:
+    def after_self_attention(self, x: Tensor, lengths: Tensor, run: ForwardPass, source: Source | None) -> Tensor:
         """The layer's remaining sublayers: cross attention where there is a source, and feed-forward."""
+        rows = self.rows(lengths, run)
         if source is not None:
-            attention = self.encoder_attn
-            key_value = attention.project_key_value(source.states)
-            query = attention.project_query(x)
-            attended = attention.attend(query, key_value, source.lengths, source.weighting, causal=False)
-            x = draws.add_and_norm(attended, x, self.encoder_attn_layer_norm)
-        hidden = apply_linear(self.fc1, x, relu=True)
-        return draws.add_and_norm(apply_linear(self.fc2, hidden), x, self.final_layer_norm)
+            attended = self.encoder_attn.attend_to(source, x, rows, frugal=run.frugal)
+            x = run.add_and_norm(attended, x, self.encoder_attn_layer_norm)
+        hidden = apply_linear(self.fc1, x, rows, relu=True)
+        return run.add_and_norm(apply_linear(self.fc2, hidden, rows), x, self.final_layer_norm)
+
+    def rows(self, lengths: Tensor, run: ForwardPass) -> Tensor | None:
+        """How many rows of each sample products need to compute; None: all."""
+        return lengths if run.frugal and not self.reads_padding else None
 
 
 class Decoder(nn.Module):
     """A stack of decoder layers over x [B, L, D] that share lengths [B], key weights and the source attended to."""
 
-    def __init__(self, num_layers: int, d_model: int, num_heads: int) -> None:
+    def __init__(self, num_layers: int, d_model: int, num_heads: int, *, reads_padding: bool) -> None:
         super().__init__()
-        self.decoder_layers = nn.ModuleList(DecoderLayer(d_model, num_heads) for _ in range(num_layers))
+        self.decoder_layers = nn.ModuleList(DecoderLayer(d_model, num_heads, reads_padding) for _ in range(num_layers))
 
     def forward(
         self,
         x: Tensor,
         lengths: Tensor,
-        draws: DropoutDraws,
+        run: ForwardPass,
         weighting: Weighting = None,
         source: Source | None = None,
         *,
@@ -217,16 +300,16 @@ class Decoder(nn.Module):
         """[B, L, D]; with ``last_only`` the last position's state [B, 1, D], the last layer computing nothing else."""
         layers = self.layers
         for layer in layers[:-1]:
-            x = layer(x, lengths, draws, weighting, source)
-        return layers[-1](x, lengths, draws, weighting, source, last_only=last_only)
+            x = layer(x, lengths, run, weighting, source)
+        return layers[-1](x, lengths, run, weighting, source, last_only=last_only)
 
-    def last_of_encoded(self, x: Tensor, lengths: Tensor, draws: DropoutDraws, source: Source) -> Tensor:
+    def last_of_encoded(self, x: Tensor, lengths: Tensor, run: ForwardPass, source: Source) -> Tensor:
         """``forward`` with ``last_only`` from where the first of at least two layers has done its self-attention."""
         first, *middle, last = self.layers
-        x = first.after_self_attention(x, draws, source)
+        x = first.after_self_attention(x, lengths, run, source)
         for layer in middle:
-            x = layer(x, lengths, draws, None, source)
-        return last(x, lengths, draws, None, source, last_only=True)
+            x = layer(x, lengths, run, None, source)
+        return last(x, lengths, run, None, source, last_only=True)
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -238,8 +321,9 @@ class DualTransformer(nn.Module):
 
     def __init__(self, d_model: int, num_heads: int, num_decoder_layers1: int, num_decoder_layers2: int) -> None:
         super().__init__()
-        self.decoder1 = Decoder(num_decoder_layers1, d_model, num_heads)
-        self.decoder2 = Decoder(num_decoder_layers2, d_model, num_heads)
+        # The last frame's state is read whatever the video's length.
+        self.decoder1 = Decoder(num_decoder_layers1, d_model, num_heads, reads_padding=True)
+        self.decoder2 = Decoder(num_decoder_layers2, d_model, num_heads, reads_padding=False)
 
 
 def sinusoidal_positions(length: int, d_model: int) -> Tensor:

@@ -12,7 +12,7 @@ import cnm_kernels as kernels
 from cnm import checkpoint
 from cnm.config import CNMConfig
 from cnm.errors import InputError
-from cnm.layers import DropoutDraws, DualTransformer, Gaussian, Source, apply_linear, sinusoidal_positions
+from cnm.layers import DualTransformer, ForwardPass, Gaussian, Source, apply_linear, sinusoidal_positions
 from cnm_kernels.checks import Arguments
 
 
@@ -50,6 +50,9 @@ class VideoEncoding:
         """The videos of these places [M] int64, in this order and as often."""
         return VideoEncoding(self.states[index], self.lengths[index])
 
+
+# Where products are what costs. GPUs wait for memory, and what is spared in products is moved all the same.
+FRUGAL_DEVICES = {"cpu"}
 
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16}  # name: CNM.compute_dtype
 
@@ -116,11 +119,11 @@ class CNM(nn.Module):
     def encode_video(self, frames: Tensor, frame_lengths: Tensor) -> VideoEncoding:
         """Computes once, for ``localize_encoded``, what all sentences about a video share: projection and the first
         self-attention. frames [N, T, frame_dim], frame_lengths [N]."""
-        draws = self._no_dropout()
-        states = self._project_frames(frames, draws)
+        run = self.forward_pass(frugal=True)
+        states = self._project_frames(frames, run)
         first, *others = self.trans.decoder1.layers
         if others:
-            states = first.self_attention(states, frame_lengths, draws)
+            states = first.self_attention(states, frame_lengths, run)
         return VideoEncoding(states, frame_lengths)
 
     @torch.no_grad()
@@ -130,13 +133,13 @@ class CNM(nn.Module):
             raise ValueError(
                 f"CNM: {len(video.states)} encoded videos for {len(words)} sentences; select() one for each sentence"
             )
-        draws = self._no_dropout()
-        source = self._sentence_source(self._project_words(words, draws), word_lengths, draws)
+        run = self.forward_pass(frugal=True)
+        source = self._sentence_source(self._project_words(words, word_lengths, run), word_lengths, run)
         decoder = self.trans.decoder1
         if len(decoder.layers) > 1:
-            states = decoder.last_of_encoded(video.states, video.lengths, draws, source)
+            states = decoder.last_of_encoded(video.states, video.lengths, run, source)
         else:
-            states = decoder(video.states, video.lengths, draws, source=source, last_only=True)
+            states = decoder(video.states, video.lengths, run, source=source, last_only=True)
         return self._gaussian(states)
 
     def reconstruct(
@@ -166,9 +169,9 @@ class CNM(nn.Module):
             if mask_weights is None:
                 mask_weights = torch.ones_like(word_ids, dtype=frames.dtype)
             masked_words = sample_masked_words(mask_weights, word_lengths)
-        draws = self.draws(seed)
-        frames, words = self.project_inputs(frames, words, draws)
-        center, width = self.generate(frames, frame_lengths, words, word_lengths, draws)
+        run = self.forward_pass(seed)
+        frames, words = self.project_inputs(frames, words, word_lengths, run)
+        center, width = self.generate(frames, frame_lengths, words, word_lengths, run)
         clip_frames, clip_lengths = downsample(frames, frame_lengths)
         words, row_lengths = self.reconstructor_words(words, masked_words, word_lengths)
 
@@ -176,7 +179,7 @@ class CNM(nn.Module):
         easy = Gaussian(center, width, self.alpha, complement=True)
         hidden = torch.stack(
             [
-                self._reconstruct_branch(clip_frames, clip_lengths, words, row_lengths, gaussian, draws)
+                self._reconstruct_branch(clip_frames, clip_lengths, words, row_lengths, gaussian, run)
                 for gaussian in (positive, None, easy)
             ]
         )
@@ -195,7 +198,7 @@ class CNM(nn.Module):
         frame_lengths: Tensor,
         words: Tensor,
         word_lengths: Tensor,
-        draws: DropoutDraws,
+        run: ForwardPass,
         *,
         last_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -203,13 +206,13 @@ class CNM(nn.Module):
 
         ``last_only`` leaves out, in the last layer, what no result depends on.
         """
-        source = self._sentence_source(words, word_lengths, draws)
-        return self._gaussian(self.trans.decoder1(frames, frame_lengths, draws, source=source, last_only=last_only))
+        source = self._sentence_source(words, word_lengths, run)
+        return self._gaussian(self.trans.decoder1(frames, frame_lengths, run, source=source, last_only=last_only))
 
-    def _sentence_source(self, words: Tensor, word_lengths: Tensor, draws: DropoutDraws) -> Source:
+    def _sentence_source(self, words: Tensor, word_lengths: Tensor, run: ForwardPass) -> Source:
         """Projected words, encoded for the frames to attend to."""
         rows = word_lengths + 1
-        return Source(self.trans.decoder2(words + self._positions(words), rows, draws), rows)
+        return Source(self.trans.decoder2(words + self._positions(words), rows, run), rows)
 
     def _gaussian(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """center and width [B] from the last frame's state."""
@@ -224,23 +227,26 @@ class CNM(nn.Module):
         words: Tensor,
         row_lengths: Tensor,
         gaussian: Gaussian | None,
-        draws: DropoutDraws,
+        run: ForwardPass,
     ) -> Tensor:
         """Decoding 2: masked words attend to the Gaussian-weighted frames. [B, L, D]"""
-        frames = self.trans.decoder1(frames, frame_lengths, draws, gaussian)
-        return self.trans.decoder2(words, row_lengths, draws, source=Source(frames, frame_lengths, gaussian))
+        frames = self.trans.decoder1(frames, frame_lengths, run, gaussian)
+        return self.trans.decoder2(words, row_lengths, run, source=Source(frames, frame_lengths, gaussian))
 
-    def project_inputs(self, frames: Tensor, words: Tensor, draws: DropoutDraws) -> tuple[Tensor, Tensor]:
+    def project_inputs(
+        self, frames: Tensor, words: Tensor, word_lengths: Tensor, run: ForwardPass
+    ) -> tuple[Tensor, Tensor]:
         """Input dropout and projection: frames [B, T, D] and words [B, L + 1, D], row 0 being the start token."""
-        return self._project_frames(frames, draws), self._project_words(words, draws)
+        return self._project_frames(frames, run), self._project_words(words, word_lengths, run)
 
-    def _project_frames(self, frames: Tensor, draws: DropoutDraws) -> Tensor:
-        return apply_linear(self.frame_fc, draws.on_input(self._cast(frames)))
+    def _project_frames(self, frames: Tensor, run: ForwardPass) -> Tensor:
+        return apply_linear(self.frame_fc, run.on_input(self._cast(frames)))
 
-    def _project_words(self, words: Tensor, draws: DropoutDraws) -> Tensor:
+    def _project_words(self, words: Tensor, word_lengths: Tensor, run: ForwardPass) -> Tensor:
         words = self._cast(words)
         start = self.start_vec.to(words.dtype).expand(words.size(0), 1, -1)
-        return apply_linear(self.word_fc, draws.on_input(torch.cat([start, words[:, 1:]], dim=1)))
+        words = run.on_input(torch.cat([start, words[:, 1:]], dim=1))
+        return apply_linear(self.word_fc, words, word_lengths + 1 if run.frugal else None)
 
     def _cast(self, x: Tensor) -> Tensor:
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
@@ -255,17 +261,19 @@ class CNM(nn.Module):
         words = words[:, :-1]  # [B, L, D]
         return words, (word_lengths + 1).clamp(max=words.size(1))
 
-    def draws(self, seed: Tensor | None = None, *, recompute: bool = False) -> DropoutDraws:
-        """The dropout masks of one forward pass, none in evaluation mode; without a seed one is drawn."""
+    def forward_pass(self, seed: Tensor | None = None, *, recompute: bool = False, frugal: bool = False) -> ForwardPass:
+        """One pass with its dropout masks, none in evaluation mode; without a seed one is drawn.
+
+        ``frugal`` counts where products are what costs, on ``FRUGAL_DEVICES``.
+        """
+        frugal = frugal and self.mask_vec.device.type in FRUGAL_DEVICES
         if not self.training or self.input_dropout == self.dropout == 0:
-            return self._no_dropout(recompute=recompute)
+            seed = torch.zeros((), dtype=torch.int64, device=self.mask_vec.device)
+            return ForwardPass(0.0, 0.0, seed, recompute=recompute, frugal=frugal)
         if seed is None:
             seed = torch.randint(2**63 - 1, (), device=self.mask_vec.device)
-        return DropoutDraws(self.input_dropout, self.dropout, seed + self.seed_shift, recompute=recompute)
-
-    def _no_dropout(self, *, recompute: bool = False) -> DropoutDraws:
-        seed = torch.zeros((), dtype=torch.int64, device=self.mask_vec.device)
-        return DropoutDraws(0.0, 0.0, seed, recompute=recompute)
+        seed = seed + self.seed_shift
+        return ForwardPass(self.input_dropout, self.dropout, seed, recompute=recompute, frugal=frugal)
 
     def _positions(self, words: Tensor) -> Tensor:
         if words.size(1) > self.positions.size(0):  # sentences longer than the configuration foresaw

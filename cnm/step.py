@@ -18,7 +18,7 @@ import cnm_kernels as kernels
 from cnm.config import CNMConfig
 from cnm.data.batch import Batch
 from cnm.distributed import Group
-from cnm.layers import DropoutDraws, Source
+from cnm.layers import ForwardPass, Source
 from cnm.model import CNM, Reconstruction, downsample, sample_masked_words
 from cnm.optim import MAX_GRADIENT_NORM, ScheduledAdam
 
@@ -183,28 +183,31 @@ class LeanStep(TrainingStep):
       branches gradients through the Gaussian only.
     * The branches enter both decoders with the same input: the first layers' projections and scores are computed once,
       and later layers run on all branches as one batch. The key weights of that batch are rows of g, ones and 1 - g.
+    * On CPUs projections are absorbed into the side of a cross attention that has fewer rows (the keys where 200 frames
+      ask some words, the queries where some words ask 50 clips, or the last frame all others), and padded words are
+      left out of every product.
     """
 
     recompute = False
 
     def reconstruction_loss(self, batch: Batch, masked_words: Tensor) -> Tensor:
-        model, draws = self.model, self.model.draws(recompute=self.recompute)
-        frames, words = model.project_inputs(batch.frames, batch.words, draws)
-        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, draws, last_only=True)
-        inputs = _ReconstructorInputs(model, batch, frames, words, masked_words)
+        model, run = self.model, self.model.forward_pass(recompute=self.recompute, frugal=True)
+        frames, words = model.project_inputs(batch.frames, batch.words, batch.word_lengths, run)
+        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, run, last_only=True)
+        inputs = _ReconstructorInputs(model, batch, frames, words, masked_words, run)
         gaussian = inputs.gaussian(center, width)
-        nll = inputs.nll([gaussian, torch.ones_like(gaussian)], draws)
+        nll = inputs.nll([gaussian, torch.ones_like(gaussian)], run)
         return nll[0].mean() + nll[1].mean()
 
     def contrastive_loss(self, batch: Batch, masked_words: Tensor) -> tuple[Tensor, Tensor]:
-        model, draws = self.model, self.model.draws(recompute=self.recompute)
-        frames, words = model.project_inputs(batch.frames, batch.words, draws)
-        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, draws, last_only=True)
-        inputs = _ReconstructorInputs(model, batch, frames, words, masked_words)
+        model, run = self.model, self.model.forward_pass(recompute=self.recompute, frugal=True)
+        frames, words = model.project_inputs(batch.frames, batch.words, batch.word_lengths, run)
+        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, run, last_only=True)
+        inputs = _ReconstructorInputs(model, batch, frames, words, masked_words, run)
         gaussian = inputs.gaussian(center, width)
-        positive, easy = inputs.nll([gaussian, 1 - gaussian], draws)
+        positive, easy = inputs.nll([gaussian, 1 - gaussian], run)
         with torch.no_grad():
-            (hard,) = inputs.nll([torch.ones_like(gaussian)], draws)
+            (hard,) = inputs.nll([torch.ones_like(gaussian)], run)
         loss = kernels.intra_video_contrastive_loss(
             positive, hard, easy, beta_1=self.loss.beta_1, beta_2=self.loss.beta_2
         )
@@ -214,22 +217,25 @@ class LeanStep(TrainingStep):
 class _ReconstructorInputs:
     """What the branches of decoding 2 share: inputs, targets and the first layers' projections."""
 
-    def __init__(self, model: CNM, batch: Batch, frames: Tensor, words: Tensor, masked_words: Tensor) -> None:
+    def __init__(
+        self, model: CNM, batch: Batch, frames: Tensor, words: Tensor, masked_words: Tensor, run: ForwardPass
+    ) -> None:
         self.model = model
         self.frames, self.frame_lengths = downsample(frames, batch.frame_lengths)
         self.words, self.row_lengths = model.reconstructor_words(words, masked_words, batch.word_lengths)
         self.word_ids = batch.word_ids
         frame_attention = model.trans.decoder1.layers[0].self_attn
         self.frame_projections = frame_attention.project(self.frames)
-        word_attention = model.trans.decoder2.layers[0].self_attn
-        packed_words = word_attention.project(self.words)
-        self.attended_words = word_attention.attend(packed_words, None, self.row_lengths, None, causal=True)
+        first_of_words = model.trans.decoder2.layers[0]
+        attention, rows = first_of_words.self_attn, first_of_words.rows(self.row_lengths, run)
+        packed_words = attention.project(self.words, rows)
+        self.attended_words = attention.attend(packed_words, None, self.row_lengths, None, causal=True, rows=rows)
 
     def gaussian(self, center: Tensor, width: Tensor) -> Tensor:
         """The positive's key weights. [B, P]"""
         return kernels.gaussian_mask(center, width, self.frames.size(1), alpha=self.model.alpha)
 
-    def nll(self, key_weights: list[Tensor], draws: DropoutDraws) -> Tensor:
+    def nll(self, key_weights: list[Tensor], run: ForwardPass) -> Tensor:
         """Reconstruction error of each branch, given its key weights [B, P]: [len(key_weights), B]."""
         model, n = self.model, len(key_weights)
         frame_lengths, row_lengths = self.frame_lengths.repeat(n), self.row_lengths.repeat(n)
@@ -239,19 +245,19 @@ class _ReconstructorInputs:
         attended = first.self_attn.attend_branches(
             self.frame_projections, self.frame_lengths, weighting.unflatten(0, (n, -1))
         )
-        entered = draws.add_and_norm(attended, self.frames.repeat(n, 1, 1), first.self_attn_layer_norm)
-        frames = draws.layer(lambda draws: first.after_self_attention(entered, draws, None))
+        entered = run.add_and_norm(attended, self.frames.repeat(n, 1, 1), first.self_attn_layer_norm)
+        frames = run.layer(lambda run: first.after_self_attention(entered, frame_lengths, run, None))
         for layer in later:
-            frames = layer(frames, frame_lengths, draws, weighting)
+            frames = layer(frames, frame_lengths, run, weighting)
         source = Source(frames, frame_lengths, weighting)
 
         first_of_words, *later = model.trans.decoder2.layers
-        entered_words = draws.add_and_norm(
+        entered_words = run.add_and_norm(
             self.attended_words.repeat(n, 1, 1), self.words.repeat(n, 1, 1), first_of_words.self_attn_layer_norm
         )
-        words = draws.layer(lambda draws: first_of_words.after_self_attention(entered_words, draws, source))
+        words = run.layer(lambda run: first_of_words.after_self_attention(entered_words, row_lengths, run, source))
         for layer in later:
-            words = layer(words, row_lengths, draws, source=source)
+            words = layer(words, row_lengths, run, source=source)
         nll = kernels.linear_nll(words, model.fc_rec.weight, model.fc_rec.bias, self.word_ids.repeat(n, 1), row_lengths)
         return nll.view(n, -1)
 

@@ -332,10 +332,10 @@ def absorbed_attention(
     """Attention on states of the model's width, the heads' projections absorbed into one side; its heads are added up.
 
     out_i = sum_h P_hi v_h, with P_h the probabilities of ``weighted_attention`` for scores scale q_i . k_hj + b_hj.
-    Since (W_q x) . (W_k y) = x . (W_q^T W_k y), a layer whose few keys have taken W_q^T (and whose values W_o) reads its
-    many queries unprojected. The other way round, where queries are few: the H queries of a position, each with its
-    head's W_k^T absorbed, are H rows of one head whose keys and values are both the states attended to. Differentiable
-    in query, key, value, key_bias and key_weight.
+    Since (W_q x) . (W_k y) = x . (W_q^T W_k y), a layer whose few keys have taken W_q^T (and whose values W_o) reads
+    its many queries unprojected. The other way round, where queries are few: the H queries of a position, each with
+    its head's W_k^T absorbed, are H rows of one head whose keys and values are both the states attended to.
+    Differentiable in query, key, value, key_bias and key_weight.
 
     Args:
         query: [B, Lq, D].

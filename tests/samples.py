@@ -343,8 +343,7 @@ SAMPLES: dict[str, dict[str, Builder]] = {
         "strided": lambda draw: strided(absorbed(draw, 2, 2, 5, 7, 8)),
         "misaligned": lambda draw: misaligned(absorbed(draw, 2, 2, 5, 7, 8)),
         "heads-last": lambda draw: (
-            absorbed(draw, 2, 2, 5, 7, 8)
-            | {name: draw.normal(2, 7, 2, 8).transpose(1, 2) for name in ("key", "value")}
+            absorbed(draw, 2, 2, 5, 7, 8) | {name: draw.normal(2, 7, 2, 8).transpose(1, 2) for name in ("key", "value")}
         ),
         "anything-in-padding": lambda draw: _query_padding(
             absorbed(draw, 3, 2, 6, 5, 8, query_lengths=draw.lengths(4, 6, 0))
