@@ -248,16 +248,40 @@ class Products(TorchDispatchMode):
             handler(*args)
         return function(*args, **(kwargs or {}))
 
-    def linear(self, x: Tensor, weight: Tensor, *_: Any) -> None:
-        M, K = weight.shape
-        self.shapes.append((1, x.numel() // K, M, K))
+    def linear(self, x: Tensor, weight: Tensor, bias: Any, relu: bool, lengths: Tensor | None) -> None:
+        groups, rows, M, K = self._linear(x, weight, lengths)
+        self.shapes.append((groups, rows, M, K))
 
     def linear_backward(
-        self, d_out: Tensor, x: Tensor, weight: Tensor, out: Any, need_x: bool, need_weight: bool, need_bias: bool
+        self, d_out: Tensor, x: Tensor, weight: Tensor, out: Any, lengths: Tensor | None, *needs: bool
     ) -> None:
-        M, K = weight.shape
-        rows = x.numel() // K
-        self.shapes += [(1, rows, K, M)] * need_x + [(1, M, K, rows)] * need_weight
+        groups, rows, M, K = self._linear(x, weight, lengths)
+        need_x, need_weight, _ = needs
+        self.shapes += [(groups, rows, K, M)] * need_x + [(groups, M, K, rows)] * need_weight
+
+    def _linear(self, x: Tensor, weight: Tensor, lengths: Tensor | None) -> tuple[int, int, int, int]:
+        M, K = weight.shape[-2:]
+        groups = weight.size(0) if weight.dim() == 3 else 1
+        rows = x.numel() // (groups * K) if lengths is None else int(lengths.clamp(max=x.size(1)).sum())
+        return groups, rows, M, K
+
+    def absorbed_attention(self, query: Tensor, key: Tensor, *others: Any) -> None:
+        B, queries, keys, D = self._absorbed(query, key, *others)
+        self.shapes += [(B, queries, keys, D), (B, queries, D, keys)]
+
+    def absorbed_attention_backward(self, d_out: Tensor, query: Tensor, key: Tensor, *others: Any) -> None:
+        B, queries, keys, D = self._absorbed(query, key, *others)
+        need_query, need_key, need_value = others[6:9]
+        self.shapes += [(B, queries, keys, D)] * 2 + [(B, queries, D, keys)] * need_query
+        self.shapes += [(B, keys, D, queries)] * (2 if others[0] is None else need_key + need_value)
+
+    def _absorbed(self, query: Tensor, key: Tensor, *others: Any) -> tuple[int, int, int, int]:
+        """With as many queries and keys in every sample as are real on average."""
+        query_lengths, key_lengths = others[3:5]
+        B, H, Lk, D = key.shape
+        queries = query.size(1) if query_lengths is None else round(float(query_lengths.float().mean()))
+        keys = Lk if key_lengths is None else round(float(key_lengths.clamp(max=Lk).float().mean()))
+        return B, queries, H * keys, D
 
     def _attention(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[int, int, int, int]:
         if key is None:
