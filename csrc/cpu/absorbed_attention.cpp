@@ -83,7 +83,10 @@ class AbsorbedAttention {
             probabilities(first, rows);
             product(p.d_out, first, rows, value_t_, d_scores_);
             if (wants_values) add_transposed(scores_, p.d_out, first, rows, d_value_, old);
-            for (int64_t r = 0; r < rows; ++r) score_gradient(r);
+            for_each_segment(rows, [&](int64_t at, int64_t c, auto vectors) {
+                score_gradient(scores_ + at, d_scores_ + at, block_columns_ + c, vectors);
+                clear_gap(d_scores_ + at, c);
+            });
             for (int64_t c = 0; c < columns_; c += W) {  // sums of sums round less than one long sum
                 store(d_columns_ + c, load(d_columns_ + c) + load(block_columns_ + c));
                 store(block_columns_ + c, set1(0));
@@ -110,6 +113,7 @@ class AbsorbedAttention {
         b_ = b;
         keys_ = real(p_.key_lengths, b, p_.Lk);
         queries_ = real(p_.query_lengths, b, p_.Lq);
+        tail_ = static_cast<int>(keys_ - (keys_ - 1) / W * W);
         columns_ = keys_ == 0 ? 0 : column(p_.H - 1) + keys_;
         for (int64_t h = 0; h < p_.H; ++h) {
             for (int64_t j = 0; j < keys_; ++j) {
@@ -183,59 +187,96 @@ class AbsorbedAttention {
     // The block's scores to P.
     void probabilities(int64_t first, int64_t rows) const {
         product(p_.query, first, rows, key_t_, scores_);
-        for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t h = 0; h < p_.H && keys_ > 0; ++h) softmax(scores_ + r * long_, column(h));
+        for_each_segment(rows, [&](int64_t at, int64_t c, auto vectors) {
+            softmax(scores_ + at, bias_ + c, weight_ + c, vectors);
+            clear_gap(scores_ + at, c);
+        });
+    }
+
+    // Of each row and head calls body(where its scores begin, their first column, how many vectors they are).
+    template <class Body>
+    void for_each_segment(int64_t rows, const Body& body) const {
+        const auto run = [&](auto vectors) {
+            for (int64_t r = 0; r < rows; ++r) {
+                for (int64_t h = 0; h < p_.H; ++h) body(r * long_ + column(h), column(h), vectors);
+            }
+        };
+        switch ((keys_ + W - 1) / W) {  // of few keys they stay in registers
+            case 0: break;
+            case 1: run(std::integral_constant<int, 1>{}); break;
+            case 2: run(std::integral_constant<int, 2>{}); break;
+            case 3: run(std::integral_constant<int, 3>{}); break;
+            case 4: run(std::integral_constant<int, 4>{}); break;
+            default: run((keys_ + W - 1) / W);
         }
     }
 
-    void softmax(float* scores, int64_t begin) const {
-        const int64_t end = begin + keys_;
+    // Vector j of a segment.
+    Vec part(const float* p, int64_t j, int64_t vectors) const {
+        return j + 1 < vectors ? load(p + j * W) : load_n(p + j * W, tail_);
+    }
+    void set_part(float* p, int64_t j, int64_t vectors, Vec v) const {
+        j + 1 < vectors ? store(p + j * W, v) : store_n(p + j * W, v, tail_);
+    }
+
+    template <class Count>
+    void softmax(float* scores, const float* bias, const float* weight, Count vectors) const {
         const Vec scale = set1(p_.scale), lowest = set1(std::numeric_limits<float>::lowest());
+        Held<Count> held(scores, *this);
         Vec top = lowest;
-        for (int64_t c = begin; c < end; c += W) {
-            const Vec s = fma(load_tail(scores + c, end - c), scale, load_tail(bias_ + c, end - c));
-            store_tail(scores + c, s, end - c);
-            top = vmax(end - c >= W ? s : select(first_n(static_cast<int>(end - c)), s, lowest), top);
+        for (int64_t j = 0; j < vectors; ++j) {
+            Vec s = fma(part(scores, j, vectors), scale, part(bias, j, vectors));
+            if (j + 1 == vectors) s = select(first_n(tail_), s, lowest);
+            held.set(j, vectors, s);
+            top = vmax(s, top);
         }
         const Vec max = set1(hmax(top));
         Vec total = set1(0);
-        for (int64_t c = begin; c < end; c += W) {
-            const Vec e = exp(load_tail(scores + c, end - c) - max) * load_tail(weight_ + c, end - c);
-            store_tail(scores + c, e, end - c);
-            total += within(e, end - c);
+        for (int64_t j = 0; j < vectors; ++j) {
+            const Vec e = exp(held.get(j, vectors) - max) * part(weight, j, vectors);  // 0 in the tail's empty lanes
+            held.set(j, vectors, e);
+            total += e;
         }
         const float Z = hsum(total);
         const Vec inverse = set1(Z == 0 ? 0 : 1 / Z);
-        for (int64_t c = begin; c < end; c += W) {
-            store_tail(scores + c, load_tail(scores + c, end - c) * inverse, end - c);
-        }
-        clear_gap(scores, end);
+        for (int64_t j = 0; j < vectors; ++j) set_part(scores, j, vectors, held.get(j, vectors) * inverse);
     }
 
-    // Row r of dP to scale dS; dS itself to the columns' sums.
-    void score_gradient(int64_t r) const {
-        const float* probability = scores_ + r * long_;
-        float* d = d_scores_ + r * long_;
-        for (int64_t h = 0; h < p_.H && keys_ > 0; ++h) {
-            const int64_t begin = column(h), end = begin + keys_;
-            Vec total = set1(0);
-            for (int64_t c = begin; c < end; c += W) {
-                total = fma(load_tail(probability + c, end - c), load_tail(d + c, end - c), total);
-            }
-            const Vec delta = set1(hsum(total));
-            for (int64_t c = begin; c < end; c += W) {
-                const int64_t n = end - c;
-                const Vec dS = load_tail(probability + c, n) * (load_tail(d + c, n) - delta);
-                store_tail(block_columns_ + c, load_tail(block_columns_ + c, n) + dS, n);
-                store_tail(d + c, dS * set1(p_.scale), n);
-            }
-            clear_gap(d, end);
+    // dP to scale dS; dS itself to the columns' sums.
+    template <class Count>
+    void score_gradient(const float* probability, float* d, float* columns, Count vectors) const {
+        Vec total = set1(0);
+        for (int64_t j = 0; j < vectors; ++j) {
+            total = fma(part(probability, j, vectors), part(d, j, vectors), total);
+        }
+        const Vec delta = set1(hsum(total));
+        for (int64_t j = 0; j < vectors; ++j) {
+            const Vec dS = part(probability, j, vectors) * (part(d, j, vectors) - delta);
+            set_part(columns, j, vectors, part(columns, j, vectors) + dS);
+            set_part(d, j, vectors, dS * set1(p_.scale));
         }
     }
 
-    // Between two heads' columns.
-    void clear_gap(float* scores, int64_t end) const {
-        if (PAIRED && keys_ % 2 != 0 && end < columns_) scores[end] = 0;
+    // A segment's vectors between two passes over it: in registers where their number is a constant, else in its memory.
+    template <class Count>
+    struct Held {
+        float* memory;
+        const AbsorbedAttention& attention;
+        Held(float* memory, const AbsorbedAttention& attention) : memory(memory), attention(attention) {}
+        Vec get(int64_t j, int64_t vectors) const { return attention.part(memory, j, vectors); }
+        void set(int64_t j, int64_t vectors, Vec v) { attention.set_part(memory, j, vectors, v); }
+    };
+    template <int N>
+    struct Held<std::integral_constant<int, N>> {
+        Vec vectors_[N];
+        Held(float*, const AbsorbedAttention&) {}
+        Vec get(int64_t j, int64_t) const { return vectors_[j]; }
+        void set(int64_t j, int64_t, Vec v) { vectors_[j] = v; }
+    };
+
+    // Between two heads' columns, after those that begin at column c.
+    void clear_gap(float* scores, int64_t c) const {
+        if (PAIRED && keys_ % 2 != 0 && c + keys_ < columns_) scores[keys_] = 0;
     }
 
     void write_row(T* out, const float* values) const {
@@ -275,6 +316,7 @@ class AbsorbedAttention {
     float *scores_, *out_, *bias_, *weight_, *d_scores_, *d_key_, *d_value_, *d_columns_, *block_columns_;
     E *packed_, *left_, *right_, *key_t_, *value_, *value_t_, *key_;
     int64_t b_ = 0, keys_ = 0, queries_ = 0, columns_ = 0;
+    int tail_ = 0;  // keys in a segment's last vector
 };
 
 template <class Params, class Body>

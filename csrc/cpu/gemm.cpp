@@ -180,10 +180,12 @@ inline Vec zip_rows(const bf16* low, const bf16* high, int n) {
 }
 // Pairs of neighbours along a row: up to 2 W elements from p.
 inline Vec row_pairs(const bf16* p, int64_t n) {
+    if (n >= 2 * W) return {_mm512_loadu_ps(p)};
     const int count = static_cast<int>(std::min<int64_t>(n, 2 * W));
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(count == 32 ? ~0u : (1u << count) - 1, p))};
 }
 inline Vec row_pairs(const float* p, int64_t n) {
+    if (n >= 2 * W) return {(__m512)_mm512_cvtne2ps_pbh(load(p + W).v, load(p).v)};
     const int first = static_cast<int>(std::min<int64_t>(n, W));
     const int second = static_cast<int>(std::min<int64_t>(n - first, W));
     return {(__m512)_mm512_cvtne2ps_pbh(load_n(p + first, second).v, load_n(p, first).v)};
@@ -204,8 +206,12 @@ void rows_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, pair* dst, in
 template <class T>
 void transposed_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, pair* dst, int64_t ldd) {
     float* out = reinterpret_cast<float*>(dst);
+    const bool whole = K % 2 == 0;
     transpose_blocks(
-        N, (K + 1) / 2, [&](int64_t n, int64_t k, int) { return row_pairs(src + n * ld + 2 * k, K - 2 * k); },
+        N, (K + 1) / 2,
+        [&](int64_t n, int64_t k, int count) {
+            return row_pairs(src + n * ld + 2 * k, count == W && whole ? 2 * W : K - 2 * k);
+        },
         [&](int64_t k, int64_t n, Vec v, int count) { store_tail(out + k * ldd + n, v, count); });
 }
 

@@ -89,17 +89,32 @@ inline void stream_fence() { _mm_sfence(); }
 inline float hsum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float hmax(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
-// Four rounds of zipping row i with row i + 8.
+// Pairs of rows are zipped by elements, then by pairs of elements; what is left to transpose are 4 x 4 blocks of quads.
 inline void transpose(Vec (&rows)[W]) {
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    for (int round = 0; round < 4; ++round) {
-        Vec zipped[W];
-        for (int i = 0; i < W / 2; ++i) {
-            zipped[2 * i].v = _mm512_permutex2var_ps(rows[i].v, low, rows[i + W / 2].v);
-            zipped[2 * i + 1].v = _mm512_permutex2var_ps(rows[i].v, high, rows[i + W / 2].v);
-        }
-        for (int i = 0; i < W; ++i) rows[i] = zipped[i];
+    __m512 t[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i += 2) {
+        t[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+        t[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    }
+    __m512 u[W];  // u[4 g + c]: of rows 4 g to 4 g + 3, elements c of each quad
+#pragma GCC unroll 4
+    for (int g = 0; g < W; g += 4) {
+        const auto low = [&](int i, int j) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[j]))); };
+        const auto high = [&](int i, int j) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[j]))); };
+        u[g] = low(g, g + 2);
+        u[g + 1] = high(g, g + 2);
+        u[g + 2] = low(g + 1, g + 3);
+        u[g + 3] = high(g + 1, g + 3);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        const __m512 even_01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88), odd_01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xDD);
+        const __m512 even_23 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88), odd_23 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xDD);
+        rows[c].v = _mm512_shuffle_f32x4(even_01, even_23, 0x88);
+        rows[4 + c].v = _mm512_shuffle_f32x4(odd_01, odd_23, 0x88);
+        rows[8 + c].v = _mm512_shuffle_f32x4(even_01, even_23, 0xDD);
+        rows[12 + c].v = _mm512_shuffle_f32x4(odd_01, odd_23, 0xDD);
     }
 }
 

@@ -17,6 +17,14 @@ inline void transpose_blocks(int64_t rows, int64_t columns, const Read& read, co
         for (int64_t column = 0; column < columns; column += W) {
             const int width = static_cast<int>(std::min<int64_t>(W, columns - column));
             Vec block[W];
+            if (height == W && width == W) {  // constants, so that all stays in registers
+#pragma GCC unroll 16
+                for (int i = 0; i < W; ++i) block[i] = read(row + i, column, W);
+                transpose(block);
+#pragma GCC unroll 16
+                for (int i = 0; i < W; ++i) write(column + i, row, block[i], W);
+                continue;
+            }
             for (int i = 0; i < W; ++i) block[i] = i < height ? read(row + i, column, width) : set1(0);
             transpose(block);
             for (int i = 0; i < width; ++i) write(column + i, row, block[i], height);
