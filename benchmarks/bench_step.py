@@ -47,13 +47,14 @@ class Experiment:
     V: int
     word_dim: int = 300
 
-    def batch(self) -> Batch:
+    def batch(self, dtype: torch.dtype = torch.float32) -> Batch:
+        """``dtype`` of the frames: as the loader reads them for a model that computes in it."""
         generator = torch.Generator().manual_seed(0)
         lengths = torch.randint(max(self.L // 4, 1), self.L - self.L // 6 + 1, (self.B,), generator=generator)
         lengths[0] = self.L
         real = torch.arange(self.L) < lengths[:, None]
         return Batch(
-            frames=torch.randn(self.B, self.T, self.frame_dim, generator=generator),
+            frames=torch.randn(self.B, self.T, self.frame_dim, generator=generator).to(dtype),
             frame_lengths=torch.full((self.B,), self.T),
             words=torch.randn(self.B, self.L + 1, self.word_dim, generator=generator),
             word_ids=torch.randint(1, self.V, (self.B, self.L), generator=generator) * real,
@@ -98,7 +99,8 @@ def _masked_words(batch: Batch) -> Tensor:
 
 
 def our_step(experiment: Experiment, dtype: str, dropout: bool, step_name: str = "lean") -> Callable[[], Any]:
-    model, batch = _ours(experiment, dtype, dropout), experiment.batch()
+    model = _ours(experiment, dtype, dropout)
+    batch = experiment.batch(getattr(torch, dtype))
     step = STEPS[step_name](model, model.config)
     masked = _masked_words(batch)
     return lambda: step(batch, masked_words=(masked, masked))
@@ -109,7 +111,7 @@ def our_recomputing_step(experiment: Experiment, dtype: str, dropout: bool) -> C
 
 
 def our_localization(experiment: Experiment, dtype: str, dropout: bool) -> Callable[[], Any]:
-    model, batch = _ours(experiment, dtype, False), experiment.batch()
+    model, batch = _ours(experiment, dtype, False), experiment.batch(getattr(torch, dtype))
     return lambda: model.localize(batch.frames, batch.frame_lengths, batch.words, batch.word_lengths)
 
 

@@ -159,7 +159,7 @@ def demo(
     model, vocabulary = _load(result.checkpoint, _device(device))
     split = trainer.test_split
     sample = split.samples[0]
-    features = split.batch(np.arange(1)).frames[0].numpy()
+    features = split.batch(np.arange(1)).frames[0].float().numpy()
     np.save(out / "example.npy", features)
     found = localize_query(model, vocabulary, features, sample.sentence)
     plot_path = out / "pictures" / "example.png"
@@ -267,12 +267,12 @@ def evaluate_command(
       cnm evaluate --checkpoint runs/first/best.pt --config charades_i3d
     """
     model = CNM.from_checkpoint(checkpoint_path, _device(device))
-    model.compute_dtype = PRECISIONS[_precision(precision, device)]
+    dtype = model.compute_dtype = PRECISIONS[_precision(precision, device)]
     if config is not None:
         chosen = configs.resolve(config, changes or [])
     else:
         chosen = configs.change(model.config.to_dict(), changes or [], str(checkpoint_path))
-    data = open_split(chosen.dataset, split.value, progress=not as_json)
+    data = open_split(chosen.dataset, split.value, progress=not as_json, dtype=dtype or torch.float32)
     stored = checkpoint.load(checkpoint_path).get("vocabulary", {}).get("words")
     check_vocabulary(model, data.vocabulary.words, stored)
     found = evaluate(model, data, chosen.train.batch_size)

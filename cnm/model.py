@@ -286,7 +286,7 @@ class CNM(nn.Module):
         check.sizes = {"frame_dim": self.frame_fc.in_features, "word_dim": self.word_fc.in_features}
         check.floating("frames", frames, "B T frame_dim")
         check.integer("frame_lengths", frame_lengths, "B")
-        check.floating("words", words, "B rows word_dim")
+        check.floating("words", words, "B rows word_dim", own_dtype=self.compute_dtype is not None)
         check.integer("word_lengths", word_lengths, "B")
         if words.size(1) < 2:
             raise ValueError(

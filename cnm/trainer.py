@@ -124,8 +124,10 @@ class Trainer:
         }
 
         progress = not quiet
-        self.train_split = open_split(config.dataset, "train", progress=progress)
-        self.test_split = open_split(config.dataset, "test", progress=progress)
+        compute_dtype = PRECISIONS[self.options["precision"]]
+        self.dtype = compute_dtype or torch.float32  # of the frames that are read
+        self.train_split = open_split(config.dataset, "train", progress=progress, dtype=self.dtype)
+        self.test_split = open_split(config.dataset, "test", progress=progress, dtype=self.dtype)
         self.val_split = self._open_val(config, progress)
         self.chooses_best = self.val_split is not None and self.val_split is not self.test_split
 
@@ -133,7 +135,7 @@ class Trainer:
         train = self.config.train
         torch.manual_seed(train.seed)
         self.model = CNM(self.config).to(self.device)
-        self.model.compute_dtype = PRECISIONS[self.options["precision"]]
+        self.model.compute_dtype = compute_dtype
         self.step = STEPS[self.options["step"]](self.model, self.config)
         self.step.group = group
         self.model.seed_shift = 0 if group is None else group.rank
@@ -411,7 +413,7 @@ class Trainer:
                 dataset.test_data
             ):
                 return self.test_split
-        return open_split(dataset, "val", progress=progress)
+        return open_split(dataset, "val", progress=progress, dtype=self.dtype)
 
     def _check_stop(self, *, logged: bool = True) -> None:
         """Saves and stops if a signal asked for it; processes that train together do so after the same update."""

@@ -169,8 +169,8 @@ def test_float32_products_are_not_tf32() -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_training_step(step: str) -> None:
-    assert_trains_as_torch(step, NAME)
+def test_a_training_step(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_trains_as_torch(step, NAME, monkeypatch)
 
 
 # ------------------------------------------------------------------------------ the emulator must notice mistakes

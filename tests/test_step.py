@@ -9,6 +9,7 @@ import torch
 from small_runs import synthetic_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import cnm.model
 import cnm_kernels
 from cnm import CNM
 from cnm.cuda_graph import WARM_UP_STEPS, GraphedStep
@@ -39,8 +40,9 @@ def make_model() -> CNM:
     return CNM(config)
 
 
-def assert_trains_as_torch(step: str, backend: str) -> None:
-    """Losses, norms and updated parameters of the PyTorch backend, with dropout."""
+def assert_trains_as_torch(step: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses, norms and updated parameters of the PyTorch backend, with dropout, in the form that GPUs compute."""
+    monkeypatch.setattr(cnm.model, "FRUGAL_DEVICES", set())
     metrics, parameters = {}, {}
     batch = make_batch()
     masked = (torch.arange(batch.words.size(1)) == 1).expand(batch.words.size(0), -1)
@@ -81,6 +83,19 @@ def test_the_check_above_can_fail() -> None:
         model = make_model().train()
         with pytest.raises(Exception, match="_local_scalar_dense"):
             Curious(model, model.config)(make_batch())
+
+
+def test_frames_read_in_bf16_change_no_bit() -> None:
+    """A model that computes in bfloat16 rounds its frames before anything else."""
+    parameters = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, batch = make_model().train(), make_batch()
+        model.compute_dtype = torch.bfloat16
+        torch.manual_seed(1)
+        LeanStep(model, model.config)(dataclasses.replace(batch, frames=batch.frames.to(dtype)))
+        parameters.append([parameter.detach() for parameter in model.parameters()])
+    for ours, theirs in zip(*parameters, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_batch_stays_as_it_is() -> None:

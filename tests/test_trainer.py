@@ -381,6 +381,7 @@ def test_nothing_is_written_when_the_data_is_wrong(tmp_path: Path) -> None:
 def test_bf16_trains_and_resumes_as_itself(tmp_path: Path) -> None:
     """Parameters and optimizer states stay float32; a resumed run keeps its precision, and refuses another."""
     trainer = Trainer(synthetic_config(), tmp_path / "run", precision="bf16", quiet=True)
+    assert all(split.dtype == torch.bfloat16 for split in trainer.splits)
     trainer.train()
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     rows = [row for row in trainer.run.rows() if row["kind"] == "train"]

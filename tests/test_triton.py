@@ -53,8 +53,8 @@ def test_whole_and_blocked_kernels_share_their_statistics(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_training_step(step: str) -> None:
-    assert_trains_as_torch(step, "triton")
+def test_a_training_step(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_trains_as_torch(step, "triton", monkeypatch)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the interpreter")

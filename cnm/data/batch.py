@@ -13,7 +13,7 @@ class Batch:
     """B sentences, each with its video's features. A training batch holds no timestamp.
 
     Attributes:
-        frames: [B, T, frame_dim] float32, features averaged to T clips.
+        frames: [B, T, frame_dim] float32 or bfloat16, features averaged to T clips.
         frame_lengths: [B] int64, clips that are real.
         words: [B, L + 1, word_dim] float32 word vectors; row 0 is the start token's place (zeros, never read).
         word_ids: [B, L] int64 vocabulary ids, padding 0.

@@ -104,14 +104,26 @@ Prefetch spread(PrefetchList& list, int64_t M, int64_t N, int64_t K) {
 // The sums of rows of `from`, added to sums[width]. Sums of sums round less than one long sum.
 template <class T>
 void add_up_rows(const T* from, int64_t from_ld, int64_t rows, int64_t width, float* sums) {
-    for (int64_t j = 0; j < width; j += W) {
-        const int64_t n = width - j;
-        Vec even = set1(0), odd = set1(0);
+    constexpr int NV = 8;  // vectors of a row at a time: lines are read whole
+    for (int64_t first = 0; first < width; first += NV * W) {
+        Vec even[NV], odd[NV];
+        for (int v = 0; v < NV; ++v) even[v] = odd[v] = set1(0);
+        const auto add = [&](int64_t r, Vec(&to)[NV]) {
+            const T* row = from + r * from_ld + first;
+            if (first + NV * W <= width) {
+                for (int v = 0; v < NV; ++v) to[v] += load(row + v * W);
+            } else {
+                for (int v = 0; first + v * W < width; ++v) to[v] += load_tail(row + v * W, width - first - v * W);
+            }
+        };
         for (int64_t r = 0; r < rows; r += 2) {
-            even += load_tail(from + r * from_ld + j, n);
-            if (r + 1 < rows) odd += load_tail(from + (r + 1) * from_ld + j, n);
+            add(r, even);
+            if (r + 1 < rows) add(r + 1, odd);
         }
-        store_tail(sums + j, load_tail(sums + j, n) + (even + odd), n);
+        for (int v = 0; v < NV && first + v * W < width; ++v) {
+            const int64_t j = first + v * W;
+            store_tail(sums + j, load_tail(sums + j, width - j) + (even[v] + odd[v]), width - j);
+        }
     }
 }
 

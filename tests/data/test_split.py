@@ -48,6 +48,24 @@ def test_a_batch_holds_what_its_fields_promise(split: Split) -> None:
         assert (batch.mask_weights[row, n:] == 0).all()
 
 
+@pytest.mark.parametrize("source", ["synthetic", "files"])
+def test_frames_come_in_bf16_where_that_is_asked_for(source: str, tmp_path: Path) -> None:
+    """Rounded once, from memory, the cache and a loader's buffers alike, whoever fills the cache first."""
+    if source == "files":
+        config = CNMConfig.from_json(write_files(tmp_path)).dataset
+    else:
+        config = synthetic_config(dataset__num_videos=20).dataset
+    for _ in range(2):  # with a new cache and with an old one
+        narrow = open_split(config, "train", dtype=torch.bfloat16)
+        wide = open_split(config, "train")
+        assert narrow.batch([0, 3]).words.dtype == torch.float32
+        for (indices, batch), (_, expected) in zip(
+            BatchLoader(narrow, 3, shuffle=False).epoch(), BatchLoader(wide, 3, shuffle=False).epoch(), strict=True
+        ):
+            assert torch.equal(batch.frames, expected.frames.bfloat16())
+            assert torch.equal(batch.frames, narrow.batch(indices).frames)
+
+
 def test_no_batch_holds_a_timestamp(split: Split) -> None:
     names = {field.name for field in dataclasses.fields(split.batch([0]))}
     assert names == {"frames", "frame_lengths", "words", "word_ids", "word_lengths", "mask_weights"}
