@@ -26,6 +26,7 @@ namespace {
 
 constexpr int64_t TOKENS = 64;  // of a tile
 constexpr int64_t WORDS = 128;  // of a block of logits: 32 KiB
+constexpr int64_t PAD = W;      // added to rows of scratch, or rows a power of two apart would share few cache sets
 
 int64_t words_from(const LinearNllInputs& p, int64_t begin) { return std::min(WORDS, p.V - begin); }
 int64_t blocks(const LinearNllInputs& p) { return (p.V + WORDS - 1) / WORDS; }
@@ -371,14 +372,15 @@ void backward(const LinearNllBackwardParams& p) {
     Layout counted(nullptr);
     Tile<T>(p, vocabulary, counted);
 
-    // dz of the tiles at hand [tile][word][token], their hidden states and their shares of d_bias [tile][word].
-    // Every group passes once over the float32 sums, which weighs twice as much beside a narrow product.
+    // dz of the tiles at hand [word][tile, token], their hidden states [tile, token] and their shares of d_bias
+    // [tile][word]. Every group passes once over the float32 sums, which weighs twice as much beside a narrow product.
     const int64_t group = std::is_same_v<E, float> ? std::max<int64_t>(2, thread_count()) : std::max<int64_t>(4, 2 * thread_count());
     const int64_t at_hand = want_words ? std::min(tokens.tiles(), group) : tokens.tiles();
-    const int64_t wide = round_up(p.D, W), dz_ld = packed_k<T>(TOKENS);
+    const int64_t wide = round_up(p.D, W), tile_k = packed_k<T>(TOKENS);
+    const int64_t dz_ld = at_hand * tile_k + PAD;
     const size_t kept = want_words ? static_cast<size_t>(at_hand) : 0;
-    const Buffer dz_buffer(kept * static_cast<size_t>(p.V * dz_ld) * sizeof(E));
-    const Buffer hidden_buffer(kept * static_cast<size_t>(dz_ld * wide) * sizeof(E));
+    const Buffer dz_buffer(want_words ? static_cast<size_t>(p.V * dz_ld) * sizeof(E) : 0);
+    const Buffer hidden_buffer(kept * static_cast<size_t>(tile_k * wide) * sizeof(E));
     const Buffer share_buffer(kept * static_cast<size_t>(p.V) * sizeof(float));
     E *dz = dz_buffer.as<E>(), *hidden = hidden_buffer.as<E>();
     float* share = share_buffer.as<float>();
@@ -395,19 +397,14 @@ void backward(const LinearNllBackwardParams& p) {
         tile.load(tokens, index);
         const TileGradient gradient(p, tokens, tile.first, tile.size);
         if (want_hidden) tile.clear_sums();
-        if (want_words) pack_rows(TOKENS, p.D, tile.rows(), p.D, hidden + slot * dz_ld * wide, wide);
+        if (want_words) pack_rows(TOKENS, p.D, tile.rows(), p.D, hidden + slot * tile_k * wide, wide);
         for (int64_t begin = 0; begin < p.V; begin += WORDS) {
             const int64_t words = words_from(p, begin);
             float* z = tile.logits;
-            if constexpr (std::is_same_v<E, float>) {
-                if (want_words) z = dz + (slot * p.V + begin) * dz_ld;
-            }
             tile.score(begin, z);
             gradient.apply(z, &vocabulary.bias[static_cast<size_t>(begin)], p.label_smoothing, p.V, begin, words,
                            want_words ? share + slot * p.V + begin : unwanted);
-            if constexpr (!std::is_same_v<E, float>) {
-                if (want_words) pack_a(words, TOKENS, z, TOKENS, dz + (slot * p.V + begin) * dz_ld, dz_ld);
-            }
+            if (want_words) pack_a(words, TOKENS, z, TOKENS, dz + begin * dz_ld + slot * tile_k, dz_ld);
             if (want_hidden) tile.add_words(begin, z);
         }
         if (!want_hidden) return;
@@ -420,10 +417,9 @@ void backward(const LinearNllBackwardParams& p) {
         const int64_t begin = block * WORDS, words = words_from(p, begin);
         for (int64_t slot = 0; slot < tiles; ++slot) {
             for (int64_t v = begin; v < begin + words; ++v) d_bias[static_cast<size_t>(v)] += share[slot * p.V + v];
-            if (p.d_weight == nullptr) continue;
-            gemm(words, p.D, dz_ld, dz + (slot * p.V + begin) * dz_ld, dz_ld, 1, hidden + slot * dz_ld * wide, wide,
-                 d_weight + begin * p.D, p.D, first + slot > 0);
         }
+        if (p.d_weight == nullptr) return;
+        gemm(words, p.D, tiles * tile_k, dz + begin * dz_ld, dz_ld, 1, hidden, wide, d_weight + begin * p.D, p.D, first > 0);
     };
     for (int64_t first = 0; first < tokens.tiles(); first += at_hand) {
         const int64_t tiles = std::min(at_hand, tokens.tiles() - first);
