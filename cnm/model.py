@@ -298,7 +298,7 @@ def downsample(frames: Tensor, frame_lengths: Tensor) -> tuple[Tensor, Tensor]:
     """The T // 4 frames the reconstructor sees, equally spaced, and how many of them are real: [B, P, D], [B]."""
     T = frames.size(1)
     index = torch.linspace(0, T - 1, T // 4, device=frames.device).long()
-    return frames[:, index], (index < frame_lengths[:, None]).sum(1)
+    return frames.index_select(1, index), (index < frame_lengths[:, None]).sum(1)
 
 
 def sample_masked_words(mask_weights: Tensor, word_lengths: Tensor, race: Tensor | None = None) -> Tensor:

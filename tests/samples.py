@@ -324,8 +324,11 @@ SAMPLES: dict[str, dict[str, Builder]] = {
         "weighted": lambda draw: absorbed(draw, 2, 2, 5, 6, 8, key_weight=draw.uniform(2, 6)),
         "keys-are-values": lambda draw: absorbed_queries(draw, 3, 5, 7, 8),
         "heads-of-keys-that-are-values": lambda draw: absorbed(draw, 2, 3, 5, 7, 8) | {"value": None},
-        "lengths-0-1-odd-over": lambda draw: absorbed(
-            draw, 5, 2, 6, 7, 8, query_lengths=draw.lengths(6, 2, 0, 9, 5), key_lengths=draw.lengths(0, 1, 5, 7, 9)
+        "lengths-0-1-odd-over": lambda draw: (
+            absorbed(
+                draw, 5, 2, 6, 7, 8, query_lengths=draw.lengths(6, 2, 0, 9, 5), key_lengths=draw.lengths(0, 1, 5, 7, 9)
+            )
+            | {"key_weight": draw.uniform(5, 7)}
         ),
         "frames-200-words-14": lambda draw: absorbed(draw, 2, 4, 200, 14, 256, key_lengths=draw.lengths(14, 5)),
         "words-13-clips-50": lambda draw: absorbed_queries(

@@ -16,7 +16,8 @@ VALID = {  # a sample in which every argument is present
     "weighted_attention": "weighted-causal-lengths-weights",  # B, H, Lq, Lk, d = 3, 2, 17, 17, 33
     "gaussian_attention": "causal-lengths-weights",
     "branched_attention": "lengths-0-1-odd-over",
-    "linear": "odd-3x5x37",
+    "absorbed_attention": "lengths-0-1-odd-over",
+    "linear": "lengths-0-1-odd-over",
     "linear_nll": "odd",  # M, L, D, V = 3, 5, 37, 101
     "intra_video_contrastive_loss": "odd-7",
     "contrastive_reconstruction_loss": "plain",  # B, L, D, V = 3, 5, 8, 11
@@ -27,6 +28,8 @@ INTEGERS = {
     "weighted_attention": ("key_lengths",),
     "gaussian_attention": ("key_lengths",),
     "branched_attention": ("key_lengths",),
+    "absorbed_attention": ("query_lengths", "key_lengths"),
+    "linear": ("lengths",),
     "linear_nll": ("target", "valid_lengths"),
     "contrastive_reconstruction_loss": ("target", "valid_lengths"),
 }
@@ -34,6 +37,7 @@ OWN_DTYPE = {  # these may be float32 beside lower or higher ones
     "weighted_attention": ("key_weight",),
     "gaussian_attention": ("center", "width"),
     "branched_attention": ("key_weights",),
+    "absorbed_attention": ("key_bias", "key_weight"),
     "linear": ("weight", "bias"),
     "linear_nll": ("weight", "bias"),
     "contrastive_reconstruction_loss": ("weight", "bias"),

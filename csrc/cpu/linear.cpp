@@ -8,6 +8,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "gemm.h"
 #include "parallel.h"
@@ -18,7 +19,7 @@ namespace {
 constexpr int64_t ROWS = 96;             // of a block of y or d_x
 constexpr int64_t SUMMED_ROWS = 192;     // that d_weight takes at a time
 constexpr int64_t WEIGHT_BLOCK = 256;    // rows and columns of a block of d_weight: its sums and operands fit the caches
-constexpr int64_t SLICE_ROWS = 1024;     // at least, of a slice
+constexpr int64_t SLICE_ROWS = 512;      // at least, of a slice
 constexpr int64_t MOST_SLICES = 16;
 constexpr int64_t PARTIAL_ELEMENTS = 1 << 21;  // at most, of all slices' d_weight
 constexpr int64_t PAD = W;  // added to rows of scratch, or rows a power of two apart would share few cache sets
@@ -69,14 +70,16 @@ struct Rows {
 
     // To dst[r * dst_ld + j]; exact, since what is written was read.
     void copy(int64_t begin, int64_t rows, T* dst, int64_t dst_ld) const {
-        for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t r = 0; r < rows; ++r, dst += dst_ld) {
+            const T* from = row(begin + r);
+            if (positive == nullptr) {
+                std::memcpy(dst, from, static_cast<size_t>(width) * sizeof(T));
+                continue;
+            }
+            const T* sign = positive + at(begin + r) * positive_ld;
             for (int64_t j = 0; j < width; j += W) {
                 const int64_t n = width - j;
-                Vec v = load_tail(row(begin + r) + j, n);
-                if (positive != nullptr) {
-                    v = select(less(set1(0), load_tail(positive + at(begin + r) * positive_ld + j, n)), v, set1(0));
-                }
-                store_tail(dst + r * dst_ld + j, v, n);
+                store_tail(dst + j, select(less(set1(0), load_tail(sign + j, n)), load_tail(from + j, n), set1(0)), n);
             }
         }
     }
@@ -238,10 +241,8 @@ void rows_times(int64_t G, int64_t columns, const Rows<T>& x, const RightOperand
             }
         }
         for (int64_t r = 0; DIRECT && x.index != nullptr && r < rows; ++r) {
-            T* to = out + x.index[begin + r] * all_columns;
-            for (int64_t j = 0; j < all_columns; j += W) {
-                write(to + j, load_tail(scratch.result + r * result_ld + j, all_columns - j), all_columns - j);
-            }
+            std::memcpy(out + x.index[begin + r] * all_columns, scratch.result + r * result_ld,
+                        static_cast<size_t>(all_columns) * sizeof(T));
         }
         write.finish();
     });
