@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,10 +83,4 @@ if "cpu" not in LOAD_ERRORS:
     )
     dropout = formulas.dropout.bind("cnm_kernels")
     dropout_add_layer_norm = formulas.dropout_add_layer_norm.bind("cnm_kernels")
-    _branched_on_cpu = formulas.branched_attention.branch_by_branch(weighted_attention)
-    _branched_on_gpu = formulas.branched_attention.bind("cnm_kernels")
-
-    def branched_attention(query: Tensor, *others: Any) -> Tensor:
-        return (_branched_on_gpu if query.is_cuda else _branched_on_cpu)(query, *others)
-
-    branched_attention.takes_packed_heads = True  # type: ignore[attr-defined]
+    branched_attention = formulas.branched_attention.bind("cnm_kernels")

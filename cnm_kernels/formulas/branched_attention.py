@@ -1,4 +1,4 @@
-"""branched_attention: an operator of its own, or ``weighted_attention`` branch by branch."""
+"""branched_attention."""
 
 from __future__ import annotations
 
@@ -10,28 +10,6 @@ from torch import Tensor
 
 from cnm_kernels.formulas.attention import heads_last, operand_gradients, sizes
 from cnm_kernels.formulas.library import Operator
-
-
-def branch_by_branch(weighted_attention: Callable[..., Any]) -> Callable[..., Any]:
-    """The op on a backend that has no kernel for it."""
-
-    def branched_attention(
-        query: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
-        key_weights: Tensor,
-        causal: bool,
-        key_lengths: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        branches = (
-            weighted_attention(query, key, value, key_weight, causal, key_lengths, scale, False)[0]
-            for key_weight in key_weights.unbind(0)
-        )
-        return torch.stack([out.transpose(1, 2) for out in branches]).transpose(2, 3)
-
-    branched_attention.takes_packed_heads = True  # type: ignore[attr-defined]
-    return branched_attention
 
 
 def out_like(query: Tensor, n: int, B: int, H: int, L: int, d: int) -> Tensor:

@@ -1,4 +1,4 @@
-// Weighted and Gaussian attention, forward and backward.
+// Weighted, Gaussian and branched attention, forward and backward.
 //
 //   e_ij = exp(scale q_i.k_j - max_i) (m_j + eps), Z_i = sum_k e_ik, P_ij = e_ij / Z_i, out = P v
 //   dP = dO v^T, delta_i = sum_j P_ij dP_ij, dS = P (dP - delta), dq = scale dS k, dk = scale dS^T q, dv = P^T dO
@@ -10,7 +10,7 @@
 //
 // A chunk is a batch entry with its heads in order; it owns what it writes. Small heads are over before the processor
 // has found out what comes next, so a head's products also ask for the next head's rows.
-#include "attention.h"
+#include "branched_attention.h"
 
 #include <algorithm>
 #include <limits>
@@ -44,28 +44,31 @@ class Attention {
     using E = Operand<T>;
 
     // With a null `memory`, only counts the bytes it needs.
-    Attention(const AttentionInputs& p, bool backward, void* memory)
-        : p_(p), wide_(round_up(p.d, W)), long_(round_up(p.Lk, 2 * W)), block_rows_(rows_of_a_block(p.Lq, p.Lk)),
+    Attention(const AttentionInputs& p, const Branches& branches, bool backward, void* memory)
+        : p_(p), branches_(branches), wide_(round_up(p.d, W)), long_(round_up(p.Lk, 2 * W)), block_rows_(rows_of_a_block(p.Lq, p.Lk)),
           layout_(memory), write_(p.B * p.H * p.Lk * p.d) {
         const int64_t rows = block_rows_ + block_rows_ % 2;
         scores_ = layout_.take<float>(rows * long_);
+        weighted_scores_ = branches.n == 1 ? scores_ : layout_.take<float>(rows * long_);
         packed_ = layout_.take<E>(rows * long_);
         out_ = layout_.take<float>(rows * wide_);
-        weight_ = layout_.take<float>(long_);
+        weight_ = layout_.take<float>(branches.n * long_);
         query_ = layout_.take<E>(p.Lq * wide_);
         key_t_ = layout_.take<E>(wide_ * long_);
         value_ = layout_.take<E>(long_ * wide_);
-        lines_ = layout_.take<const char*>(PrefetchList::capacity(2 * (p.Lq + p.Lk), p.d * static_cast<int64_t>(sizeof(T))));
+        lines_ = layout_.take<const char*>(PrefetchList::capacity((1 + branches.n) * p.Lq + 2 * p.Lk, p.d * static_cast<int64_t>(sizeof(T))));
         if (!backward) return;
         value_t_ = layout_.take<E>(wide_ * long_);
         key_ = layout_.take<E>(long_ * wide_);
-        d_out_ = layout_.take<E>(p.Lq * wide_);
+        d_out_ = layout_.take<E>(branches.n * p.Lq * wide_);
+        d_out_rows_ = layout_.take<OperandRows<E>>(branches.n);
         rows_ = layout_.take<E>(rows * wide_);
         d_scores_ = layout_.take<float>(rows * long_);
+        d_scores_sum_ = branches.n == 1 ? d_scores_ : layout_.take<float>(rows * long_);
         d_key_ = layout_.take<float>(long_ * wide_);
         d_value_ = layout_.take<float>(long_ * wide_);
-        d_weight_ = layout_.take<float>(2 * long_);
-        block_weight_ = d_weight_ + long_;
+        d_weight_ = layout_.take<float>(2 * branches.n * long_);
+        block_weight_ = d_weight_ + branches.n * long_;
     }
 
     size_t bytes() const { return layout_.bytes(); }
@@ -74,13 +77,16 @@ class Attention {
     void begin_batch(int64_t b) {
         b_ = b;
         length_ = p_.key_lengths == nullptr ? p_.Lk : std::clamp<int64_t>(p_.key_lengths[b], 0, p_.Lk);
-        weighted_ = p_.key_weight != nullptr || p_.center != nullptr;
-        if (!weighted_) return;
-        for (int64_t j = 0; j < long_; j += W) {
-            const int64_t n = std::clamp<int64_t>(length_ - j, 0, W);
-            const Vec m = p_.center == nullptr ? load_tail(p_.key_weight + b * p_.Lk + (n == 0 ? 0 : j), n)
-                                               : gaussian().value(positions(j, p_.Lk));
-            store(weight_ + j, within(m + set1(KEY_WEIGHT_EPS), n));
+        const bool weighted = p_.key_weight != nullptr || p_.center != nullptr;
+        weights_at_once_ = weighted && branches_.n == 1;
+        for (int64_t i = 0; weighted && i < branches_.n; ++i) {
+            for (int64_t j = 0; j < long_; j += W) {
+                const int64_t n = std::clamp<int64_t>(length_ - j, 0, W);
+                const int64_t at = i * branches_.weights + b * p_.Lk + (n == 0 ? 0 : j);
+                const Vec m = p_.center == nullptr ? load_tail(p_.key_weight + at, n)
+                                                   : gaussian().value(positions(j, p_.Lk));
+                store(weights(i) + j, within(m + set1(KEY_WEIGHT_EPS), n));
+            }
         }
     }
 
@@ -90,41 +96,66 @@ class Attention {
         next_h_ = h;
     }
 
-    void forward(const AttentionParams& p, int64_t h) {
+    void forward(const BranchedAttentionParams& p, int64_t h) {
         begin_head(h);
         plan(nullptr);
         const OperandRows<E> value = as_b(p_.value, 0, length_, value_);
-        float* stats = p.stats + 2 * (b_ * p_.H + h) * p_.Lq;
+        float* first_stats = p.stats + 2 * (b_ * p_.H + h) * p_.Lq;
         for_each_block([&](const Block& block) {
             score(block);
-            for (int64_t r = 0; r < block.rows; ++r) softmax(block, r, stats + 2 * (block.begin + r));
-            // Rows are normalised after the product, where they have d elements instead of Lk.
-            multiply(packed_a(scores_, block), value, block, p.out, stats + 2 * block.begin + 1);
-            if (p.weights != nullptr) add_weights(p.weights, block, stats);
+            for (int64_t r = 0; r < block.rows; ++r) softmax(block, r, first_stats + 2 * (block.begin + r));
+            for (int64_t i = 0; i < branches_.n; ++i) {
+                float* stats = first_stats + i * branches_.stats;
+                for (int64_t r = 0; branches_.n > 1 && r < block.rows; ++r) {
+                    const int64_t at = 2 * (block.begin + r);
+                    stats[at] = first_stats[at];
+                    stats[at + 1] = weigh(block, r, i);
+                }
+                // Rows are normalised after the product, where they have d elements instead of Lk.
+                multiply(packed_a(weighted_scores_, block), value, block, branch(p.out, i), stats + 2 * block.begin + 1);
+            }
+            if (p.weights != nullptr) add_weights(p.weights, block, first_stats);
         });
     }
 
-    void backward(const AttentionBackwardParams& p, int64_t h) {
+    void backward(const BranchedAttentionBackwardParams& p, int64_t h) {
         begin_head(h);
         plan(&p.d_out);
         pack_transposed(p_.d, length_, row(p_.value, 0), p_.value.row, value_t_, long_);
         const OperandRows<E> key = as_b(p_.key, 0, length_, key_);
-        const OperandRows<E> d_out = as_a(p.d_out, p_.Lq, d_out_);
+        for (int64_t i = 0; i < branches_.n; ++i) {
+            d_out_rows_[i] = as_a(branch(p.d_out, i), p_.Lq, d_out_ + i * p_.Lq * wide_);
+        }
         const bool want_weight = p.d_key_weight != nullptr || p.d_center != nullptr;
-        const float* stats = p.stats + 2 * (b_ * p_.H + h) * p_.Lq;
-        if (want_weight && h == 0) std::fill(d_weight_, d_weight_ + 2 * long_, 0.0f);
+        const float* first_stats = p.stats + 2 * (b_ * p_.H + h) * p_.Lq;
+        if (want_weight && h == 0) std::fill(d_weight_, d_weight_ + 2 * branches_.n * long_, 0.0f);
         key_rows_done_ = 0;
         for_each_block([&](const Block& block) {
             score(block);
-            for (int64_t r = 0; r < block.rows; ++r) probabilities(block, r, stats + 2 * (block.begin + r));
-            if (p.d_value.data != nullptr) add_transposed(scores_, p.d_out, block, d_value_, p.d_value);
-            product(d_out, block, value_t_, d_scores_);
-            for (int64_t r = 0; r < block.rows; ++r) score_gradient(p, block, r, want_weight);
-            if (want_weight) add_weight_gradient(block);
-            if (p.d_query.data != nullptr) {
-                multiply(packed_a(d_scores_, block), key, block, p.d_query, nullptr);
+            for (int64_t r = 0; r < block.rows; ++r) {
+                const float* stats = first_stats + 2 * (block.begin + r);
+                probabilities(block, r, stats[0], branches_.n == 1 ? stats[1] : 1.0f);
             }
-            if (p.d_key.data != nullptr) add_transposed(d_scores_, p_.query, block, d_key_, p.d_key);
+            for (int64_t i = 0; i < branches_.n; ++i) {
+                const float* inverse = first_stats + i * branches_.stats + 2 * block.begin + 1;
+                for (int64_t r = 0; branches_.n > 1 && r < block.rows; ++r) weigh(block, r, i, inverse[2 * r]);
+                const Heads d_out = branch(p.d_out, i);
+                const bool last = last_of_head(block) && i + 1 == branches_.n;
+                if (p.d_value.data != nullptr) {
+                    add_transposed(weighted_scores_, d_out, block, d_value_, p.d_value, i == 0 ? key_rows_done_ : block.keys, last);
+                }
+                product(d_out_rows_[i], block, value_t_, d_scores_);
+                float* columns = want_weight ? block_weight_ + i * long_ : nullptr;
+                for (int64_t r = 0; r < block.rows; ++r) score_gradient(p, block, r, columns);
+                if (want_weight) add_weight_gradient(block, i);
+                if (branches_.n > 1) add_score_gradient(block, i == 0);
+            }
+            if (p.d_query.data != nullptr) {
+                multiply(packed_a(d_scores_sum_, block), key, block, p.d_query, nullptr);
+            }
+            if (p.d_key.data != nullptr) {
+                add_transposed(d_scores_sum_, p_.query, block, d_key_, p.d_key, key_rows_done_, last_of_head(block));
+            }
             key_rows_done_ = block.keys;
         });
         for (int64_t j = key_rows_done_; j < p_.Lk; ++j) {  // what no query sees
@@ -134,11 +165,13 @@ class Attention {
     }
 
     // After a batch entry's last head: the gradient of its key weights, or of the Gaussian behind them.
-    void end_batch(const AttentionBackwardParams& p) {
-        const auto d_m = [&](int64_t j) { return static_cast<double>(d_weight_[j]) / weight_[j]; };
-        if (p.d_key_weight != nullptr) {
-            float* out = p.d_key_weight + b_ * p_.Lk;
-            for (int64_t j = 0; j < p_.Lk; ++j) out[j] = j < length_ ? static_cast<float>(d_m(j)) : 0.0f;
+    void end_batch(const BranchedAttentionBackwardParams& p) {
+        const auto d_m = [&](int64_t i, int64_t j) {
+            return static_cast<double>(d_weight_[i * long_ + j]) / weights(i)[j];
+        };
+        for (int64_t i = 0; p.d_key_weight != nullptr && i < branches_.n; ++i) {
+            float* out = p.d_key_weight + i * branches_.weights + b_ * p_.Lk;
+            for (int64_t j = 0; j < p_.Lk; ++j) out[j] = j < length_ ? static_cast<float>(d_m(i, j)) : 0.0f;
         }
         if (p.d_center == nullptr) return;
         // In float64, since sum_j dS_ij = 0: far from the Gaussian what remains is small beside its terms.
@@ -149,7 +182,7 @@ class Attention {
             store(x, positions(j, p_.Lk));
             store(bell, g.bell(load(x)));
             for (int64_t i = 0; i < std::min<int64_t>(W, length_ - j); ++i) {
-                g.add_gradient(x[i], d_m(j + i) * bell[i], d_center, d_width);
+                g.add_gradient(x[i], d_m(0, j + i) * bell[i], d_center, d_width);
             }
         }
         p.d_center[b_] = static_cast<float>(d_center);
@@ -175,6 +208,15 @@ class Attention {
         }
     }
 
+    float* weights(int64_t branch) const { return weight_ + branch * long_; }
+
+    // Of out or its gradient.
+    Heads branch(const Heads& t, int64_t i) const {
+        return {static_cast<T*>(t.data) + i * branches_.out, t.batch, t.head, t.row};
+    }
+
+    bool last_of_head(const Block& block) const { return block.begin + block.rows == p_.Lq; }
+
     T* row(const Heads& t, int64_t i) const {
         return static_cast<T*>(t.data) + b_ * t.batch + h_ * t.head + i * t.row;
     }
@@ -189,7 +231,7 @@ class Attention {
             add(p_.key, p_.Lk);
             add(p_.query, p_.Lq);
             add(p_.value, p_.Lk);
-            if (d_out != nullptr) add(*d_out, p_.Lq);
+            for (int64_t i = 0; d_out != nullptr && i < branches_.n; ++i) add(branch(*d_out, i), p_.Lq);
         }
         prefetch_ = list.finish(d_out == nullptr ? 0 : 1);  // a backward has twice the steps
     }
@@ -231,11 +273,11 @@ class Attention {
         }
     }
 
-    // Adds scores[rows, keys]^T t[the block's rows, d] to sums[keys, d], or in the last block to what the sums are for.
-    // Keys that no block saw before start here.
-    void add_transposed(const float* scores, const Heads& t, const Block& block, float* sums, const Heads& out) const {
+    // Adds scores[rows, keys]^T t[the block's rows, d] to sums[keys, d], or the last time to what the sums are for. Of
+    // the keys `begun` have sums already; the others start here.
+    void add_transposed(const float* scores, const Heads& t, const Block& block, float* sums, const Heads& out,
+                        int64_t begun, bool last) const {
         const OperandRows<E> b = as_b(t, block.begin, block.rows, rows_);
-        const bool last = block.begin + block.rows == p_.Lq;
         const E* a;
         if constexpr (std::is_same_v<E, float>) {
             a = scores;
@@ -255,8 +297,8 @@ class Attention {
                      &prefetch_);
             }
         };
-        if (key_rows_done_ > 0) add(0, key_rows_done_, true);
-        if (block.keys > key_rows_done_) add(key_rows_done_, block.keys, false);
+        if (begun > 0) add(0, begun, true);
+        if (block.keys > begun) add(begun, block.keys, false);
         if constexpr (!std::is_same_v<T, float>) {
             for (int64_t j = 0; last && j < block.keys; ++j) write_row(out, j, sums + j * wide_, 1);
         }
@@ -277,7 +319,7 @@ class Attention {
     // e of W keys from j on, n of them visible. The backward must get the very bits that the forward summed.
     Vec exponential(const float* scores, int64_t j, int64_t n, Vec max) const {
         const Vec e = exp(fma(load(scores + j), set1(p_.scale), -max));
-        return within(weighted_ ? e * load(weight_ + j) : e, n);
+        return within(weights_at_once_ ? e * load(weight_ + j) : e, n);
     }
 
     // Row r of the scores to e, 0 where not visible; stats to maximum and 1 / Z.
@@ -303,13 +345,26 @@ class Attention {
         stats[1] = Z == 0 ? 0 : 1 / Z;
     }
 
-    // Row r of the scores to P, 0 where not visible.
-    void probabilities(const Block& block, int64_t r, const float* stats) const {
+    // Row r of the scores to `factor` e, 0 where not visible: P, where the factor is 1 / Z.
+    void probabilities(const Block& block, int64_t r, float max, float factor) const {
         float* scores = scores_ + r * long_;
         const int64_t n = visible(block, r);
-        const Vec max = set1(stats[0]), inverse = set1(stats[1]);
-        for (int64_t j = 0; j < n; j += W) store(scores + j, exponential(scores, j, n - j, max) * inverse);
+        for (int64_t j = 0; j < n; j += W) store(scores + j, exponential(scores, j, n - j, set1(max)) * set1(factor));
         blank(scores, n, block.keys);
+    }
+
+    // Row r of e, which is zeros where nothing is visible, times a branch's weights and `factor`. Returns 1 / Z.
+    float weigh(const Block& block, int64_t r, int64_t branch, float factor = 1.0f) const {
+        const float *e = scores_ + r * long_, *weight = weights(branch);
+        float* to = weighted_scores_ + r * long_;
+        Vec total = set1(0);
+        for (int64_t j = 0; j < block.keys; j += W) {
+            const Vec weighted = load(e + j) * load(weight + j) * set1(factor);
+            store(to + j, weighted);
+            total += weighted;
+        }
+        const float Z = hsum(total);
+        return Z == 0 ? 0 : 1 / Z;
     }
 
     // Zeros from key n's vector on: within it they are there already.
@@ -317,9 +372,9 @@ class Attention {
         for (int64_t j = round_up(n, W); j < keys; j += W) store(scores + j, set1(0));
     }
 
-    // Row r of dP to scale dS, with P from the scores; dS itself to the weights' gradient, if that is wanted.
-    void score_gradient(const AttentionBackwardParams& p, const Block& block, int64_t r, bool want_weight) const {
-        const float* probability = scores_ + r * long_;
+    // Row r of dP to scale dS, with P from the scores; dS itself to the sums over `columns`, if there are any.
+    void score_gradient(const AttentionBackwardParams& p, const Block& block, int64_t r, float* columns) const {
+        const float* probability = weighted_scores_ + r * long_;
         float* d = d_scores_ + r * long_;
         const int64_t n = visible(block, r);
         if (p.d_weights != nullptr) {
@@ -332,17 +387,27 @@ class Attention {
         const Vec delta = set1(hsum(total)), scale = set1(p_.scale);
         for (int64_t j = 0; j < n; j += W) {
             const Vec dS = load(probability + j) * within(load(d + j) - delta, n - j);
-            if (want_weight) store(block_weight_ + j, load(block_weight_ + j) + dS);
+            if (columns != nullptr) store(columns + j, load(columns + j) + dS);
             store(d + j, dS * scale);
         }
         blank(d, n, block.keys);
     }
 
     // Sums of sums round less than one long sum.
-    void add_weight_gradient(const Block& block) const {
+    void add_weight_gradient(const Block& block, int64_t branch) const {
+        float *sums = d_weight_ + branch * long_, *of_block = block_weight_ + branch * long_;
         for (int64_t j = 0; j < block.keys; j += W) {
-            store(d_weight_ + j, load(d_weight_ + j) + load(block_weight_ + j));
-            store(block_weight_ + j, set1(0));
+            store(sums + j, load(sums + j) + load(of_block + j));
+            store(of_block + j, set1(0));
+        }
+    }
+
+    // scale dS of a branch to the sum over the branches.
+    void add_score_gradient(const Block& block, bool first) const {
+        for (int64_t r = 0; r < block.rows; ++r) {
+            const float* d = d_scores_ + r * long_;
+            float* sum = d_scores_sum_ + r * long_;
+            for (int64_t j = 0; j < block.keys; j += W) store(sum + j, first ? load(d + j) : load(sum + j) + load(d + j));
         }
     }
 
@@ -368,28 +433,31 @@ class Attention {
     }
 
     const AttentionInputs& p_;
+    const Branches& branches_;
     const int64_t wide_, long_;  // d and Lk, padded
     const int64_t block_rows_;
     Layout layout_;
     const Output<T> write_;
-    float *scores_, *out_, *weight_, *d_scores_, *d_key_, *d_value_, *d_weight_, *block_weight_;
+    float *scores_, *weighted_scores_, *out_, *weight_, *d_scores_, *d_scores_sum_, *d_key_, *d_value_, *d_weight_,
+        *block_weight_;
     E *packed_, *query_, *key_t_, *value_, *value_t_, *key_, *d_out_, *rows_;
     OperandRows<E> query_rows_{};
+    OperandRows<E>* d_out_rows_;
     int64_t b_ = 0, h_ = 0, length_ = 0;
     int64_t next_b_ = 0, next_h_ = 0;
     const char** lines_;
     mutable Prefetch prefetch_{};
     int64_t key_rows_done_ = 0;  // key rows whose gradients have been begun in this head
-    bool weighted_ = false;
+    bool weights_at_once_ = false;  // in the exponentials: of a single branch
 };
 
 // Calls body(attention, head) for every head, with begin_batch before and end(attention) after a batch entry's heads.
 template <class T, class Params, class Body, class End>
 void for_each_head(const Params& p, bool backward, const Body& body, const End& end) {
-    const size_t bytes = Attention<T>(p, backward, nullptr).bytes();
+    const size_t bytes = Attention<T>(p, p.branches, backward, nullptr).bytes();
     const int64_t threads = thread_count();
     parallel_for(p.B, [&](int64_t b) {
-        Attention<T> attention(p, backward, thread_scratch(bytes));
+        Attention<T> attention(p, p.branches, backward, thread_scratch(bytes));
         attention.begin_batch(b);
         for (int64_t h = 0; h < p.H; ++h) {
             attention.set_next(h + 1 < p.H ? b : b + threads, (h + 1) % p.H);
@@ -401,7 +469,7 @@ void for_each_head(const Params& p, bool backward, const Body& body, const End& 
 
 }  // namespace
 
-void attention(const AttentionParams& p) {
+void branched_attention(const BranchedAttentionParams& p) {
     with_type(p.dtype, [&](auto* type) {
         for_each_head<std::remove_pointer_t<decltype(type)>>(
             p, false, [&](auto& attention, int64_t h) { attention.forward(p, h); },
@@ -409,7 +477,7 @@ void attention(const AttentionParams& p) {
     });
 }
 
-void attention_backward(const AttentionBackwardParams& p) {
+void branched_attention_backward(const BranchedAttentionBackwardParams& p) {
     with_type(p.dtype, [&](auto* type) {
         for_each_head<std::remove_pointer_t<decltype(type)>>(
             p, true, [&](auto& attention, int64_t h) { attention.backward(p, h); },
@@ -418,6 +486,18 @@ void attention_backward(const AttentionBackwardParams& p) {
                 attention.finish();
             });
     });
+}
+
+void attention(const AttentionParams& p) {
+    BranchedAttentionParams one{};
+    static_cast<AttentionParams&>(one) = p;
+    CNM_ISA::branched_attention(one);
+}
+
+void attention_backward(const AttentionBackwardParams& p) {
+    BranchedAttentionBackwardParams one{};
+    static_cast<AttentionBackwardParams&>(one) = p;
+    CNM_ISA::branched_attention_backward(one);
 }
 
 }  // namespace cnm::CNM_ISA

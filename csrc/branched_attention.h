@@ -21,7 +21,7 @@ struct BranchedAttentionBackwardParams : AttentionBackwardParams {
     Branches branches;
 };
 
-CNM_KERNEL(branched_attention, BranchedAttentionParams)
-CNM_KERNEL(branched_attention_backward, BranchedAttentionBackwardParams)
+CNM_MATRIX_KERNEL(branched_attention, BranchedAttentionParams)
+CNM_MATRIX_KERNEL(branched_attention_backward, BranchedAttentionBackwardParams)
 
 }  // namespace cnm

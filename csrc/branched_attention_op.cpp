@@ -1,4 +1,4 @@
-// branched_attention on GPU tensors.
+// branched_attention on tensors of the device that this is compiled for.
 #include "branched_attention.h"
 
 #include <tuple>
