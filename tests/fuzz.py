@@ -38,6 +38,7 @@ from cnm.data.annotations import read_annotations
 from cnm.data.features import FeatureFile, load_features
 from cnm.data.vocabulary import Vocabulary
 from cnm.errors import InputError
+from cnm_kernels import registry
 
 BATCH = 250  # cases of a child process
 CASE_SECONDS = 20
@@ -185,6 +186,7 @@ def fuzz_op(draw: random.Random) -> str:
     torch.manual_seed(draw.randrange(1 << 30))
     B, H, L, K, d, V = (draw.choice((1, 2, 3, 5, 17)) for _ in range(6))
     heads, keys = (B, H, L, d), (B, H, K, d)
+    groups = draw.choice(((), (H,)))
     attention = {
         "query": any_tensor(draw, heads),
         "key": any_tensor(draw, keys),
@@ -207,10 +209,22 @@ def fuzz_op(draw: random.Random) -> str:
         "weighted_attention": attention | {"key_weight": draw.choice((None, any_tensor(draw, (B, K))))},
         "gaussian_attention": attention | moment,
         "branched_attention": attention | {"key_weights": any_tensor(draw, (2, B, K))},
+        "absorbed_attention": {
+            "query": any_tensor(draw, (B, L, d)),
+            "key": any_tensor(draw, keys),
+            "value": draw.choice((None, any_tensor(draw, keys))),
+            "scale": any_number(draw, 0.5),
+            "key_bias": draw.choice((None, any_tensor(draw, (B, H, K)))),
+            "key_weight": draw.choice((None, any_tensor(draw, (B, K)))),
+            "query_lengths": draw.choice((None, any_integers(draw, L + 1, (B,)))),
+            "key_lengths": draw.choice((None, any_integers(draw, K + 1, (B,)))),
+        },
         "linear": {
-            "x": any_tensor(draw, (B, L, d)),
-            "weight": any_tensor(draw, (V, d)),
-            "bias": any_tensor(draw, (V,)),
+            "x": any_tensor(draw, (B, L, *groups, d)),
+            "weight": any_tensor(draw, (*groups, V, d)),
+            "bias": draw.choice((None, any_tensor(draw, (*groups, V)))),
+            "relu": draw.choice((False, True)),
+            "lengths": draw.choice((None, any_integers(draw, L + 1, (B,)))),
         },
         "linear_nll": words,
         "intra_video_contrastive_loss": {name: any_tensor(draw, (B,)) for name in ("positive", "hard", "easy")},
@@ -224,6 +238,7 @@ def fuzz_op(draw: random.Random) -> str:
         }
         | rows,
     }
+    assert calls.keys() == set(registry.OPS)
     op = draw.choice(sorted(calls))
     try:
         out = getattr(cnm_kernels, op)(**calls[op])
