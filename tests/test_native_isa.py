@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_checks import check_gradients, check_values
-from samples import DIFFERENTIABLE, SAMPLES, Draw, add_and_norm, run, sample
+from samples import DIFFERENTIABLE, SAMPLES, Draw, absorbed, add_and_norm, run, sample
 from torch import Tensor
 
 from cnm_kernels import native, torch_backend
@@ -77,6 +77,12 @@ def large(op: str) -> dict[str, Tensor | float]:
         return {**heads, **gaussian, "causal": True, "key_lengths": draw.lengths(0, 1, 16, 50, 99, 101, 64)}
     if op == "weighted_attention":
         return {name: draw.normal(7, 3, 101, 40) for name in ("query", "key", "value")}
+    if op == "branched_attention":
+        heads = {name: draw.normal(7, 3, 101, 40) for name in ("query", "key", "value")}
+        return {**heads, "key_weights": draw.uniform(3, 7, 101), "causal": True}
+    if op == "absorbed_attention":
+        lengths = {"query_lengths": draw.integers(102, 23), "key_lengths": draw.integers(9, 23)}
+        return absorbed(draw, 23, 3, 101, 8, 120, **lengths)
     if op == "linear":
         return {"x": draw.normal(5001, 120), "weight": draw.normal(77, 120), "bias": draw.normal(77), "relu": True}
     if op == "linear_nll":
@@ -90,6 +96,8 @@ LARGE = (
     "gaussian_mask",
     "weighted_attention",
     "gaussian_attention",
+    "branched_attention",
+    "absorbed_attention",
     "linear",
     "linear_nll",
     "dropout",

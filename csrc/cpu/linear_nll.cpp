@@ -373,8 +373,10 @@ void backward(const LinearNllBackwardParams& p) {
     Tile<T>(p, vocabulary, counted);
 
     // dz of the tiles at hand [word][tile, token], their hidden states [tile, token] and their shares of d_bias
-    // [tile][word]. Every group passes once over the float32 sums, which weighs twice as much beside a narrow product.
-    const int64_t group = std::is_same_v<E, float> ? std::max<int64_t>(2, thread_count()) : std::max<int64_t>(4, 2 * thread_count());
+    // [tile][word]. Tiles are summed a few at a time, whatever the number of threads, in a pass over the float32 sums:
+    // that weighs twice as much beside a narrow product.
+    constexpr int64_t SUMMED = std::is_same_v<E, float> ? 2 : 4;
+    const int64_t group = round_up(thread_count() * SUMMED / 2, SUMMED);
     const int64_t at_hand = want_words ? std::min(tokens.tiles(), group) : tokens.tiles();
     const int64_t wide = round_up(p.D, W), tile_k = packed_k<T>(TOKENS);
     const int64_t dz_ld = at_hand * tile_k + PAD;
@@ -419,7 +421,10 @@ void backward(const LinearNllBackwardParams& p) {
             for (int64_t v = begin; v < begin + words; ++v) d_bias[static_cast<size_t>(v)] += share[slot * p.V + v];
         }
         if (p.d_weight == nullptr) return;
-        gemm(words, p.D, tiles * tile_k, dz + begin * dz_ld, dz_ld, 1, hidden, wide, d_weight + begin * p.D, p.D, first > 0);
+        for (int64_t slot = 0; slot < tiles; slot += SUMMED) {
+            gemm(words, p.D, std::min(SUMMED, tiles - slot) * tile_k, dz + begin * dz_ld + slot * tile_k, dz_ld, 1,
+                 hidden + slot * tile_k * wide, wide, d_weight + begin * p.D, p.D, first + slot > 0);
+        }
     };
     for (int64_t first = 0; first < tokens.tiles(); first += at_hand) {
         const int64_t tiles = std::min(at_hand, tokens.tiles() - first);
