@@ -142,11 +142,13 @@ def case_of(videos: int, sentences: int, frames: int, frame_dim: int, clips: int
 
     def published(workers: int) -> Callable[[], Callable[[], Batches]]:
         def make() -> Callable[[], Batches]:
-            options = {
-                "num_workers": workers,
-                "persistent_workers": workers > 0,
-            }  # forked once: it makes our pages costly
-            loader = DataLoader(PublishedDataset(prepared()), BATCH, collate_fn=collate, **options)
+            loader = DataLoader(
+                PublishedDataset(prepared()),
+                BATCH,
+                collate_fn=collate,
+                num_workers=workers,
+                persistent_workers=workers > 0,  # a fork each epoch would make every page of ours costly to write
+            )
             return lambda: ((batch["frames"], batch["ids"], batch["words"]) for batch in loader)
 
         return make
