@@ -242,12 +242,7 @@ class Attention {
     }
     // Its rows from `begin` on as a right operand.
     OperandRows<E> as_b(const Heads& t, int64_t begin, int64_t rows, E* buffer) const {
-        if constexpr (std::is_same_v<T, E>) {
-            return {row(t, begin), t.row};
-        } else {
-            pack_rows(rows, p_.d, row(t, begin), t.row, buffer, wide_);
-            return {buffer, wide_};
-        }
+        return right_rows(rows, p_.d, row(t, begin), t.row, buffer, wide_);
     }
     // A block of scores as a left operand whose rows are multiplied.
     OperandRows<E> packed_a(const float* scores, const Block& block) const {

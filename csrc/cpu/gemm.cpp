@@ -161,22 +161,21 @@ void rows_to_float(int64_t M, int64_t K, const T* src, int64_t ld, float* dst, i
 }
 
 #if defined(__AVX512BF16__)
-// Sixteen pairs from two vectors of bf16 values, the lower half from the first.
-inline Vec zip(Vec low, Vec high) {
-    const __m512i l = _mm512_cvtepu16_epi32(narrow(low, bf16{})), h = _mm512_cvtepu16_epi32(narrow(high, bf16{}));
-    return {_mm512_castsi512_ps(_mm512_or_si512(l, _mm512_slli_epi32(h, 16)))};
+// The bf16 values 0, 16, 1, 17, ... of a vector: pairs from its two halves.
+inline Vec zip_halves(__m512i halves) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves))};
 }
-inline Vec zip_bits(__m256i low, __m256i high) {
-    return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(low),
-                                                _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)))};
-}
+// Sixteen pairs of n elements of two rows, the lower half from the first; a null row is zeros.
 inline Vec zip_rows(const float* low, const float* high, int n) {
-    return zip(load_n(low, n), high == nullptr ? set1(0) : load_n(high, n));
+    const Vec upper = high == nullptr ? set1(0) : load_n(high, n);
+    return zip_halves((__m512i)_mm512_cvtne2ps_pbh(upper.v, load_n(low, n).v));
 }
 inline Vec zip_rows(const bf16* low, const bf16* high, int n) {
-    const __m256i zero = _mm256_setzero_si256();
-    return zip_bits(_mm256_maskz_loadu_epi16(first_n(n), low),
-                    high == nullptr ? zero : _mm256_maskz_loadu_epi16(first_n(n), high));
+    const __m256i upper = high == nullptr ? _mm256_setzero_si256() : _mm256_maskz_loadu_epi16(first_n(n), high);
+    const __m512i lower = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(first_n(n), low));
+    return zip_halves(_mm512_inserti64x4(lower, upper, 1));
 }
 // Pairs of neighbours along a row: up to 2 W elements from p.
 inline Vec row_pairs(const bf16* p, int64_t n) {
@@ -194,11 +193,13 @@ inline Vec row_pairs(const float* p, int64_t n) {
 template <class T>
 void rows_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, pair* dst, int64_t ldd) {
     for (int64_t k = 0; k < K; k += 2) {
-        const T* low = src + k * ld;
+        const T *low = src + k * ld, *high = k + 1 < K ? low + ld : nullptr;
         float* out = reinterpret_cast<float*>(dst + k / 2 * ldd);
-        for (int64_t n = 0; n < N; n += W) {
+        int64_t n = 0;
+        for (; high != nullptr && n + W <= N; n += W) store(out + n, zip_rows(low + n, high + n, W));
+        for (; n < N; n += W) {
             const int count = static_cast<int>(std::min<int64_t>(W, N - n));
-            store_tail(out + n, zip_rows(low + n, k + 1 < K ? low + ld + n : nullptr, count), count);
+            store_tail(out + n, zip_rows(low + n, high == nullptr ? nullptr : high + n, count), count);
         }
     }
 }

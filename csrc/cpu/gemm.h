@@ -134,4 +134,16 @@ inline OperandRows<Operand<T>> left_rows(int64_t M, int64_t K, const T* src, int
     }
 }
 
+// src[k * ld + n] as a right operand, or as a left one that is read transposed: where it lies if that is possible, else
+// packed into `buffer`.
+template <class T>
+inline OperandRows<Operand<T>> right_rows(int64_t K, int64_t N, const T* src, int64_t ld, Operand<T>* buffer, int64_t ldd) {
+    if constexpr (std::is_same_v<T, Operand<T>>) {
+        return {src, ld};
+    } else {
+        pack_rows(K, N, src, ld, buffer, ldd);
+        return {buffer, ldd};
+    }
+}
+
 }  // namespace cnm::CNM_ISA

@@ -86,9 +86,11 @@ struct Rows {
 
     // The cache lines of rows from `begin` on.
     void list(int64_t begin, int64_t rows, PrefetchList& lines) const {
-        for (int64_t r = 0; r < std::min(rows, count - begin); ++r) {
-            lines.add(row(begin + r), ld, 1, width);
-            if (positive != nullptr) lines.add(positive + at(begin + r) * positive_ld, positive_ld, 1, width);
+        rows = std::min(rows, count - begin);
+        const int64_t step = index == nullptr ? rows : 1;  // rows that lie one after the other
+        for (int64_t r = 0; r < rows; r += step) {
+            lines.add(row(begin + r), ld, step, width);
+            if (positive != nullptr) lines.add(positive + at(begin + r) * positive_ld, positive_ld, step, width);
         }
     }
     int64_t line_capacity(int64_t rows) const {
@@ -104,19 +106,30 @@ Prefetch spread(PrefetchList& list, int64_t M, int64_t N, int64_t K) {
     return list.finish(shift);
 }
 
-// The sums of rows of `from`, added to sums[width]. Sums of sums round less than one long sum.
-template <class T>
-void add_up_rows(const T* from, int64_t from_ld, int64_t rows, int64_t width, float* sums) {
+inline Vec add_element(const float* p, int64_t n, Vec sum) { return sum + load_tail(p, n); }
+#if defined(__AVX512BF16__)
+inline Vec add_element(const pair* p, int64_t n, Vec sum) {  // both of each pair, by products with one
+    const __m512i ones = _mm512_set1_epi16(0x3F80);
+    const Vec pairs = load_tail(reinterpret_cast<const float*>(p), n);
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)pairs.v, (__m512bh)ones)};
+}
+#endif
+
+// The sums of a right operand's rows, added to sums[width]. Sums of sums round less than one long sum.
+template <class E>
+void add_up_rows(const E* from, int64_t from_ld, int64_t rows, int64_t width, float* sums) {
     constexpr int NV = 8;  // vectors of a row at a time: lines are read whole
     for (int64_t first = 0; first < width; first += NV * W) {
         Vec even[NV], odd[NV];
         for (int v = 0; v < NV; ++v) even[v] = odd[v] = set1(0);
         const auto add = [&](int64_t r, Vec(&to)[NV]) {
-            const T* row = from + r * from_ld + first;
+            const E* row = from + r * from_ld + first;
             if (first + NV * W <= width) {
-                for (int v = 0; v < NV; ++v) to[v] += load(row + v * W);
+                for (int v = 0; v < NV; ++v) to[v] = add_element(row + v * W, W, to[v]);
             } else {
-                for (int v = 0; first + v * W < width; ++v) to[v] += load_tail(row + v * W, width - first - v * W);
+                for (int v = 0; first + v * W < width; ++v) {
+                    to[v] = add_element(row + v * W, width - first - v * W, to[v]);
+                }
             }
         };
         for (int64_t r = 0; r < rows; r += 2) {
@@ -330,7 +343,9 @@ void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g, const Rows
                 from_g = scratch.g;
                 g_ld = WIDE;
             }
-            if (column == 0) add_up_rows(from_g, g_ld, rows, height, bias);
+            // Both are right operands: the left one is read transposed.
+            const OperandRows<E> of_g = right_rows(rows, height, from_g, g_ld, scratch.packed_g, WIDE);
+            if (column == 0) add_up_rows(of_g.data, of_g.ld, packed_k<T>(rows), height, bias);
             if (p.d_weight == nullptr) continue;
             if (!x.in_place()) {
                 own_x.copy(begin, rows, scratch.x, WIDE);
@@ -341,15 +356,9 @@ void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g, const Rows
             own_g.list(begin + rows, std::min(SUMMED_ROWS, end - begin - rows), list);
             own_x.list(begin + rows, std::min(SUMMED_ROWS, end - begin - rows), list);
             Prefetch prefetch = spread(list, height, width, packed_k<T>(rows));
-            const bool old = begin > start;
-            if constexpr (FLOAT) {
-                gemm(height, width, rows, from_g, 1, g_ld, from_x, x_ld, sums, p.K, old, &prefetch);
-            } else {
-                pack_rows(rows, height, from_g, g_ld, scratch.packed_g, WIDE);
-                pack_rows(rows, width, from_x, x_ld, scratch.packed_x, WIDE);
-                gemm(height, width, packed_k<T>(rows), scratch.packed_g, 1, WIDE, scratch.packed_x, WIDE, sums, p.K, old,
-                     &prefetch);
-            }
+            const OperandRows<E> of_x = right_rows(rows, width, from_x, x_ld, scratch.packed_x, WIDE);
+            gemm(height, width, packed_k<T>(rows), of_g.data, 1, of_g.ld, of_x.data, of_x.ld, sums, p.K, begin > start,
+                 &prefetch);
         }
         for (int64_t m = 0; p.d_weight != nullptr && start >= end && m < height; ++m) {
             std::fill(sums + m * p.K, sums + m * p.K + width, 0.0f);

@@ -32,10 +32,13 @@ class PrefetchList {
 
     template <class T>
     void add(const T* first, int64_t ld, int64_t rows, int64_t width) {
-        for (int64_t i = 0; i < rows; ++i) {
+        const int64_t lines = (width * static_cast<int64_t>(sizeof(T)) + LINE - 1) / LINE;
+        const char** end = end_;
+        for (int64_t i = 0; i < rows; ++i, end += lines) {
             const char* row = reinterpret_cast<const char*>(first + i * ld);
-            for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += LINE) *end_++ = row + byte;
+            for (int64_t line = 0; line < lines; ++line) end[line] = row + line * LINE;
         }
+        end_ = end;
     }
     int64_t size() const { return end_ - begin_; }
 
