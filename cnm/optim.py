@@ -30,7 +30,8 @@ class Adam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update": 0})
-        self._sizes: dict[int, Tensor] = {}  # of each group's next step: rate, and what weight decay leaves
+        # Of each group's next step: its rate with both bias corrections, and what weight decay leaves.
+        self._sizes: dict[int, Tensor] = {}
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
@@ -56,28 +57,32 @@ class Adam(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            gradients = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 if parameter not in self.state:
                     self.state[parameter] = {
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
-            means = [self.state[parameter]["exp_avg"] for parameter in parameters]
-            squares = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
             (beta1, beta2), (rate, shrink) = group["betas"], self._sizes[id(group)].unbind()
-            torch._foreach_mul_(means, beta1)
-            torch._foreach_add_(means, gradients, alpha=1 - beta1)
-            torch._foreach_mul_(squares, beta2)
-            torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-            steps = torch._foreach_sqrt(squares)
-            torch._foreach_add_(steps, group["eps"])
-            torch._foreach_reciprocal_(steps)
-            torch._foreach_mul_(steps, means)
-            torch._foreach_mul_(steps, rate)
             if group["weight_decay"] != 0:
                 torch._foreach_mul_(parameters, shrink)
-            torch._foreach_sub_(parameters, steps)
+            # The rate holds the bias corrections: after infinitely many steps PyTorch's own are one.
+            forever = torch.full((), math.inf, device=rate.device)
+            torch._fused_adam_(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                [self.state[parameter]["exp_avg"] for parameter in parameters],
+                [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+                [],
+                [forever] * len(parameters),
+                lr=rate,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=0.0,
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
 
 
 def learning_rate(config: OptimizerConfig, updates: int) -> float:
