@@ -194,10 +194,8 @@ class MultiheadAttention(nn.Module):
         """(W_q x + b_q) . k = x . (W_q^T k) + b_q . k; W_o of the heads side by side = sum_h P_h (W_oh v_h)."""
         H = self.num_heads
         W_q, b_q = self.in_proj_weight.chunk(3)[0], self.in_proj_bias.chunk(3)[0].unflatten(0, (H, -1))
-        W_o, b_o = (
-            self.out_proj.weight.unflatten(1, (H, -1)).transpose(0, 1),
-            self.out_proj.bias / H,
-        )  # P's rows add up to 1
+        W_o = self.out_proj.weight.unflatten(1, (H, -1)).transpose(0, 1)
+        b_o = self.out_proj.bias / H  # of every key: P's rows add up to 1
         key, value = self._project_source(source, source.lengths).unbind(2)  # [B, Lk, H, d]
         absorbed = kernels.linear(key, W_q.unflatten(0, (H, -1)).mT, lengths=source.lengths)  # [B, Lk, H, D]
         output = kernels.linear(value, W_o, b_o.expand(H, -1), lengths=source.lengths)  # [B, Lk, H, D]

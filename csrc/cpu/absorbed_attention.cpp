@@ -28,7 +28,6 @@ class AbsorbedAttention {
    public:
     using E = Operand<T>;
     static constexpr bool PAIRED = std::is_same_v<E, pair>;
-    static constexpr bool DIRECT = std::is_same_v<T, float> || (std::is_same_v<T, bf16> && PAIRS_TO_BF16);
 
     // With a null `memory`, only counts the bytes it needs.
     AbsorbedAttention(const AbsorbedAttentionInputs& p, bool backward, void* memory)
@@ -38,7 +37,7 @@ class AbsorbedAttention {
           layout_(memory), write_(p.B * p.Lq * p.D) {
         scores_ = layout_.take<float>(block_rows_ * long_);
         packed_ = layout_.take<E>(block_rows_ * long_);
-        out_ = layout_.take<float>(DIRECT ? 0 : block_rows_ * wide_);
+        out_ = layout_.take<float>(DIRECT<T> ? 0 : block_rows_ * wide_);
         bias_ = layout_.take<float>(long_);
         weight_ = layout_.take<float>(long_);
         left_ = layout_.take<E>(block_rows_ * wide_);
@@ -154,7 +153,7 @@ class AbsorbedAttention {
             a = scores;
         }
         const int64_t K = packed_k<T>(columns_);
-        if constexpr (DIRECT) {
+        if constexpr (DIRECT<T>) {
             const ResultOf<T> to{row(out, 0, first), out.row, nullptr, 0, nullptr, 0, write_.streams()};
             gemm(rows, p_.D, K, a, long_, 1, b, wide_, to);
         } else {

@@ -51,7 +51,7 @@ class Attention {
         scores_ = layout_.take<float>(rows * long_);
         weighted_scores_ = branches.n == 1 ? scores_ : layout_.take<float>(rows * long_);
         packed_ = layout_.take<E>(rows * long_);
-        out_ = layout_.take<float>(rows * wide_);
+        out_ = layout_.take<float>(DIRECT<T> ? 0 : rows * wide_);
         weight_ = layout_.take<float>(branches.n * long_);
         query_ = layout_.take<E>(p.Lq * wide_);
         key_t_ = layout_.take<E>(wide_ * long_);
@@ -256,12 +256,12 @@ class Attention {
 
     // The block's rows of `out` = factors[2 r] a[rows, keys] b[keys, d]; null factors are ones.
     void multiply(OperandRows<E> a, OperandRows<E> b, const Block& block, const Heads& out, const float* factors) const {
-        if constexpr (std::is_same_v<T, float>) {
-            const Result to{row(out, block.begin), out.row, nullptr, 0, factors, 2, write_.streams(), &prefetch_};
-            gemm(block.rows, p_.d, block.keys, a.data, a.ld, 1, b.data, b.ld, to);
+        const int64_t K = packed_k<T>(block.keys);
+        if constexpr (DIRECT<T>) {
+            const ResultOf<T> to{row(out, block.begin), out.row, nullptr, 0, factors, 2, write_.streams(), &prefetch_};
+            gemm(block.rows, p_.d, K, a.data, a.ld, 1, b.data, b.ld, to);
         } else {
-            gemm(block.rows, p_.d, packed_k<T>(block.keys), a.data, a.ld, 1, b.data, b.ld, out_, wide_, false,
-                 &prefetch_);
+            gemm(block.rows, p_.d, K, a.data, a.ld, 1, b.data, b.ld, out_, wide_, false, &prefetch_);
             for (int64_t r = 0; r < block.rows; ++r) {
                 write_row(out, block.begin + r, out_ + r * wide_, factors == nullptr ? 1 : factors[2 * r]);
             }
@@ -280,21 +280,21 @@ class Attention {
             pack_rows(block.rows, block.keys, scores, long_, packed_, long_);
             a = packed_;
         }
+        const int64_t K = packed_k<T>(block.rows);
         const auto add = [&](int64_t from, int64_t to, bool old) {
             float* at = sums + from * wide_;
-            if constexpr (std::is_same_v<T, float>) {
-                const float* start = old ? at : nullptr;
-                const Result result = last ? Result{row(out, from), out.row, start, wide_, nullptr, 0, write_.streams(), &prefetch_}
-                                           : Result{at, wide_, start, wide_, nullptr, 0, false, &prefetch_};
-                gemm(to - from, p_.d, block.rows, a + from, 1, long_, b.data, b.ld, result);
-            } else {
-                gemm(to - from, p_.d, packed_k<T>(block.rows), a + from, 1, long_, b.data, b.ld, at, wide_, old,
-                     &prefetch_);
+            if constexpr (DIRECT<T>) {
+                if (last) {
+                    const ResultOf<T> result{row(out, from), out.row, old ? at : nullptr, wide_, nullptr, 0,
+                                             write_.streams(), &prefetch_};
+                    return gemm(to - from, p_.d, K, a + from, 1, long_, b.data, b.ld, result);
+                }
             }
+            gemm(to - from, p_.d, K, a + from, 1, long_, b.data, b.ld, at, wide_, old, &prefetch_);
         };
         if (begun > 0) add(0, begun, true);
         if (block.keys > begun) add(begun, block.keys, false);
-        if constexpr (!std::is_same_v<T, float>) {
+        if constexpr (!DIRECT<T>) {
             for (int64_t j = 0; last && j < block.keys; ++j) write_row(out, j, sums + j * wide_, 1);
         }
     }

@@ -34,6 +34,15 @@ inline Vec load_b_n(const pair* p, int n) { return {_mm512_maskz_loadu_ps(first_
 inline Vec multiply_add(Vec a, Vec b, Vec c, const pair*) {
     return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
 }
+// Two vectors that are neighbours, as one line.
+inline void put_two(bf16* p, Vec first, Vec second, bool streams) {
+    const __m512i line = (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v);
+    if (streams && reinterpret_cast<uintptr_t>(p) % 64 == 0) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(p), line);
+    } else {
+        _mm512_storeu_si512(p, line);
+    }
+}
 #endif
 
 // One tile, whose first row is row i of the result and whose first column is column j. `tail` is how many lanes of its
@@ -88,15 +97,20 @@ void tile(int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t l
     }
     CNM_UNROLL
     for (int i = 0; i < MR; ++i) {
-        CNM_UNROLL
-        for (int j = 0; j < NV; ++j) {
-            C* p = to.c + (row + i) * to.ldc + column + j * W;
-            if (!FULL && j + 1 == NV) {
-                store_n(p, sums[i][j], tail);
-            } else if (to.streams) {
-                stream(p, sums[i][j]);
-            } else {
-                store(p, sums[i][j]);
+        C* p = to.c + (row + i) * to.ldc + column;
+        if constexpr (FULL && NV % 2 == 0 && std::is_same_v<C, bf16>) {
+            CNM_UNROLL
+            for (int j = 0; j < NV; j += 2) put_two(p + j * W, sums[i][j], sums[i][j + 1], to.streams);
+        } else {
+            CNM_UNROLL
+            for (int j = 0; j < NV; ++j) {
+                if (!FULL && j + 1 == NV) {
+                    store_n(p + j * W, sums[i][j], tail);
+                } else if (to.streams) {
+                    stream(p + j * W, sums[i][j]);
+                } else {
+                    store(p + j * W, sums[i][j]);
+                }
             }
         }
     }

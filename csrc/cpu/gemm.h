@@ -40,6 +40,10 @@ struct pair {
 template <class T>
 using Operand = std::conditional_t<PAIRS && std::is_same_v<T, bf16>, pair, float>;
 
+// Whether products write results of element type T themselves; others pass through a float buffer.
+template <class T>
+constexpr bool DIRECT = std::is_same_v<T, float> || (std::is_same_v<T, bf16> && PAIRS_TO_BF16);
+
 // How many elements of Operand<T> hold K elements of T.
 template <class T>
 constexpr int64_t packed_k(int64_t K) {

@@ -189,8 +189,6 @@ template <class T, class S>
 void rows_times(int64_t G, int64_t columns, const Rows<T>& x, const RightOperands<T, S>& b, const float* bias, T* out,
                 bool relu) {
     using E = Operand<T>;
-    // Whether the product writes the result itself.
-    constexpr bool DIRECT = std::is_same_v<T, float> || (std::is_same_v<T, bf16> && PAIRS_TO_BF16);
     const int64_t depth = x.width / G, all_columns = G * columns;
     const Output<T> write(x.count * all_columns);
     const int64_t wide = round_up(columns, W) + PAD, deep = round_up(depth, W) + PAD;
@@ -205,9 +203,9 @@ void rows_times(int64_t G, int64_t columns, const Rows<T>& x, const RightOperand
 
         Scratch(void* memory, const Rows<T>& x, int64_t wide, int64_t deep, int64_t copy_ld, int64_t result_ld) {
             Layout layout(memory);
-            sums = layout.take<float>(DIRECT ? 0 : ROWS * wide);
+            sums = layout.take<float>(DIRECT<T> ? 0 : ROWS * wide);
             copy = layout.take<T>(x.in_place() ? 0 : ROWS * copy_ld);
-            result = layout.take<T>(DIRECT && x.index != nullptr ? ROWS * result_ld : 0);
+            result = layout.take<T>(DIRECT<T> && x.index != nullptr ? ROWS * result_ld : 0);
             packed = layout.take<E>(std::is_same_v<T, E> ? 0 : ROWS * deep);
             lines = layout.take<const char*>(x.line_capacity(ROWS));
             bytes = layout.bytes();
@@ -232,7 +230,7 @@ void rows_times(int64_t G, int64_t columns, const Rows<T>& x, const RightOperand
             const auto [a, lda] = left_rows(rows, depth, source + g * depth, source_ld, scratch.packed, deep);
             const E* right = b.data + g * b.group;
             const float* group_bias = bias == nullptr ? nullptr : bias + g * columns;
-            if constexpr (DIRECT) {
+            if constexpr (DIRECT<T>) {
                 T* to = x.index == nullptr ? out + begin * all_columns : scratch.result;
                 const int64_t ld = x.index == nullptr ? all_columns : result_ld;
                 const bool streams = x.index == nullptr && write.streams();
@@ -253,7 +251,7 @@ void rows_times(int64_t G, int64_t columns, const Rows<T>& x, const RightOperand
                 }
             }
         }
-        for (int64_t r = 0; DIRECT && x.index != nullptr && r < rows; ++r) {
+        for (int64_t r = 0; DIRECT<T> && x.index != nullptr && r < rows; ++r) {
             std::memcpy(out + x.index[begin + r] * all_columns, scratch.result + r * result_ld,
                         static_cast<size_t>(all_columns) * sizeof(T));
         }
