@@ -145,13 +145,7 @@ class AbsorbedAttention {
 
     // The block's rows of `out` = scores[rows, columns] b[columns, D].
     void multiply(const float* scores, const E* b, int64_t first, int64_t rows, const Heads& out) const {
-        const E* a;
-        if constexpr (PAIRED) {
-            pack_a(rows, columns_, scores, long_, packed_, long_);
-            a = packed_;
-        } else {
-            a = scores;
-        }
+        const E* a = left_rows(rows, columns_, scores, long_, packed_, long_).data;
         const int64_t K = packed_k<T>(columns_);
         if constexpr (DIRECT<T>) {
             const ResultOf<T> to{row(out, 0, first), out.row, nullptr, 0, nullptr, 0, write_.streams()};
@@ -164,22 +158,8 @@ class AbsorbedAttention {
 
     // sums[columns, D] = scores[rows, columns]^T t[the block's rows, D], added to what is there if `old`.
     void add_transposed(const float* scores, const Heads& t, int64_t first, int64_t rows, float* sums, bool old) const {
-        const E *a, *b;
-        int64_t ldb = wide_;
-        if constexpr (std::is_same_v<T, E>) {
-            a = scores;
-            b = row(t, 0, first);
-            ldb = t.row;
-        } else {
-            if constexpr (PAIRED) {
-                pack_rows(rows, columns_, scores, long_, packed_, long_);
-                a = packed_;
-            } else {
-                a = scores;
-            }
-            pack_rows(rows, p_.D, row(t, 0, first), t.row, right_, wide_);
-            b = right_;
-        }
+        const E* a = right_rows(rows, columns_, scores, long_, packed_, long_).data;
+        const auto [b, ldb] = right_rows(rows, p_.D, row(t, 0, first), t.row, right_, wide_);
         gemm(columns_, p_.D, packed_k<T>(rows), a, 1, long_, b, ldb, sums, wide_, old);
     }
 

@@ -246,12 +246,7 @@ class Attention {
     }
     // A block of scores as a left operand whose rows are multiplied.
     OperandRows<E> packed_a(const float* scores, const Block& block) const {
-        if constexpr (std::is_same_v<E, float>) {
-            return {scores, long_};
-        } else {
-            pack_a(block.rows, block.keys, scores, long_, packed_, long_);
-            return {packed_, long_};
-        }
+        return left_rows(block.rows, block.keys, scores, long_, packed_, long_);
     }
 
     // The block's rows of `out` = factors[2 r] a[rows, keys] b[keys, d]; null factors are ones.
@@ -273,13 +268,7 @@ class Attention {
     void add_transposed(const float* scores, const Heads& t, const Block& block, float* sums, const Heads& out,
                         int64_t begun, bool last) const {
         const OperandRows<E> b = as_b(t, block.begin, block.rows, rows_);
-        const E* a;
-        if constexpr (std::is_same_v<E, float>) {
-            a = scores;
-        } else {
-            pack_rows(block.rows, block.keys, scores, long_, packed_, long_);
-            a = packed_;
-        }
+        const E* a = right_rows(block.rows, block.keys, scores, long_, packed_, long_).data;
         const int64_t K = packed_k<T>(block.rows);
         const auto add = [&](int64_t from, int64_t to, bool old) {
             float* at = sums + from * wide_;

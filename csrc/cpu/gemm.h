@@ -125,12 +125,12 @@ inline bool lies_ready(int64_t K, const T* src, int64_t ld) {
 }
 
 // src[i * ld + k] as a left operand: where it lies if that is possible, else packed into `buffer`.
-template <class T>
-inline OperandRows<Operand<T>> left_rows(int64_t M, int64_t K, const T* src, int64_t ld, Operand<T>* buffer, int64_t ldd) {
-    if constexpr (std::is_same_v<T, Operand<T>>) {
+template <class E, class S>
+inline OperandRows<E> left_rows(int64_t M, int64_t K, const S* src, int64_t ld, E* buffer, int64_t ldd) {
+    if constexpr (std::is_same_v<S, E>) {
         return {src, ld};
     } else {
-        if constexpr (std::is_same_v<Operand<T>, pair>) {
+        if constexpr (std::is_same_v<S, bf16> && std::is_same_v<E, pair>) {
             if (lies_ready(K, src, ld)) return {as_pairs(src), ld / 2};
         }
         pack_a(M, K, src, ld, buffer, ldd);
@@ -140,9 +140,9 @@ inline OperandRows<Operand<T>> left_rows(int64_t M, int64_t K, const T* src, int
 
 // src[k * ld + n] as a right operand, or as a left one that is read transposed: where it lies if that is possible, else
 // packed into `buffer`.
-template <class T>
-inline OperandRows<Operand<T>> right_rows(int64_t K, int64_t N, const T* src, int64_t ld, Operand<T>* buffer, int64_t ldd) {
-    if constexpr (std::is_same_v<T, Operand<T>>) {
+template <class E, class S>
+inline OperandRows<E> right_rows(int64_t K, int64_t N, const S* src, int64_t ld, E* buffer, int64_t ldd) {
+    if constexpr (std::is_same_v<S, E>) {
         return {src, ld};
     } else {
         pack_rows(K, N, src, ld, buffer, ldd);

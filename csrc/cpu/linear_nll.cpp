@@ -134,13 +134,7 @@ class Tile {
     // sums[token] += sum over the block's words of z[word][token] W[word]
     void add_words(int64_t begin, const float* z) const {
         const int64_t words = words_from(p_, begin);
-        const E* a;
-        if constexpr (std::is_same_v<E, float>) {
-            a = z;
-        } else {
-            pack_rows(words, TOKENS, z, TOKENS, packed_, TOKENS);
-            a = packed_;
-        }
+        const E* a = right_rows(words, TOKENS, z, TOKENS, packed_, TOKENS).data;
         gemm(size, p_.D, packed_k<T>(words), a, 1, TOKENS,
              vocabulary_.summed + packed_k<T>(begin) * vocabulary_.summed_ld, vocabulary_.summed_ld, sums, wide_, true);
     }
