@@ -70,7 +70,7 @@ class Adam(torch.optim.Optimizer):
             forever = torch.full((), math.inf, device=rate.device)
             torch._fused_adam_(
                 parameters,
-                [parameter.grad for parameter in parameters],
+                [_laid_out_like(parameter, parameter.grad) for parameter in parameters],
                 [self.state[parameter]["exp_avg"] for parameter in parameters],
                 [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
                 [],
@@ -83,6 +83,13 @@ class Adam(torch.optim.Optimizer):
                 amsgrad=False,
                 maximize=False,
             )
+
+
+def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the parameter's order of memory: the fused kernel takes both as they lie and never asks."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def learning_rate(config: OptimizerConfig, updates: int) -> float:
