@@ -123,8 +123,11 @@ def linear(
         return (torch.stack(rows),)
     if weight.dim() == 3:
         biases = [None] * len(weight) if bias is None else list(bias)
-        groups = zip(x.unbind(-2), weight, biases, strict=True)
-        return (torch.stack([linear(*group, relu)[0] for group in groups], -2),)
+        groups = [linear(*group, relu)[0] for group in zip(x.unbind(-2), weight, biases, strict=True)]
+        if not groups:  # nothing, of the right shape and with a gradient to each
+            nothing = x.sum(-1, keepdim=True) * weight.sum(-1)
+            return (nothing if bias is None else nothing + bias,)
+        return (torch.stack(groups, -2),)
     out = torch.einsum("...k,mk->...m", x, weight.to(x.dtype))
     if bias is not None:
         out = out + bias.to(x.dtype)

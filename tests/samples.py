@@ -392,6 +392,9 @@ SAMPLES: dict[str, dict[str, Builder]] = {
         "groups-lengths": lambda draw: _padded(grouped_layer(draw, 3, 9, 4, 64, M=33), draw.lengths(4, 9, 0)),
         "groups-strided": lambda draw: strided(grouped_layer(draw, 3, 2, 8, M=7)),
         "one-group": lambda draw: grouped_layer(draw, 6, 1, 8, M=7),
+        "no-groups": lambda draw: grouped_layer(draw, 6, 0, 8, M=7),
+        "no-groups-lengths": lambda draw: _padded(grouped_layer(draw, 3, 9, 0, 8, M=5), draw.lengths(4, 9, 0)),
+        "groups-of-nothing": lambda draw: grouped_layer(draw, 3, 2, 0, M=5),
     },
     "linear_nll": {
         "plain": lambda draw: vocabulary(draw, 3, 5, 8, 11),

@@ -186,10 +186,10 @@ struct RightOperands {
 
 // out[N, G, columns] = x[N, G, depth] b[G][depth, columns] + bias: y from W^T, d_x from W.
 template <class T, class S>
-void rows_times(int64_t G, int64_t columns, const Rows<T>& x, const RightOperands<T, S>& b, const float* bias, T* out,
-                bool relu) {
+void rows_times(int64_t G, int64_t depth, int64_t columns, const Rows<T>& x, const RightOperands<T, S>& b,
+                const float* bias, T* out, bool relu) {
     using E = Operand<T>;
-    const int64_t depth = x.width / G, all_columns = G * columns;
+    const int64_t all_columns = G * columns;
     const Output<T> write(x.count * all_columns);
     const int64_t wide = round_up(columns, W) + PAD, deep = round_up(depth, W) + PAD;
     const int64_t copy_ld = round_up(x.width, W) + PAD, result_ld = round_up(all_columns, W) + PAD;
@@ -279,7 +279,7 @@ void forward(const LinearParams& p) {
     const RightOperands<T, S> weight(p.G, p.K, p.M, static_cast<const S*>(p.weight), p.weight_group, p.weight_column,
                                      p.weight_row);
     const RowList rows(p);
-    rows_times<T, S>(p.G, p.M, rows_of_x<T>(p, rows), weight, p.bias, static_cast<T*>(p.out), p.relu);
+    rows_times<T, S>(p.G, p.K, p.M, rows_of_x<T>(p, rows), weight, p.bias, static_cast<T*>(p.out), p.relu);
     clear_padding(p, static_cast<T*>(p.out), p.G * p.M);
 }
 
@@ -385,7 +385,7 @@ void backward(const LinearBackwardParams& p) {
     if (p.d_x != nullptr) {
         const RightOperands<T, S> weight(p.G, p.M, p.K, static_cast<const S*>(p.weight), p.weight_group, p.weight_row,
                                          p.weight_column);
-        rows_times<T, S>(p.G, p.K, g, weight, nullptr, static_cast<T*>(p.d_x), false);
+        rows_times<T, S>(p.G, p.M, p.K, g, weight, nullptr, static_cast<T*>(p.d_x), false);
         clear_padding(p, static_cast<T*>(p.d_x), p.G * p.K);
     }
     if (p.d_weight != nullptr || p.d_bias != nullptr) weight_gradient<T, S>(p, g, rows_of_x<T>(p, rows));
