@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import gpu, machine, measure, report
 from benchmarks.registry import tables
-from cnm.memory import keep_freed_memory
+from cnm.training.memory import keep_freed_memory
 
 FORMAT = 1  # of the result file
 

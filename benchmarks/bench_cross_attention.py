@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks import rivals
 from benchmarks.op_case import Inputs, normal_like, op_case
 from benchmarks.registry import Case, Contender, Table
-from cnm.layers import MultiheadAttention, Source
+from cnm.models.layers import MultiheadAttention, Source
 from cnm_kernels.constants import KEY_WEIGHT_EPS
 
 PARAMETERS = ("in_proj_weight", "in_proj_bias", "out_weight", "out_bias")

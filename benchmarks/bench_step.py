@@ -23,8 +23,8 @@ from benchmarks.registry import OURS, Case, Contender, Goal, Refused, Table
 from cnm import CNM, configs
 from cnm.config import CNMConfig
 from cnm.data.batch import Batch
-from cnm.model import PRECISIONS
-from cnm.step import STEPS
+from cnm.models.cnm import PRECISIONS
+from cnm.training.step import STEPS
 from cnm_kernels.constants import KEY_WEIGHT_EPS, LABEL_SMOOTHING
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # where the published formulation is written down

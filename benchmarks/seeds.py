@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from cnm import configs
-from cnm.trainer import Trainer
+from cnm.training.trainer import Trainer
 
 WAYS = {
     "published, float32": ("published", "float32"),

@@ -2,7 +2,7 @@
 
 from cnm.config import CNMConfig
 from cnm.errors import InputError
-from cnm.model import CNM
-from cnm.step import LeanStep, PublishedStep
+from cnm.models.cnm import CNM
+from cnm.training.step import LeanStep, PublishedStep
 
 __all__ = ["CNM", "CNMConfig", "InputError", "LeanStep", "PublishedStep"]

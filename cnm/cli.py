@@ -24,9 +24,9 @@ from cnm.errors import InputError
 from cnm.evaluation import check_vocabulary, evaluate
 from cnm.files import replace_file
 from cnm.localization import Found, localize_query, picture
-from cnm.model import CNM, PRECISIONS
-from cnm.run_folder import RunFolder
-from cnm.trainer import Interrupted, Result, Trainer
+from cnm.models.cnm import CNM, PRECISIONS
+from cnm.training.run_folder import RunFolder
+from cnm.training.trainer import Interrupted, Result, Trainer
 from cnm_kernels import BackendUnavailable, registry
 
 ALL_WORDS = 1_000_000  # more than any vocabulary file counts

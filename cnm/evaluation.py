@@ -12,7 +12,7 @@ from cnm import metrics
 from cnm.data import Split
 from cnm.distributed import Group
 from cnm.errors import InputError
-from cnm.model import CNM
+from cnm.models.cnm import CNM
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from cnm import metrics, plot
 from cnm.data import Vocabulary
 from cnm.errors import InputError
-from cnm.model import CNM
+from cnm.models.cnm import CNM
 
 
 @dataclass(frozen=True)

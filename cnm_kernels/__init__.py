@@ -1,11 +1,11 @@
 """Fused kernels for weakly supervised video moment localization, behind one API.
 
 Each op runs on the best backend the machine offers and can be checked against a plain PyTorch reference
-(``cnm_kernels.torch_backend``); ``python -m cnm_kernels`` prints what runs where.
+(``cnm_kernels.reference``); ``python -m cnm_kernels`` prints what runs where.
 """
 
 from cnm_kernels import registry
-from cnm_kernels.accelerate import accelerate, accelerate_losses, restore
+from cnm_kernels.drop_in.accelerate import accelerate, accelerate_losses, restore
 from cnm_kernels.ops import (
     absorbed_attention,
     branched_attention,

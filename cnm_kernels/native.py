@@ -1,7 +1,7 @@
 """The C++ backend: loads the compiled modules, for CPUs and for NVIDIA GPUs, and hands each op to them.
 
 The modules register the operators ``cnm_kernels::<op>`` and ``cnm_kernels::<op>_backward`` with PyTorch; the files of
-``formulas`` add what only Python can: fake kernels, which tell ``torch.compile`` the shapes, and the autograd formula.
+``autograd`` add what only Python can: fake kernels, which tell ``torch.compile`` the shapes, and the autograd formula.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cnm_kernels import formulas, registry
+from cnm_kernels import autograd, registry
 
 ISA_VARIABLE = "CNM_KERNELS_CPU_ISA"  # forces a lower instruction set: portable, avx2, avx512, avx512bf16, amx
 
@@ -73,14 +73,14 @@ def keeps_expected(hidden: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 if "cpu" not in LOAD_ERRORS:
-    gaussian_mask = formulas.gaussian_mask.bind("cnm_kernels")
-    weighted_attention, gaussian_attention = formulas.attention.bind("cnm_kernels")
-    absorbed_attention = formulas.absorbed_attention.bind("cnm_kernels")
-    linear = formulas.linear.bind("cnm_kernels")
-    intra_video_contrastive_loss = formulas.intra_video_contrastive_loss.bind("cnm_kernels")
-    linear_nll, contrastive_reconstruction_loss = formulas.linear_nll.bind(
+    gaussian_mask = autograd.gaussian_mask.bind("cnm_kernels")
+    weighted_attention, gaussian_attention = autograd.attention.bind("cnm_kernels")
+    absorbed_attention = autograd.absorbed_attention.bind("cnm_kernels")
+    linear = autograd.linear.bind("cnm_kernels")
+    intra_video_contrastive_loss = autograd.intra_video_contrastive_loss.bind("cnm_kernels")
+    linear_nll, contrastive_reconstruction_loss = autograd.linear_nll.bind(
         "cnm_kernels", intra_video_contrastive_loss, keeps_expected
     )
-    dropout = formulas.dropout.bind("cnm_kernels")
-    dropout_add_layer_norm = formulas.dropout_add_layer_norm.bind("cnm_kernels")
-    branched_attention = formulas.branched_attention.bind("cnm_kernels")
+    dropout = autograd.dropout.bind("cnm_kernels")
+    dropout_add_layer_norm = autograd.dropout_add_layer_norm.bind("cnm_kernels")
+    branched_attention = autograd.branched_attention.bind("cnm_kernels")

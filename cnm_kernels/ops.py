@@ -19,10 +19,10 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from cnm_kernels import registry, torch_backend
+from cnm_kernels import reference, registry
+from cnm_kernels.autograd.attention import unpack
 from cnm_kernels.checks import Arguments
 from cnm_kernels.constants import BETA_1, BETA_2, LABEL_SMOOTHING, LAYER_NORM_EPS, MIN_PROPOSAL_WIDTH, MIN_WIDTH
-from cnm_kernels.formulas.attention import unpack
 
 
 def _run(op: str, tensor: Tensor, *arguments: Any) -> Any:
@@ -100,7 +100,7 @@ def gaussian_mask(
         raise ValueError(f"gaussian_mask: sigma must be a finite number above 0, got {sigma}")
     _check_gaussian(check, sigma**2 / 2, min_width)
     arguments = (center, width, length, sigma**2 / 2, min_width, complement)
-    return _outside_autocast(torch_backend.normalized_gaussian_mask, center, *arguments)
+    return _outside_autocast(reference.normalized_gaussian_mask, center, *arguments)
 
 
 def negative_gaussian_masks(
@@ -527,7 +527,7 @@ def dropout(x: Tensor, p: float, *, seed: int | Tensor, offset: int = 0) -> Tens
     """Dropout whose mask depends on (seed, offset, element index) alone: the same on every backend and device.
 
     Each element is dropped with probability p (to the nearest 1/65,536), the rest scaled to keep the expectation.
-    The mask is drawn from Philox4x32-10; ``torch_backend.keep_mask`` states which bits decide which element.
+    The mask is drawn from Philox4x32-10; ``reference.keep_mask`` states which bits decide which element.
 
     Args:
         x: any shape; elements count in row-major order whatever the strides.

@@ -3,7 +3,7 @@
 A backend is a module of this package that declares, as module constants,
 
 * ``OPS``: by device type, names of the ops it implements there; each is a function of that name with the signature of
-  ``torch_backend``'s,
+  ``reference``'s,
 * ``LOAD_ERRORS``: by device type, why nothing of it can run there in this process,
 * ``DTYPES``: floating dtypes it takes,
 * ``BY_NAME_ONLY``, if it should never run unless asked for by name.
@@ -29,7 +29,7 @@ from torch import Tensor
 BACKENDS = {
     "native": "native",
     "triton": "triton",
-    "torch": "torch_backend",
+    "torch": "reference",
 }  # in order of preference: module
 OPS = (
     "gaussian_mask",

@@ -14,8 +14,8 @@ if not torch.cuda.is_available():  # Triton's kernels then run too, on the CPU; 
 import pytest
 from hypothesis import settings
 
-sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks; last, so that installed packages are what is tested
-sys.path.append(str(Path(__file__).parent / "cuda_emulation"))
+# For tools, the emulation and benchmarks; last, so that installed packages are what is tested.
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tools", "tests/cuda_emulation", "")]
 
 import emulated_backend
 

@@ -1,4 +1,4 @@
-"""The published model and training step, written down plainly: the oracle of ``cnm.CNM`` and ``cnm.step``.
+"""The published model and training step, written down plainly: the oracle of ``cnm.CNM`` and ``cnm.training.step``.
 
 Ordinary PyTorch and nothing of this project. It spends what the published formulation spends (three branches one after
 the other, every mask and score matrix in memory), so that it is also what the benchmarks call "published".

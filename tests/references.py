@@ -1,4 +1,4 @@
-"""Every op by a second formula, independent of ``torch_backend``: what the tests believe.
+"""Every op by a second formula, independent of ``reference``: what the tests believe.
 
 Each takes the public function's arguments and is differentiated by autograd; it computes in the dtype it is given.
 """

@@ -1,4 +1,4 @@
-"""A sample of ``tests/fuzz.py``; the script runs 100,000 cases."""
+"""A sample of ``tools/fuzz.py``; the script runs 100,000 cases."""
 
 from __future__ import annotations
 

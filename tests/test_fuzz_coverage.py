@@ -1,4 +1,4 @@
-"""A sample of ``tests/fuzz_coverage.py``; the script runs 700,000 cases."""
+"""A sample of ``tools/fuzz_coverage.py``; the script runs 700,000 cases."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cnm_kernels import formulas, registry
+from cnm_kernels import autograd, registry
 
 NAMESPACE = "cnm_kernels_triton"
 _FILES = (
@@ -77,12 +77,12 @@ if not LOAD_ERRORS:
     _define_operators()
     from cnm_kernels.triton.linear_nll import keeps_expected
 
-    gaussian_mask = formulas.gaussian_mask.bind(NAMESPACE)
-    weighted_attention, gaussian_attention = formulas.attention.bind(NAMESPACE)
-    branched_attention = formulas.branched_attention.bind(NAMESPACE)
-    intra_video_contrastive_loss = formulas.intra_video_contrastive_loss.bind(NAMESPACE)
-    linear_nll, contrastive_reconstruction_loss = formulas.linear_nll.bind(
+    gaussian_mask = autograd.gaussian_mask.bind(NAMESPACE)
+    weighted_attention, gaussian_attention = autograd.attention.bind(NAMESPACE)
+    branched_attention = autograd.branched_attention.bind(NAMESPACE)
+    intra_video_contrastive_loss = autograd.intra_video_contrastive_loss.bind(NAMESPACE)
+    linear_nll, contrastive_reconstruction_loss = autograd.linear_nll.bind(
         NAMESPACE, intra_video_contrastive_loss, keeps_expected
     )
-    dropout = formulas.dropout.bind(NAMESPACE)
-    dropout_add_layer_norm = formulas.dropout_add_layer_norm.bind(NAMESPACE)
+    dropout = autograd.dropout.bind(NAMESPACE)
+    dropout_add_layer_norm = autograd.dropout_add_layer_norm.bind(NAMESPACE)

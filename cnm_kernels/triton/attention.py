@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cnm_kernels.formulas.attention import heads_last, operand_gradients, sizes, unpack
+from cnm_kernels.autograd.attention import heads_last, operand_gradients, sizes, unpack
 from cnm_kernels.triton import attention_blocked
 from cnm_kernels.triton.attention_tiles import (
     gradient_views,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cnm_kernels.formulas.attention import unpack
+from cnm_kernels.autograd.attention import unpack
 from cnm_kernels.triton.common import narrow
 
 

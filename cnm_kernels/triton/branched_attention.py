@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cnm_kernels.formulas.attention import operand_gradients, sizes, unpack
-from cnm_kernels.formulas.branched_attention import out_like
+from cnm_kernels.autograd.attention import operand_gradients, sizes, unpack
+from cnm_kernels.autograd.branched_attention import out_like
 from cnm_kernels.triton import attention_blocked
 from cnm_kernels.triton.attention import fits, launch_backward, launch_forward
 from cnm_kernels.triton.attention_tiles import gradient_views

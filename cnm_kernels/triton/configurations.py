@@ -3,7 +3,7 @@
 ``python -m cnm_kernels.triton.autotune`` times others on the GPU at hand and keeps the best in the user's cache folder,
 from where they are read. Nothing is ever tuned while a model runs.
 
-Chosen from the register and shared memory tables that ``tests/test_triton_compile.py`` checks (no spills on sm_80,
+Chosen from the register and shared memory tables that ``tests/ops/test_triton_compile.py`` checks (no spills on sm_80,
 sm_90 and sm_100, by Triton 3.8 and 3.9), not yet timed on a GPU.
 """
 

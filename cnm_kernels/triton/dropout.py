@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cnm_kernels.constants import DROPOUT_LEVELS
-from cnm_kernels.torch_backend import dropout_threshold
+from cnm_kernels.reference import dropout_threshold
 from cnm_kernels.triton.common import narrow
 from cnm_kernels.triton.philox import keep_groups
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cnm_kernels.torch_backend import dropout_threshold
+from cnm_kernels.reference import dropout_threshold
 from cnm_kernels.triton.common import floats, narrow
 from cnm_kernels.triton.dropout import kept_scale
 from cnm_kernels.triton.philox import keep_elements, keep_groups

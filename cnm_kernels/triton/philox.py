@@ -1,4 +1,4 @@
-"""Dropout masks from Philox4x32-10: the bits that ``torch_backend.keep_mask`` states, drawn in registers."""
+"""Dropout masks from Philox4x32-10: the bits that ``reference.keep_mask`` states, drawn in registers."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from emulation_build import COMPILER, build
 
-from cnm_kernels import formulas, native
+from cnm_kernels import autograd, native
 
 NAME = "cuda_emulation"
 NAMESPACE = "cnm_kernels_emulated"
@@ -24,15 +24,15 @@ else:
     machine = ctypes.CDLL(str(library))
     machine.emulator_set_seed.argtypes = [ctypes.c_uint64]
     machine.emulator_set_shared_bytes.argtypes = [ctypes.c_int64]
-    gaussian_mask = formulas.gaussian_mask.bind(NAMESPACE)
-    weighted_attention, gaussian_attention = formulas.attention.bind(NAMESPACE)
-    branched_attention = formulas.branched_attention.bind(NAMESPACE)
-    intra_video_contrastive_loss = formulas.intra_video_contrastive_loss.bind(NAMESPACE)
-    linear_nll, contrastive_reconstruction_loss = formulas.linear_nll.bind(
+    gaussian_mask = autograd.gaussian_mask.bind(NAMESPACE)
+    weighted_attention, gaussian_attention = autograd.attention.bind(NAMESPACE)
+    branched_attention = autograd.branched_attention.bind(NAMESPACE)
+    intra_video_contrastive_loss = autograd.intra_video_contrastive_loss.bind(NAMESPACE)
+    linear_nll, contrastive_reconstruction_loss = autograd.linear_nll.bind(
         NAMESPACE, intra_video_contrastive_loss, lambda *_: True
     )
-    dropout = formulas.dropout.bind(NAMESPACE)
-    dropout_add_layer_norm = formulas.dropout_add_layer_norm.bind(NAMESPACE)
+    dropout = autograd.dropout.bind(NAMESPACE)
+    dropout_add_layer_norm = autograd.dropout_add_layer_norm.bind(NAMESPACE)
 
 
 def seed(number: int) -> None:

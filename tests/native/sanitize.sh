@@ -15,6 +15,6 @@ CNM_KERNELS_NATIVE=1 CXXFLAGS="$sanitizers" LDFLAGS="$sanitizers" "$python" setu
 export ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}  # Python itself leaks
 export LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so)"
 "$python" -m pytest -q -p no:cacheprovider -k "native and not compiles" "$@" \
-    tests/test_native_isa.py tests/test_every_op.py tests/test_gaussian_mask.py tests/test_dropout.py \
-    tests/test_dropout_add_layer_norm.py tests/test_intra_video_contrastive_loss.py tests/test_weighted_attention.py \
-    tests/test_gaussian_attention.py tests/test_linear_nll.py tests/test_contrastive_reconstruction_loss.py
+    tests/ops/test_native_isa.py tests/ops/test_every_op.py tests/ops/test_gaussian_mask.py tests/ops/test_dropout.py \
+    tests/ops/test_dropout_add_layer_norm.py tests/ops/test_intra_video_contrastive_loss.py tests/ops/test_weighted_attention.py \
+    tests/ops/test_gaussian_attention.py tests/ops/test_linear_nll.py tests/ops/test_contrastive_reconstruction_loss.py

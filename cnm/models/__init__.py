@@ -1,0 +1,1 @@
+"""The models, and the layers they share."""

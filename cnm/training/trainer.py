@@ -1,0 +1,498 @@
+"""Training runs: epochs, evaluation, checkpoints, interruption and bit-exact resume."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from cnm import checkpoint, metrics, plot
+from cnm.config import CNMConfig
+from cnm.data import Batch, BatchLoader, Split, open_split
+from cnm.distributed import Group
+from cnm.errors import InputError
+from cnm.evaluation import Evaluation, check_vocabulary, evaluate
+from cnm.files import replace_file
+from cnm.models.cnm import CNM, PRECISIONS, sample_masked_words
+from cnm.training.cuda_graph import GraphedStep
+from cnm.training.memory import keep_freed_memory
+from cnm.training.progress import Progress
+from cnm.training.run_folder import RunFolder
+from cnm.training.step import STEPS
+
+LOG_EVERY = 20  # updates per metrics row; only then does the host wait for the device
+SAVE_SECONDS = 300.0  # between two checkpoints within an epoch
+PICTURED_SENTENCES = 6  # of the test split, in the picture refreshed after each epoch
+RESUMABLE_CHANGES = {"train.max_num_epochs", "train.model_saved_path", "dataset.cache_path"}  # need no new run
+
+
+class Interrupted(Exception):
+    """A signal ended the run after its state was saved."""
+
+    def __init__(self, signum: int, saved: Path) -> None:
+        super().__init__(f"interrupted; continue with --resume {saved.parent}")
+        self.signum = signum
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ends with: scores of the chosen checkpoint on the test split, and what needs no video.
+
+    Attributes:
+        checkpoint: the file that was scored.
+        epoch: its epoch, counted from 1.
+        scores: keyed by ``cnm.metrics.SCORES``.
+        baselines: scores by name of the baseline.
+    """
+
+    checkpoint: Path
+    epoch: int
+    scores: dict[str, float]
+    baselines: dict[str, dict[str, float]]
+
+
+class Trainer:
+    """One training run in one folder.
+
+    The best checkpoint is chosen on a validation split that is not the test split. Where there is none (the published
+    Charades-STA files validate on the test file) nothing is chosen: the last epoch is the result.
+
+    Args:
+        config: what to train; with ``resume`` None means as stored, and only ``RESUMABLE_CHANGES`` may differ.
+        folder: where the run's files go: a new folder, or with ``resume`` the run to continue.
+        device: where to train.
+        precision: of activations, "float32" or "bf16"; parameters, their gradients, optimizer states, losses and
+            statistics are float32 either way. None: as the resumed run; a new one computes in float32.
+        step: one of ``cnm.training.step.STEPS``. None: as the resumed run, or lean.
+        skip_nonfinite: leave out updates whose loss or gradients are not finite, and count them in the metrics, instead
+            of ending the run. On GPUs this waits for every update and uses no CUDA graph.
+        log_every: updates per metrics row.
+        quiet: show no progress.
+        group: processes that train together, see ``cnm.distributed``; each makes a trainer, process 0's writes.
+
+    Raises:
+        InputError: a file or value is wrong; nothing has been written then.
+    """
+
+    def __init__(
+        self,
+        config: CNMConfig | None,
+        folder: str | Path,
+        *,
+        resume: bool = False,
+        device: torch.device | str = "cpu",
+        precision: str | None = None,
+        step: str | None = None,
+        skip_nonfinite: bool = False,
+        log_every: int = LOG_EVERY,
+        quiet: bool = False,
+        group: Group | None = None,
+    ) -> None:
+        self.group = group
+        self.writes = group is None or group.rank == 0
+        quiet = quiet or not self.writes
+        self.run = RunFolder(folder)
+        self.device = torch.device(device)
+        self.log_every = log_every
+        self.quiet = quiet
+        self.saved: dict[str, Any] | None = None
+        if resume:
+            self.run.check_resumable()
+            self.saved = checkpoint.load(self.run.last)
+            if "training" not in self.saved or "vocabulary" not in self.saved:
+                raise InputError(f"{self.run.last}: holds a model alone, not the state of a run; it cannot be resumed")
+            stored = CNMConfig.from_json(self.saved["config"])
+            config = stored if config is None else _resumed_config(stored, config)
+        elif config is None:
+            raise TypeError("Trainer: config is needed for a new run")
+        elif self.writes:
+            self.run.check_new()
+
+        self.options = {
+            "precision": self._choice("precision", precision, "float32", PRECISIONS),
+            "step": self._choice("step", step, "lean", STEPS),
+        }
+
+        progress = not quiet
+        compute_dtype = PRECISIONS[self.options["precision"]]
+        self.dtype = compute_dtype or torch.float32  # of the frames that are read
+        self.train_split = open_split(config.dataset, "train", progress=progress, dtype=self.dtype)
+        self.test_split = open_split(config.dataset, "test", progress=progress, dtype=self.dtype)
+        self.val_split = self._open_val(config, progress)
+        self.chooses_best = self.val_split is not None and self.val_split is not self.test_split
+
+        self.config = config if resume else _with_vocabulary_size(config, len(self.train_split.vocabulary))
+        train = self.config.train
+        torch.manual_seed(train.seed)
+        self.model = CNM(self.config).to(self.device)
+        self.model.compute_dtype = compute_dtype
+        self.step = STEPS[self.options["step"]](self.model, self.config)
+        self.step.group = group
+        self.model.seed_shift = 0 if group is None else group.rank
+        self.step.skip_nonfinite = skip_nonfinite
+        graphs = self.device.type == "cuda" and group is None and not skip_nonfinite
+        self.run_step = GraphedStep(self.step) if graphs else self.step
+        part = None if group is None else group.rows
+        self.loader = BatchLoader(self.train_split, train.batch_size, shuffle=True, seed=train.seed, part=part)
+        self.epoch = 0  # the one under way, counted from 0
+        self.batch = 0  # batches of it that are done; all of them: its evaluation is due
+        self.seconds = 0.0  # of training so far
+        self.best: dict[str, Any] = {}  # epoch and score of best.pt
+        self.rows = 0  # in metrics.jsonl
+        self.metric_names: list[str] = []
+        self.pending: list[torch.Tensor] = []  # metrics of updates since the last row
+        self.stop: int | None = None  # the signal that asked to stop
+        if self.saved is not None:
+            self._restore(self.saved)
+
+    def _choice(self, name: str, wanted: str | None, default: str, known: Collection[str]) -> str:
+        """What was asked for, or what the resumed run had: a continuation bit for bit allows no other."""
+        if wanted is not None and wanted not in known:
+            raise InputError(f"{name} {wanted!r}: unknown; choose one of {', '.join(known)}")
+        if self.saved is None:
+            return wanted or default
+        stored = str(self.saved["training"].get("options", {}).get(name, default))
+        if wanted not in (None, stored):
+            raise InputError(
+                f"{self.run.path}: was trained with {name} {stored}, not {wanted}; leave the option out, or start a "
+                f"new run"
+            )
+        return stored
+
+    @property
+    def splits(self) -> list[Split]:
+        """The splits in use, each once."""
+        splits = [self.train_split, self.test_split]
+        return splits if not self.chooses_best or self.val_split is None else [splits[0], self.val_split, splits[1]]
+
+    def train(self) -> Result:
+        """Trains to the last epoch and scores the result on the test split.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the run is saved. A second signal raises KeyboardInterrupt at once.
+            InputError: a checkpoint or metrics row could not be written, or the loss is no longer finite.
+        """
+        epochs = self.config.train.max_num_epochs
+        keep_freed_memory()
+        if self.saved is None and self.writes:
+            self.run.create(self.config)
+        with self._locked():
+            if self.saved is not None:
+                if self.writes:
+                    self.run.clean()
+                    self.run.keep_rows(self.rows)
+                    self.run.write_config(self.config)
+                self._restore_random_state(self.saved["training"]["random"])
+                self.saved = None
+            self.progress = Progress(epochs * len(self.loader), self.step.num_updates, quiet=self.quiet)
+            self.events = _event_writer(self.run.events, self.step.num_updates) if self.writes else None
+            self.last_save = time.monotonic()
+            if self.group is not None:
+                self.group.share_parameters(self.model)
+            try:
+                with self._signals():
+                    while self.epoch < epochs:
+                        self._train_epoch()
+                        self._finish_epoch()
+                    return self._result()
+            finally:
+                self.progress.close()
+                if self.events is not None:
+                    self.events.close()
+
+    def _train_epoch(self) -> None:
+        self.model.train()
+        name = f"epoch {self.epoch + 1}/{self.config.train.max_num_epochs}"
+        self.row_started, self.row_samples = time.monotonic(), 0
+        for indices, batch in self.loader.epoch(self.epoch, self.batch):
+            rate = self.step.learning_rate
+            found = self._update(indices, batch.to(self.device, non_blocking=True))
+            self.metric_names = list(found)
+            self.pending.append(torch.stack([value.float() for value in found.values()]))
+            self.row_samples += len(indices)
+            self.batch += 1
+            figures = None
+            if self.step.num_updates % self.log_every == 0 or self.batch == len(self.loader):
+                figures = self._log(rate)
+            self.progress.advance(name, figures)
+            if time.monotonic() - self.last_save > SAVE_SECONDS:
+                self._save()
+            self._check_stop(logged=figures is not None)
+
+    def _update(self, indices: np.ndarray, batch: Batch) -> dict[str, torch.Tensor]:
+        """Both updates on one batch, or on this process's part of it."""
+        if self.group is None:
+            return self.run_step(batch)
+        # Words are drawn for the whole batch, as one process would.
+        size, L = len(indices), batch.mask_weights.size(1)
+        rows = torch.from_numpy(self.group.rows(size)).to(self.device)
+        races = [torch.empty(size, L, device=self.device).exponential_()[rows] for _ in range(2)]
+        first, second = (sample_masked_words(batch.mask_weights, batch.word_lengths, race) for race in races)
+        self.step.share = self.group.share(size)
+        return self.step(batch, masked_words=(first, second))
+
+    def _log(self, rate: float) -> dict[str, str]:
+        """One metrics row: means over the updates since the last one. Returns the figures for the progress display."""
+        finite = self._finite_pending()
+        skipped = len(self.pending) - len(finite)
+        self.pending.clear()
+        losses = dict(zip(self.metric_names, finite.mean(0).tolist(), strict=True))
+        if self.step.skip_nonfinite:
+            losses["skipped"] = skipped
+        now = time.monotonic()
+        elapsed, self.row_started = now - self.row_started, now
+        self.seconds += elapsed
+        speed = self.row_samples / max(elapsed, 1e-9)
+        self.row_samples = 0
+        self._append(
+            "train", losses | {"learning_rate": rate, "samples_per_second": round(speed, 2)}, time=self.seconds
+        )
+        return {
+            "loss": f"{losses['loss/reconstruction']:.3f}",
+            "contrastive": f"{losses['loss/contrastive']:.3f}",
+            "lr": f"{rate:.1e}",
+            "samples/s": f"{speed:.0f}",
+        }
+
+    def _finite_pending(self) -> torch.Tensor:
+        """Metrics [updates, names] since the last row, on the host, which waits for the device here.
+
+        Raises:
+            InputError: one of them is not finite, or all updates were skipped; what was last saved was saved before.
+        """
+        values = torch.stack(self.pending).cpu()
+        broken = (~values.isfinite()).nonzero()
+        finite = values[values.isfinite().all(1)]
+        if len(broken) and not (self.step.skip_nonfinite and len(finite)):
+            row, column = broken[0].tolist()
+            ago = len(values) - 1 - row
+            raise InputError(
+                f"{self.run.path}: {self.metric_names[column]} became {values[row, column].item()} in update "
+                f"{self.step.num_updates - ago} (epoch {self.epoch + 1}, batch {self.batch - ago}); lower "
+                f"train.reconstructor.lr and train.generator.lr, or lengthen their warmup_updates"
+            )
+        return finite
+
+    def _finish_epoch(self) -> None:
+        """Evaluation, checkpoints and pictures after an epoch's last update."""
+        score = None
+        if self.val_split is not None:
+            scores = self._evaluate(self.val_split).scores
+            score = scores["mIoU"]
+            self._append("eval", scores, split=self.val_split.name)
+            self.progress.say(
+                f"epoch {self.epoch + 1}: {self.val_split.name} mIoU {score:.4f}, "
+                f"R@1 {' / '.join(f'{scores[name]:.4f}' for name in metrics.SCORES[1:4])} at IoU 0.3 / 0.5 / 0.7"
+            )
+        if self.chooses_best and score is not None and score > self.best.get("mIoU", -1.0):
+            self.best = {"epoch": self.epoch + 1, "mIoU": score}
+            if self.writes:
+                checkpoint.save(self.run.best, self._model_state())
+        self.epoch += 1
+        self.batch = 0
+        self._save()
+        self._draw()
+
+    def _result(self) -> Result:
+        """Scores of the best checkpoint, or the last where none is chosen, on the test split."""
+        path, epoch = self.run.last, self.epoch
+        if self.group is not None:
+            self.group.gather(None)  # process 0 has written the checkpoint by now
+        if self.chooses_best and self.best:
+            path, epoch = self.run.best, self.best["epoch"]
+            self.model.load_state_dict(checkpoint.load(path)["model_parameters"])
+        scores = self._evaluate(self.test_split).scores
+        self._append("result", {"checkpoint": path.name, **scores}, split=self.test_split.name, epoch=epoch)
+        self._draw()
+        return Result(path, epoch, scores, metrics.baselines(self.test_split.moments))
+
+    def _evaluate(self, split: Split) -> Evaluation:
+        check = self._check_stop if self.group is None else None
+        return evaluate(self.model, split, self.config.train.batch_size, check=check, group=self.group)
+
+    def _append(self, kind: str, values: dict[str, Any], *, epoch: int | None = None, **also: Any) -> None:
+        """Adds a row to metrics.jsonl and, where tensorboard is installed, to its events."""
+        place = {"kind": kind, "epoch": epoch or self.epoch + 1, "update": self.step.num_updates}
+        self.rows += 1
+        if self.writes:
+            self.run.append(place | also | values)
+        if self.events is not None:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self.events.add_scalar(f"{also.get('split', kind)}/{name}", value, self.step.num_updates)
+
+    def _draw(self) -> None:
+        """Refreshes the run's pictures."""
+        if not self.writes:
+            return
+        replace_file(self.run.pictures / "learning_curves.png", plot.learning_curves(self.run.rows()))
+        split = self.test_split
+        count = min(PICTURED_SENTENCES, len(split))
+        indices = np.linspace(0, len(split) - 1, count).astype(int)
+        batch = split.batch(indices).to(self.device)
+        self.model.eval()
+        center, width = self.model.localize(batch.frames, batch.frame_lengths, batch.words, batch.word_lengths)
+        items = [
+            plot.Localization(
+                sample.sentence, float(center[row]), float(width[row]), self.model.alpha, sample.duration, sample.moment
+            )
+            for row, sample in enumerate(split.samples[int(index)] for index in indices)
+        ]
+        replace_file(self.run.pictures / "localizations.png", plot.localizations(items))
+
+    def _model_state(self) -> dict[str, Any]:
+        return {
+            "num_updates": self.step.num_updates,
+            "config": self.config.to_dict(),
+            "model_parameters": self.model.state_dict(),
+            "vocabulary": self.train_split.vocabulary.state(),
+        }
+
+    def _save(self) -> None:
+        self.last_save = time.monotonic()
+        if self.pending:
+            self._finite_pending()
+        if not self.writes:
+            return
+        random: dict[str, Any] = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        training = {
+            "options": self.options,
+            "step": self.step.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "seconds": self.seconds,
+            "best": self.best,
+            "rows": self.rows,
+            "metric_names": self.metric_names,
+            "pending": [values.cpu() for values in self.pending],
+            "random": random,
+        }
+        checkpoint.save(self.run.last, self._model_state() | {"training": training})
+        self.last_save = time.monotonic()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        words = self.train_split.vocabulary.words
+        stored = type(self.train_split.vocabulary).from_state(saved["vocabulary"]).words
+        check_vocabulary(self.model, words, stored)
+        try:
+            training = saved["training"]
+            self.model.load_state_dict(saved["model_parameters"])
+            self.step.load_state_dict(training["step"])
+            self.epoch, self.batch, self.seconds = training["epoch"], training["batch"], training["seconds"]
+            self.best, self.rows, self.metric_names = training["best"], training["rows"], training["metric_names"]
+            self.pending = [values.to(self.device) for values in training["pending"]]
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{self.run.last}: its training state does not fit this version of cnm ({detail})"
+            ) from None
+
+    def _restore_random_state(self, random: dict[str, Any]) -> None:
+        torch.set_rng_state(random["torch"])
+        if self.device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], self.device)
+
+    def _open_val(self, config: CNMConfig, progress: bool) -> Split | None:
+        dataset = config.dataset
+        if dataset.dataset != "synthetic":
+            if dataset.val_data is None:
+                return None
+            if dataset.test_data is not None and os.path.realpath(dataset.val_data) == os.path.realpath(
+                dataset.test_data
+            ):
+                return self.test_split
+        return open_split(dataset, "val", progress=progress, dtype=self.dtype)
+
+    def _check_stop(self, *, logged: bool = True) -> None:
+        """Saves and stops if a signal asked for it; processes that train together do so after the same update."""
+        if self.group is not None:
+            if self.device.type == "cuda" and not logged:  # a GPU is not waited for after every update
+                return
+            if self.group.any(self.stop is not None, self.device):
+                self.stop = self.stop or signal.SIGTERM
+        if self.stop is not None:
+            self._save()
+            raise Interrupted(self.stop, self.run.last)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a stop after the current update; the second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(signum: int, _frame: object) -> None:
+            if self.stop is not None:
+                raise KeyboardInterrupt
+            self.stop = signum
+            if not self.quiet:  # not through print: the signal may have come in the middle of one
+                os.write(2, b"\nsaving after this update; a second signal stops at once without saving\n")
+
+        previous = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time writes to a folder."""
+        if not self.writes:
+            yield
+            return
+        try:
+            with FileLock(self.run.lock, timeout=0):
+                yield
+        except Timeout:
+            raise InputError(
+                f"{self.run.path}: another process is training in this folder; wait for it or stop it"
+            ) from None
+
+
+def _with_vocabulary_size(config: CNMConfig, size: int) -> CNMConfig:
+    """As published, the model's vocabulary is what the data has, which may be less than dataset.vocab_size."""
+    content = config.to_dict()
+    content["model"]["config"]["vocab_size"] = size
+    return CNMConfig.from_json(content)
+
+
+def _resumed_config(stored: CNMConfig, given: CNMConfig) -> CNMConfig:
+    """The configuration given for a resumed run; it may differ from the stored one in ``RESUMABLE_CHANGES`` alone."""
+    given = _with_vocabulary_size(given, stored.model.config.vocab_size or 0)
+    old, new = _flat(stored.to_dict()), _flat(given.to_dict())
+    for name in sorted(old.keys() | new.keys()):
+        if name not in RESUMABLE_CHANGES and old.get(name) != new.get(name):
+            raise InputError(
+                f"--resume: the run was started with {name} = {old.get(name)!r}, not {new.get(name)!r}; leave it as it "
+                f"was or start a new run"
+            )
+    return given
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _event_writer(folder: Path, updates: int) -> Any:
+    """TensorBoard's writer, events after ``updates`` dropped; None where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=updates + 1)

@@ -1,0 +1,53 @@
+"""linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from cnm_kernels.autograd.operator import Operator, empty_like
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.size(-2)))
+
+
+def _fake_backward(
+    d_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor | None,
+    lengths: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    d_x = empty_like(x) if need_x else x.new_empty(0)
+    d_weight = empty_like(weight) if need_weight else weight.new_empty(0)
+    return d_x, d_weight, weight.new_empty(weight.shape[:-1] if need_bias else 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, relu, lengths = inputs
+    ctx.save_for_backward(x, weight, output if relu else None, lengths)
+
+
+def bind(namespace: str) -> Callable[..., Any]:
+    """The op on the operators of this namespace."""
+    operator = Operator(namespace, "linear")
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths: Tensor | None) -> Tensor:
+        return operator.forward(x, weight, bias, relu, lengths)
+
+    def differentiate(ctx: Any, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_out is None:
+            return (None,) * 5
+        needs = ctx.needs_input_grad[:3]
+        gradients = operator.backward(d_out, *ctx.saved_tensors, *needs)
+        return (*(d if needed else None for d, needed in zip(gradients, needs, strict=True)), None, None)
+
+    operator.register_fake(_fake, _fake_backward)
+    operator.register_autograd(_save, differentiate)
+    return linear

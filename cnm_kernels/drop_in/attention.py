@@ -1,0 +1,305 @@
+"""The published ``MultiheadAttention``, computed by ``weighted_attention``.
+
+Time-first tensors, a packed input projection, key padding masks, an additive attention mask and a weight per key, as
+in the published CNM and CPL code. ``AcceleratedAttention`` is mixed into the class of a module that has this interface
+(see ``accelerate``) and replaces its ``forward``; parameters, state_dict and everything else stay the module's own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from cnm_kernels import ops
+from cnm_kernels.constants import KEY_WEIGHT_EPS
+from cnm_kernels.drop_in.deferred import defer
+
+PADDED_SCORE = -1e30  # of a padded key: what a query without any real key then sees is uniform
+
+
+class AcceleratedAttention:
+    """``forward`` of the published interface. Mixed in before the module's own class, whose attributes it reads."""
+
+    num_heads: int
+    head_dim: int
+    in_proj_weight: Tensor
+    in_proj_bias: Tensor | None
+    out_proj: nn.Module
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        incremental_state: Any = None,
+        need_weights: bool = True,
+        static_kv: bool = False,
+        attn_mask: Tensor | None = None,
+        fast_weights: Any = None,
+        gauss_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(output [Lq, B, D], attention averaged over heads [B, Lq, Lk] or None); the latter computed when read.
+
+        Args:
+            query: [Lq, B, D].
+            key, value: [Lk, B, D].
+            key_padding_mask: [B, Lk] uint8 or bool, 1 where a key is padding.
+            incremental_state, static_kv: step-by-step decoding, left to the module's own class.
+            need_weights: give the attention too.
+            attn_mask: [Lq, Lk], added to the scores; -inf above the diagonal is recognised as causal, anything else but
+                zeros is computed by PyTorch.
+            fast_weights: not read, as published.
+            gauss_weight: [B, Lk], a weight per key.
+        """
+        if incremental_state is not None or getattr(self, "onnx_trace", False):
+            own = cast("Callable[..., tuple[Tensor, Tensor | None]]", super().forward)  # type: ignore[misc]
+            return own(
+                query,
+                key,
+                value,
+                key_padding_mask,
+                incremental_state,
+                need_weights,
+                static_kv,
+                attn_mask,
+                fast_weights,
+                gauss_weight,
+            )
+        sources = _batch_first(query, key, value)
+        out, weights = self.attend(sources, key_padding_mask, attn_mask, gauss_weight, need_weights)
+        return out.transpose(0, 1).contiguous(), weights
+
+    def attend(
+        self,
+        sources: tuple[Tensor, ...],
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        gauss_weight: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``forward``, batch first: (output [B, Lq, D], attention).
+
+        ``sources`` [B, L, D]: the source of query, key and value; or query's and that of key and value; or of each.
+        """
+        joined, weights = self._attend(sources, key_padding_mask, attn_mask, gauss_weight, need_weights)
+        layer = self.out_proj
+        if plain(layer, nn.Linear):
+            return ops.linear(joined, layer.weight, layer.bias), weights  # type: ignore[arg-type]
+        return layer(joined.transpose(0, 1).contiguous()).transpose(0, 1), weights
+
+    def _attend(
+        self,
+        sources: tuple[Tensor, ...],
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        gauss_weight: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``attend`` up to the output projection: (heads joined [B, Lq, D], attention)."""
+        Lq, Lk = sources[0].size(1), sources[-1].size(1)
+        seen = _seen(attn_mask, Lq, Lk)
+        dropout = getattr(self, "dropout", 0.0) if cast(nn.Module, self).training else 0.0
+        padding = _padding(key_padding_mask, seen == "past")
+        if seen == "other" or dropout > 0 or padding.starves:
+            if seen == "other":
+                _say_once("an attention mask other than a causal one is computed by PyTorch, without acceleration")
+            elif dropout > 0:
+                _say_once("dropout on the attention is computed by PyTorch, without acceleration")
+            out, weights = _plainly(self._project(sources), attn_mask, padding.mask, gauss_weight, dropout)
+            return out.transpose(1, 2).flatten(2), weights if need_weights else None
+
+        key_weight = _key_weight(gauss_weight, padding, sources[0])
+        causal = seen == "past"
+
+        def compute(*sources: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+            packed = self._project(sources)
+            out = ops.weighted_attention(*packed, key_weight, causal=causal, key_lengths=padding.lengths)
+            return out, *packed
+
+        if torch.is_grad_enabled() and sources[0].device.type == "cpu" and not torch.compiler.is_compiling():
+            # Projections are kept for the backward threefold as wide as what they are made from, and made anew faster
+            # than PyTorch's were made once. (On a GPU the launches would cost more than the memory is worth.)
+            out, *packed = checkpoint(compute, *sources, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out, *packed = compute(*sources)
+        joined = out.transpose(1, 2).flatten(2)
+        if not need_weights:
+            return joined, None
+
+        def averaged(*inputs: Tensor | None) -> Tensor:
+            *operands, weight, lengths = inputs
+            query, key, value = cast("tuple[Tensor, Tensor | None, Tensor | None]", operands)
+            return ops.weighted_attention(
+                query, key, value, weight, causal=causal, key_lengths=lengths, return_weights=True
+            )[1]
+
+        like = torch.empty(out.size(0), Lq, Lk, dtype=out.dtype, device="meta")
+        return joined, defer(averaged, like, *packed, key_weight, padding.lengths)
+
+    def _project(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The operands of ``weighted_attention``, packed where two or three share a source."""
+        D = sources[0].size(-1)
+        if len(sources) == 1:
+            return self._heads(sources[0], 0, 3 * D), None, None
+        query = self._heads(sources[0], 0, D)[:, :, 0].transpose(1, 2)  # [B, H, Lq, d]
+        if len(sources) == 2:
+            return query, self._heads(sources[1], D, 3 * D), None
+        key, value = self._heads(sources[1], D, 2 * D), self._heads(sources[2], 2 * D, 3 * D)
+        return query, key[:, :, 0].transpose(1, 2), value[:, :, 0].transpose(1, 2)
+
+    def _heads(self, x: Tensor, start: int, end: int) -> Tensor:
+        """x [B, L, D] through rows ``start`` to ``end`` of the input projection: [B, L, parts, H, d]."""
+        whole = end - start == self.in_proj_weight.size(0)
+        weight = self.in_proj_weight if whole else self.in_proj_weight[start:end]
+        bias = self.in_proj_bias if whole or self.in_proj_bias is None else self.in_proj_bias[start:end]
+        return ops.linear(x, weight, bias).unflatten(-1, (-1, self.num_heads, self.head_dim))
+
+
+def _batch_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """[L, B, D] each -> [B, L, D], each source once. Copied before it is projected: projections are wider."""
+    sources = [query, key, value]
+    if _same(key, value):
+        sources = [query] if _same(query, key) else [query, key]
+    return tuple(source.transpose(0, 1).contiguous() for source in sources)
+
+
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Of this very class, and nobody watches what goes in and out of it: its parameters are all there is to it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
+
+
+@dataclass(frozen=True)
+class _Padding:
+    """What a padding mask means for the keys. ``lengths`` or ``mask`` say it all; a mask that starves says it alone."""
+
+    mask: Tensor | None = None  # [B, Lk] bool, True where padded
+    lengths: Tensor | None = None  # [B] int64, where padding only follows the real keys
+    starves: bool = False  # some query sees no real key
+
+
+def _key_weight(gauss_weight: Tensor | None, padding: _Padding, query: Tensor) -> Tensor | None:
+    """Weights [B, Lk] for ``weighted_attention``; scattered padding gets the one weight that leaves a key out."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scattered = padding.mask is not None and padding.lengths is None
+    if gauss_weight is None and not scattered:
+        return None
+    weight = None if gauss_weight is None else gauss_weight.to(dtype)
+    if not scattered:
+        return weight
+    assert padding.mask is not None
+    if weight is None:
+        weight = torch.ones(padding.mask.shape, dtype=dtype, device=padding.mask.device)
+    return weight.masked_fill(padding.mask, -KEY_WEIGHT_EPS)  # the op adds the eps: exactly 0
+
+
+def _plainly(
+    packed: tuple[Tensor, Tensor | None, Tensor | None],
+    attn_mask: Tensor | None,
+    padded: Tensor | None,
+    gauss_weight: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, H, Lq, d], weights [B, Lq, Lk]) for masks that ``weighted_attention`` does not know, in PyTorch."""
+    query, key, value = packed
+    if key is None:
+        query, key, value = query.permute(2, 0, 3, 1, 4).unbind(0)
+    elif value is None:
+        key, value = key.permute(2, 0, 3, 1, 4).unbind(0)
+    scores = query @ key.transpose(-1, -2) * query.size(-1) ** -0.5  # [B, H, Lq, Lk]
+    if attn_mask is not None:
+        scores = scores + attn_mask.to(scores.dtype)
+    if padded is not None:
+        wide = scores if scores.dtype == torch.float64 else scores.float()
+        scores = wide.masked_fill(padded[:, None, None, :], PADDED_SCORE)
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if gauss_weight is not None:
+        weights = weights * (gauss_weight.to(weights.dtype) + KEY_WEIGHT_EPS)[:, None, None, :]
+        weights = weights / weights.sum(-1, keepdim=True)
+    weights = F.dropout(weights, dropout).to(query.dtype)
+    return weights @ value, weights.mean(1)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """One tensor, or two views of the same numbers."""
+    if a is b:
+        return True
+    if torch.compiler.is_compiling() or a.shape != b.shape or a.stride() != b.stride():
+        return False
+    return a.data_ptr() == b.data_ptr()
+
+
+_facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@torch.compiler.disable
+def _remembered(mask: Tensor, question: Any, answer: Callable[[Tensor], Any]) -> Any:
+    """``answer(mask)``, which waits for the device, asked once per mask: layers share their masks.
+
+    Views of one tensor that are made anew for every layer are known by the tensor they view.
+    """
+    if mask.is_inference():
+        return answer(mask)
+    whole = mask if mask._base is None else mask._base
+    view = (question, mask._version, mask.dtype, mask.storage_offset(), tuple(mask.shape), mask.stride())
+    facts: dict[Any, Any] = _facts.setdefault(whole, {})
+    if view not in facts:
+        if len(facts) >= 16:  # a mask that is changed in place time and again
+            facts.clear()
+        facts[view] = answer(mask)
+    return facts[view]
+
+
+def _seen(attn_mask: Tensor | None, Lq: int, Lk: int) -> str:
+    """Which keys the additive mask lets a query see: "all", the "past" and itself, or "other"."""
+    if attn_mask is None:
+        return "all"
+
+    def classify(mask: Tensor) -> str:
+        if mask.requires_grad or mask.shape != (Lq, Lk) or not mask.is_floating_point():
+            return "other"
+        future = torch.full_like(mask, -torch.inf).triu(1)
+        if Lq == Lk and torch.equal(mask, future):
+            return "past"
+        return "other" if mask.any() else "all"
+
+    return cast(str, _remembered(attn_mask, "seen", classify))
+
+
+def _padding(mask: Tensor | None, causal: bool) -> _Padding:
+    """``mask`` [B, Lk], 1 where padded, understood."""
+    if mask is None or mask.dim() == 0:
+        return _Padding()
+
+    def classify(mask: Tensor) -> _Padding:
+        padded = mask == 1
+        if padded.size(1) == 0:
+            return _Padding()
+        starving = padded[:, 0] if causal else padded.all(1)
+        follows = padded[:, :-1] <= padded[:, 1:]
+        some, ends, starves = torch.stack([padded.any(), follows.all(), starving.any()]).tolist()
+        if not some:
+            return _Padding()
+        if starves:
+            return _Padding(padded, starves=True)
+        return _Padding(padded, (~padded).sum(1) if ends else None)
+
+    return cast(_Padding, _remembered(mask, ("padding", causal), classify))
+
+
+_said: set[str] = set()
+
+
+def _say_once(what: str) -> None:
+    if what not in _said:
+        _said.add(what)
+        warnings.warn(f"cnm_kernels.accelerate: {what}", RuntimeWarning, stacklevel=4)

@@ -1,0 +1,339 @@
+"""The published losses of CNM and CPL, name for name, on fused cross entropies.
+
+``cal_nll_loss``, ``rec_loss`` and ``ivc_loss`` take the published arguments, logits above all, and return the published
+values and dicts. Logits that an accelerated layer has not made yet (see ``DeferredLinear``) are never made.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cnm_kernels import ops
+from cnm_kernels.constants import LABEL_SMOOTHING
+from cnm_kernels.drop_in.deferred import Deferred, defer
+from cnm_kernels.drop_in.logits_nll import logits_nll
+
+Loss = tuple[Tensor, dict[str, float]]
+NAMES = ("cal_nll_loss", "rec_loss", "ivc_loss")
+PROBE_TOLERANCE = 1e-4  # relative; the small example is float32
+
+
+class DeferredLinear(nn.Linear):
+    """An ``nn.Linear`` whose result [M, L, V] is computed when it is read, if it ever is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 3 or self.bias is None:
+            return super().forward(input)
+        autocast = torch.is_autocast_enabled(input.device.type)
+        dtype = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
+        like = torch.empty(*input.shape[:-1], self.out_features, dtype=dtype, device="meta")
+        return defer(_logits_under(autocast, dtype), like, input, self.weight, self.bias)
+
+
+def _logits_under(autocast: bool, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The linear layer under the autocast setting of now, whatever it is when the logits are read."""
+
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, dtype if autocast else None, enabled=autocast):
+            return nn.functional.linear(hidden, weight, bias)
+
+    return logits
+
+
+def nll_of(logits: Tensor, target: Tensor, mask: Tensor, proposals: int = 1) -> Tensor:
+    """Mean nll of each row's tokens where ``mask`` is not 0. [M, L, V], [M / proposals, L] twice -> [M]
+
+    A row's target and mask serve its ``proposals`` consecutive rows of logits.
+    """
+    if not (isinstance(logits, Deferred) and logits.pending):
+        return _nll_and_accuracy(logits, *_for_proposals(proposals, target, mask))[0]
+    # rec_loss and ivc_loss ask for the same: it is computed once, as long as the logits are there.
+    asked = (target, target._version, mask, mask._version, proposals, torch.is_grad_enabled())
+    remembered: list[tuple[tuple[Any, ...], Tensor]] = vars(logits).setdefault("_nll", [])
+    for question, answer in remembered:
+        if all(a is b if isinstance(a, Tensor) else a == b for a, b in zip(question, asked, strict=True)):
+            return answer
+    nll = _nll_and_accuracy(logits, *_for_proposals(proposals, target, mask), accuracy=False)[0]
+    if logits.pending:
+        remembered.append((asked, nll))
+    return nll
+
+
+def _for_proposals(proposals: int, *tensors: Tensor) -> Iterator[Tensor]:
+    return (tensor if proposals == 1 else tensor.repeat_interleave(proposals, 0) for tensor in tensors)
+
+
+def _nll_and_accuracy(
+    logits: Tensor, target: Tensor, mask: Tensor, weights: Tensor | None = None, *, accuracy: bool = True
+) -> tuple[Tensor, Tensor]:
+    """nll [M]; accuracy over all of ``mask`` (nothing in particular where it is not asked for)."""
+    dtype = _loss_dtype(logits)
+    if isinstance(logits, Deferred):
+        lengths = _valid_lengths(mask) if logits.pending and weights is None else None
+        if lengths is not None:
+            hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor]", logits.inputs)
+            options: dict[str, Any] = {"label_smoothing": LABEL_SMOOTHING, "return_accuracy": accuracy}
+            result = ops.linear_nll(hidden, weight, bias, target, lengths, **options)
+            nll, shares = result if accuracy else (result, torch.zeros(()))
+            return nll.to(dtype), (shares * lengths).sum() / lengths.sum() if accuracy else shares
+        logits = logits.read()
+    token_nll, correct = logits_nll(logits, target, LABEL_SMOOTHING)  # [M, L]
+    token_nll = token_nll.to(dtype)
+    mean_accuracy = (correct * mask).sum() / mask.sum()
+    if weights is not None:
+        return (token_nll * weights).sum(-1), mean_accuracy
+    return token_nll.masked_fill(mask == 0, 0).sum(-1) / mask.sum(-1), mean_accuracy
+
+
+def _valid_lengths(mask: Tensor) -> Tensor | None:
+    """[M] where the mask is a run of ones from the start of each row, and never empty; else None."""
+    valid = mask != 0
+    ok = (valid[:, :-1] >= valid[:, 1:]).all() & valid[:, 0].all() & (mask <= 1).all()
+    return valid.sum(1) if bool(ok) else None
+
+
+def _loss_dtype(logits: Tensor) -> torch.dtype:
+    """What ``log_softmax`` gives: float32 under autocast, else the dtype of the logits."""
+    if torch.is_autocast_enabled(logits.device.type) and logits.dtype != torch.float64:
+        return torch.float32
+    return logits.dtype
+
+
+def cal_nll_loss(logit: Tensor, idx: Tensor, mask: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Label-smoothed nll per row [M], over the tokens where ``mask`` is 1 or weighted by ``weights``, and the accuracy
+    over all of ``mask``. logit [M, L, V]; idx, mask, weights [M, L]. Source: published, CNM and CPL."""
+    return _nll_and_accuracy(logit, idx, mask, weights)
+
+
+def cnm_rec_loss(
+    words_logit: Tensor,
+    words_id: Tensor,
+    words_mask: Tensor,
+    hard_neg_words_logit: Tensor | None = None,
+    **kwargs: Any,
+) -> Loss:
+    """Mean nll of the positive plus that of the hard negative. Source: published CNM."""
+    loss = nll_of(words_logit, words_id, words_mask).mean()
+    losses = {"nll_loss": loss}
+    if hard_neg_words_logit is not None:
+        losses["neg_nll_loss"] = nll_of(hard_neg_words_logit, words_id, words_mask).mean()
+        loss = loss + losses["neg_nll_loss"]
+    return _with_numbers("final_loss", loss, losses)
+
+
+def cnm_ivc_loss(
+    words_logit: Tensor,
+    words_id: Tensor,
+    words_mask: Tensor,
+    hard_neg_words_logit: Tensor | None = None,
+    easy_neg_words_logit: Tensor | None = None,
+    **kwargs: Any,
+) -> Loss:
+    """The margins of ``beta_1`` to the hard and ``beta_2`` to the easy negative. Source: published CNM."""
+    nll = nll_of(words_logit, words_id, words_mask)
+    none = nll.new_zeros(())
+    hard = easy = none
+    loss = nll.mean()
+    if hard_neg_words_logit is not None:
+        loss = hard = _hinge(nll, nll_of(hard_neg_words_logit, words_id, words_mask), kwargs["beta_1"])
+    if easy_neg_words_logit is not None:
+        easy = _hinge(nll, nll_of(easy_neg_words_logit, words_id, words_mask), kwargs["beta_2"])
+        loss = loss + easy
+    return _with_numbers("ivc_loss", loss, {"easy_neg_loss": easy, "hard_neg_loss": hard})
+
+
+def cpl_rec_loss(
+    words_logit: Tensor,
+    words_id: Tensor,
+    words_mask: Tensor,
+    num_props: int,
+    ref_words_logit: Tensor | None = None,
+    **kwargs: Any,
+) -> Loss:
+    """Mean nll of the best proposal of each sentence; averaged with the reference branch's. Source: published CPL."""
+    nll = nll_of(words_logit, words_id, words_mask, num_props).view(-1, num_props)
+    loss = best = nll.min(dim=-1).values.mean()
+    losses = {"nll_loss": best}
+    if ref_words_logit is not None:
+        losses["ref_nll_loss"] = nll_of(ref_words_logit, words_id, words_mask).mean()
+        loss = (best + losses["ref_nll_loss"]) / 2
+    return _with_numbers("final_loss", loss, losses)
+
+
+def cpl_ivc_loss(
+    words_logit: Tensor,
+    words_id: Tensor,
+    words_mask: Tensor,
+    num_props: int,
+    neg_words_logit_1: Tensor | None = None,
+    neg_words_logit_2: Tensor | None = None,
+    ref_words_logit: Tensor | None = None,
+    **kwargs: Any,
+) -> Loss:
+    """``alpha_1`` times the best proposal's margins to the reference (``margin_1``) and to its own left and right
+    negatives (``margin_2``), plus ``alpha_2`` times the overlap of a sentence's proposals. Source: published CPL."""
+    nll = nll_of(words_logit, words_id, words_mask, num_props)
+    best, index = nll.view(-1, num_props).min(dim=-1)
+    reference = negative_1 = negative_2 = nll.new_zeros(())
+    rank = best.mean()
+    if ref_words_logit is not None:
+        rank = reference = _hinge(best, nll_of(ref_words_logit, words_id, words_mask), kwargs["margin_1"])
+
+    def to_negative(logits: Tensor) -> Tensor:
+        nll = nll_of(logits, words_id, words_mask, num_props).view(-1, num_props)
+        return _hinge(best, nll.gather(-1, index.unsqueeze(-1)).squeeze(-1), kwargs["margin_2"])
+
+    if neg_words_logit_1 is not None:
+        negative_1 = to_negative(neg_words_logit_1)
+        rank = rank + negative_1
+    if neg_words_logit_2 is not None:
+        negative_2 = to_negative(neg_words_logit_2)
+        rank = rank + negative_2
+
+    weight = kwargs["gauss_weight"].view(best.size(0), num_props, -1)
+    weight = weight / weight.sum(dim=-1, keepdim=True)
+    overlap = weight @ weight.transpose(1, 2)  # [B, K, K]
+    wanted = kwargs["lambda"] * torch.eye(num_props, dtype=weight.dtype, device=weight.device)
+    diversity = (torch.linalg.vector_norm(wanted - overlap, dim=(1, 2)) ** 2).mean()
+    loss = kwargs["alpha_1"] * rank + kwargs["alpha_2"] * diversity
+    numbers = {"neg_loss_1": negative_1, "neg_loss_2": negative_2, "ref_loss": reference, "div_loss": diversity}
+    return _with_numbers("ivc_loss", loss, numbers)
+
+
+def _hinge(nll: Tensor, negative: Tensor, margin: float) -> Tensor:
+    return torch.maximum(nll - negative + margin, torch.zeros_like(nll)).mean()
+
+
+def _with_numbers(name: str, loss: Tensor, others: dict[str, Tensor]) -> Loss:
+    """The loss, and it and the others as numbers: the device is waited for once."""
+    numbers = torch.stack([tensor.detach().to(loss.dtype) for tensor in (loss, *others.values())]).tolist()
+    return loss, dict(zip((name, *others), numbers, strict=True))
+
+
+# ---- taking the published functions' place ----
+
+CNM: dict[str, Callable[..., Any]] = {"cal_nll_loss": cal_nll_loss, "rec_loss": cnm_rec_loss, "ivc_loss": cnm_ivc_loss}
+CPL: dict[str, Callable[..., Any]] = {"cal_nll_loss": cal_nll_loss, "rec_loss": cpl_rec_loss, "ivc_loss": cpl_ivc_loss}
+
+
+def replace(losses: Any, stacklevel: int) -> None:
+    """Puts ours in the place of each published function of ``losses``; see ``accelerate_losses``."""
+    found = False
+    for name in NAMES:
+        theirs = getattr(losses, name, None)
+        if theirs is None:
+            continue
+        if hasattr(theirs, "_accelerated"):
+            found = True
+            continue
+        ours = next((family[name] for family in (CNM, CPL) if _arguments(family[name]) == _arguments(theirs)), None)
+        unknown = f"its arguments {_arguments(theirs)} are neither CNM's nor CPL's"
+        reason = unknown if ours is None else _differs(theirs, ours)
+        if ours is None or reason is not None:
+            warnings.warn(f"accelerate_losses: {name} is left alone: {reason}", RuntimeWarning, stacklevel=stacklevel)
+            continue
+        found = True
+
+        replacement: Any = functools.wraps(theirs)(functools.partial(ours))
+        replacement._accelerated = True
+        _swap(losses, theirs, replacement)
+    if not found:
+        raise ValueError(
+            f"accelerate_losses: {getattr(losses, '__name__', losses)!r} has none of {', '.join(NAMES)} "
+            f"with the published arguments and results"
+        )
+
+
+def restore(losses: Any) -> None:
+    """Puts the published functions back, everywhere."""
+    for name in NAMES:
+        ours: Any = getattr(losses, name, None)
+        if hasattr(ours, "_accelerated"):
+            _swap(losses, ours, ours.__wrapped__)
+
+
+def _swap(losses: Any, old: Any, new: Any) -> None:
+    for holder in (losses, *list(sys.modules.values())):
+        for name, value in list(getattr(holder, "__dict__", {}).items()):
+            if value is old:
+                setattr(holder, name, new)
+
+
+def _arguments(function: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
+def _differs(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | None:
+    """What a small example shows: None if both give the same, or else why not.
+
+    A function that cannot run here (the published CPL moves things to a GPU) is taken by its word.
+    """
+    for arguments in _examples(list(inspect.signature(ours).parameters)):
+        try:
+            expected = theirs(**arguments)
+        except Exception as error:
+            if not torch.cuda.is_available() and ("CUDA" in str(error) or "NVIDIA" in str(error)):
+                return None
+            return f"it fails on a small example ({type(error).__name__}: {error})"
+        if not _alike(ours(**arguments), expected):
+            return "it gives other results than the published one on a small example"
+    return None
+
+
+def _examples(parameters: list[str]) -> Iterator[dict[str, Any]]:
+    B, L, V, K, T = 2, 3, 7, 2, 5
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+
+    def logits(rows: int) -> Tensor:
+        return torch.randn(rows, L, V, generator=generator).to(device)
+
+    ids = torch.arange(1, 1 + B * L, device=device).view(B, L)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.uint8, device=device)
+    if "logit" in parameters:
+        yield {"logit": logits(B), "idx": ids, "mask": mask}
+        yield {
+            "logit": logits(B),
+            "idx": ids,
+            "mask": mask,
+            "weights": torch.rand(B, L, generator=generator).to(device),
+        }
+        return
+    K = K if "num_props" in parameters else 1
+    example: dict[str, Any] = {"words_logit": logits(B * K), "words_id": ids, "words_mask": mask}
+    margins = {"beta_1": 0.1, "beta_2": 0.15, "margin_1": 0.1, "margin_2": 0.15, "lambda": 0.1, "alpha_1": 1.0}
+    gaussians = torch.rand(B * K, T, generator=generator).to(device)
+    example |= margins | {"alpha_2": 1.0, "gauss_weight": gaussians}
+    if K > 1:
+        example["num_props"] = K
+    yield example
+    for name in parameters:
+        if name.endswith("_logit") and name != "words_logit":
+            example = example | {name: logits(B if name == "ref_words_logit" else B * K)}
+            yield example
+
+
+def _alike(ours: tuple[Any, Any], theirs: Any) -> bool:
+    if not isinstance(theirs, tuple) or len(theirs) != 2:
+        return False
+
+    def close(mine: Any, other: Any) -> bool:
+        mine, other = (torch.as_tensor(value, dtype=torch.float64).cpu() for value in (mine, other))
+        return mine.shape == other.shape and torch.allclose(mine, other, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE)
+
+    if isinstance(ours[1], dict):
+        if not isinstance(theirs[1], dict) or set(ours[1]) != set(theirs[1]):
+            return False
+        return close(ours[0], theirs[0]) and all(close(ours[1][name], theirs[1][name]) for name in ours[1])
+    return close(ours[0], theirs[0]) and close(ours[1], theirs[1])

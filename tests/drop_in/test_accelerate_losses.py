@@ -1,0 +1,271 @@
+"""accelerate_losses: the published functions' values, dicts and gradients, and no logits where a layer can be fused."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cnm_kernels
+from benchmarks.bench_accelerate import LOSS
+from cnm_kernels.drop_in.deferred import Deferred
+from cnm_kernels.drop_in.logits_nll import logits_nll
+from cnm_kernels.drop_in.losses import DeferredLinear
+from examples.research_code import cnm_losses, cpl_losses
+
+B, K, L, V, D, T = 4, 8, 6, 23, 16, 10
+MODULES = {"CNM": cnm_losses, "CPL": cpl_losses}
+LOGITS = {
+    ("CNM", "rec_loss"): ("words_logit", "hard_neg_words_logit"),
+    ("CNM", "ivc_loss"): ("words_logit", "hard_neg_words_logit", "easy_neg_words_logit"),
+    ("CPL", "rec_loss"): ("words_logit", "ref_words_logit"),
+    ("CPL", "ivc_loss"): ("words_logit", "neg_words_logit_1", "neg_words_logit_2", "ref_words_logit"),
+}
+MASKS = {
+    "prefix": [[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]],
+    "scattered": [[1, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]],
+}
+BOUND = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    for module in MODULES.values():
+        cnm_kernels.restore(module)
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).bfloat16().double()
+
+
+def batch(
+    family: str, names: tuple[str, ...], dtype: torch.dtype, mask: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The arguments but for the logits, and the states [M, L, D] that each of them is made of."""
+    rows = {"words_logit": K, "neg_words_logit_1": K, "neg_words_logit_2": K} if family == "CPL" else {}
+    states = {name: draw(B * rows.get(name, 1), L, D, seed=i).to(dtype) for i, name in enumerate(names)}
+    arguments: dict[str, Any] = LOSS | {
+        "words_id": torch.randint(V, (B, L), generator=torch.Generator().manual_seed(5)),
+        "words_mask": torch.tensor(MASKS[mask], dtype=torch.uint8),
+    }
+    if family == "CPL":
+        arguments |= {"num_props": K, "gauss_weight": draw(B * K, T, seed=8).sigmoid().bfloat16().to(dtype)}
+        arguments["gauss_weight"].requires_grad_()
+    return arguments, states
+
+
+def evaluate(
+    family: str, loss: str, dtype: torch.dtype, names: tuple[str, ...], mask: str = "prefix", fuse: bool = False
+) -> tuple[Tensor, dict[str, float], list[Tensor]]:
+    """The loss, its dict, and the gradients to states, layer and Gaussians."""
+    arguments, states = batch(family, names, dtype, mask)
+    layer = nn.Linear(D, V)
+    with torch.no_grad():
+        layer.weight.copy_(draw(V, D, seed=20) / 2)
+        layer.bias.copy_(draw(V, seed=21))
+    layer.bfloat16().to(dtype)
+    if fuse:
+        cnm_kernels.accelerate_losses(MODULES[family], layer)
+    leaves = [*(state.requires_grad_() for state in states.values()), *layer.parameters()]
+    logits = {name: layer(state) for name, state in states.items()}
+    value, numbers = getattr(MODULES[family], loss)(**arguments, **logits)
+    if "gauss_weight" in arguments and loss == "ivc_loss":
+        leaves.append(arguments["gauss_weight"])
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
+    if fuse and mask == "prefix":
+        assert all(isinstance(tensor, Deferred) and tensor.pending for tensor in logits.values())
+    return value.detach(), numbers, [torch.zeros(()) if d is None else d for d in gradients]
+
+
+def subsets(family: str, loss: str) -> list[tuple[str, ...]]:
+    """The first logits alone, each other one beside it, and all."""
+    first, *others = LOGITS[family, loss]
+    return [(first,), *((first, other) for other in others), (first, *others)]
+
+
+CASES = [(*key, names) for key in LOGITS for names in subsets(*key)]
+
+
+@pytest.mark.parametrize("how", ["tensors", "fused"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "loss", "names"), CASES)
+def test_values_dicts_and_gradients(
+    family: str, loss: str, names: tuple[str, ...], dtype: torch.dtype, mask: str, how: str
+) -> None:
+    exact = evaluate(family, loss, torch.float64, names, mask)
+    plain = evaluate(family, loss, dtype, names, mask)
+    cnm_kernels.accelerate_losses(MODULES[family])
+    found = evaluate(family, loss, dtype, names, mask, fuse=how == "fused")
+    assert found[0].dtype == plain[0].dtype
+    assert found[0].shape == ()
+    assert set(found[1]) == set(plain[1])
+    assert all(type(number) is float for number in found[1].values())
+
+    def vector(result: tuple[Tensor, dict[str, float], list[Tensor]]) -> tuple[Tensor, Tensor]:
+        numbers = torch.tensor([float(result[0]), *(result[1][key] for key in sorted(result[1]))], dtype=torch.float64)
+        return numbers, torch.cat([d.double().flatten() for d in result[2]])
+
+    for mine, other, want in zip(vector(found), vector(plain), vector(exact), strict=True):
+        error, plain_error = ((tensor - want).norm() / want.norm().clamp_min(1e-9) for tensor in (mine, other))
+        allowed = BOUND[dtype] if dtype in BOUND else 4 * plain_error + torch.finfo(dtype).eps
+        assert error <= allowed
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_cal_nll_loss_and_its_accuracy(mask: str, fuse: bool) -> None:
+    layer, state = nn.Linear(D, V).double(), draw(B, L, D, seed=1)
+    ids = layer(state).argmax(-1)
+    ids[:, ::2] = 0
+    real = torch.tensor(MASKS[mask], dtype=torch.uint8)
+    expected = cnm_losses.cal_nll_loss(layer(state), ids, real)
+    cnm_kernels.accelerate_losses(cnm_losses, layer if fuse else None)
+    logits = layer(state)
+    found = cnm_losses.cal_nll_loss(logits, ids, real)
+    if fuse:
+        assert logits.pending == (mask == "prefix")
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), other.double())
+
+
+def test_weights_in_place_of_the_mask() -> None:
+    logits, ids, weights = draw(B, L, V, seed=1), torch.randint(V, (B, L)), draw(B, L, seed=2)
+    real = torch.tensor(MASKS["prefix"], dtype=torch.uint8)
+    expected = cnm_losses.cal_nll_loss(logits, ids, real, weights)
+    cnm_kernels.accelerate_losses(cnm_losses)
+    torch.testing.assert_close(cnm_losses.cal_nll_loss(logits, ids, real, weights)[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (3000, 101), (0, 4), (2, 200_000)])
+def test_the_cross_entropy_of_given_logits(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Several blocks of rows, one, none, and rows longer than a block; extreme logits."""
+    N, V = shape
+    logits = (30 * draw(N, V, seed=1)).to(dtype).requires_grad_()
+    target = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
+    nll, correct = logits_nll(logits, target, 0.1)
+    wide = logits.detach().double().requires_grad_()
+    exact = nn.functional.cross_entropy(wide, target, reduction="none", label_smoothing=0.1)
+    assert nll.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(nll.double(), exact, rtol=1e-6, atol=1e-4)
+    assert torch.equal(correct, logits.argmax(-1) == target)
+    upstream = draw(N, seed=3)
+    (gradient,) = torch.autograd.grad(nll, logits, upstream.to(nll))
+    (wanted,) = torch.autograd.grad(exact, wide, upstream)
+    assert gradient.dtype == dtype
+    rounding = (
+        torch.finfo(nll.dtype).eps * logits.detach().abs().max().item() if N else 0.0
+    )  # of z - lse, in exp(z - lse)
+    rounding += torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient.double(), wanted, rtol=4 * rounding, atol=rounding)
+
+
+def test_rec_and_ivc_share_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPL's two losses ask for six nlls, four of them different."""
+    calls: list[int] = []
+    op = cnm_kernels.ops.linear_nll
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return op(*arguments, **options)
+
+    monkeypatch.setattr(cnm_kernels.ops, "linear_nll", counted)
+    names = LOGITS["CPL", "ivc_loss"]
+    arguments, states = batch("CPL", names, torch.float32, "prefix")
+    layer = nn.Linear(D, V)
+    cnm_kernels.accelerate_losses(cpl_losses, layer)
+    logits = {name: layer(state) for name, state in states.items()}
+    total = cpl_losses.rec_loss(**arguments, **logits)[0] + cpl_losses.ivc_loss(**arguments, **logits)[0]
+    total.backward()
+    assert len(calls) == 4
+
+
+def test_logits_read_too_late_say_so() -> None:
+    layer = nn.Linear(D, V)
+    cnm_kernels.accelerate_losses(cnm_losses, layer)
+    logits = layer(torch.randn(B, L, D))
+    torch.optim.SGD(layer.parameters(), 0.1).zero_grad()
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match=r"read it before optimizer.step\(\)"):
+        logits.argmax(-1)
+
+
+def test_logits_under_autocast_have_its_dtype_wherever_they_are_read() -> None:
+    layer, state = nn.Linear(D, V), torch.randn(B, L, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(state)
+    layer.__class__ = DeferredLinear
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = layer(state)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.detach() + 0, expected)
+
+
+# ---- whose functions are replaced ----
+
+
+def test_names_imported_elsewhere_are_replaced_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = types.ModuleType("runner_of_a_published_repository")
+    runner.rec_loss = cnm_losses.rec_loss  # from models.loss import rec_loss
+    monkeypatch.setitem(sys.modules, runner.__name__, runner)
+    original = cnm_losses.rec_loss
+    cnm_kernels.accelerate_losses(cnm_losses)
+    assert runner.rec_loss is cnm_losses.rec_loss is not original
+    assert runner.rec_loss.__name__ == "rec_loss"
+    accelerated = cnm_losses.rec_loss
+    cnm_kernels.accelerate_losses(cnm_losses)
+    assert cnm_losses.rec_loss is accelerated
+    cnm_kernels.restore(cnm_losses)
+    assert runner.rec_loss is cnm_losses.rec_loss is original
+
+
+def loss_module(**functions: Any) -> types.SimpleNamespace:
+    return types.SimpleNamespace(**functions)
+
+
+def test_another_formula_of_the_same_signature_is_left_alone() -> None:
+    def cal_nll_loss(logit, idx, mask, weights=None):  # no smoothing
+        value, accuracy = cnm_losses.cal_nll_loss(logit, idx, mask, weights)
+        return 1.05 * value, accuracy
+
+    mine = loss_module(cal_nll_loss=cal_nll_loss, rec_loss=cnm_losses.rec_loss)
+    with pytest.warns(RuntimeWarning, match="cal_nll_loss is left alone: it gives other results"):
+        cnm_kernels.accelerate_losses(mine)
+    assert mine.cal_nll_loss is cal_nll_loss
+    assert mine.rec_loss.__wrapped__ is not None
+
+
+def test_other_signatures_are_left_alone() -> None:
+    mine = loss_module(rec_loss=lambda logits, extra: None)
+    with (
+        pytest.warns(RuntimeWarning, match="rec_loss is left alone: its arguments"),
+        pytest.raises(ValueError, match="has none of cal_nll_loss, rec_loss, ivc_loss"),
+    ):
+        cnm_kernels.accelerate_losses(mine)
+
+
+def test_what_needs_a_gpu_that_is_not_there_is_taken_at_its_word() -> None:
+    def rec_loss(words_logit, words_id, words_mask, num_props, ref_words_logit=None, **kwargs):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    mine = loss_module(rec_loss=rec_loss)
+    cnm_kernels.accelerate_losses(mine)
+    assert mine.rec_loss is not rec_loss
+
+
+def test_no_layer_over_the_vocabulary() -> None:
+    with pytest.raises(ValueError, match=r"has no nn.Linear with as many outputs as its vocab_size"):
+        cnm_kernels.accelerate_losses(cnm_losses, nn.Sequential(nn.Linear(3, 4)))

@@ -1,0 +1,87 @@
+"""Tensors that are computed when somebody reads them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cnm_kernels.drop_in.deferred import Deferred, defer
+
+
+def double() -> tuple[Tensor, Tensor]:
+    """A tensor yet to be computed, and what it will be."""
+    x = torch.arange(6.0).view(2, 3).requires_grad_()
+    return defer(lambda x: 2 * x, torch.empty(2, 3, device="meta"), x), 2 * x
+
+
+def test_it_tells_its_shape_without_being_computed() -> None:
+    tensor, value = double()
+    assert isinstance(tensor, Deferred)
+    assert (tensor.shape, tensor.dtype, tensor.device, tensor.dim()) == (value.shape, value.dtype, value.device, 2)
+    assert tensor.size(1) == 3
+    assert len(tensor) == 2
+    assert tensor.requires_grad
+    assert tensor.pending
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda tensor: tensor.detach().numpy().tolist(),
+        lambda tensor: tensor.tolist(),
+        lambda tensor: repr(tensor.detach()),
+        lambda tensor: (1 - tensor).tolist(),
+        lambda tensor: tensor[0].tolist(),
+        lambda tensor: torch.cat([tensor, tensor]).tolist(),
+        lambda tensor: [part.tolist() for part in tensor],
+        lambda tensor: tensor.max(dim=-1)[1].tolist(),
+        lambda tensor: tensor.to(torch.float64).tolist(),
+        lambda tensor: copy.deepcopy(tensor.detach()).tolist(),
+        lambda tensor: pickle.loads(pickle.dumps(tensor.detach())).tolist(),
+        lambda tensor: tensor.data_ptr() != 0,
+    ],
+)
+def test_any_use_computes_it(use: Callable[[Tensor], Any]) -> None:
+    tensor, value = double()
+    assert use(tensor) == use(value)
+
+
+def test_it_can_be_saved() -> None:
+    tensor, value = double()
+    file = io.BytesIO()
+    torch.save({"attn_weight": tensor.detach()}, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True)["attn_weight"], value.detach())
+
+
+def test_its_gradient_reaches_what_it_is_made_of() -> None:
+    class Triple(torch.autograd.Function):  # what C++ code does: no __torch_function__ on the way
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            with torch._C.DisableTorchFunctionSubclass():
+                return 3 * x
+
+        @staticmethod
+        def backward(ctx: Any, d: Tensor) -> Tensor:
+            return 3 * d
+
+    x = torch.ones(2, 3, requires_grad=True)
+    for function in (Triple.apply, lambda tensor: 3 * tensor):
+        tensor = defer(lambda x: x * x, torch.empty(2, 3, device="meta"), x)
+        (gradient,) = torch.autograd.grad(function(tensor).sum(), x)
+        assert gradient.tolist() == [[6.0] * 3] * 2
+
+
+def test_inputs_changed_meanwhile_are_refused() -> None:
+    x = torch.ones(3)
+    tensor = defer(lambda x: 2 * x, torch.empty(3, device="meta"), x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match=r"read it before optimizer.step\(\)"):
+        tensor.sum()

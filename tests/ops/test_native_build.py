@@ -1,0 +1,146 @@
+"""The build's switches, and what is left when nothing can be compiled: a working package that says why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import cnm_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What a build reads, without what an earlier one left."""
+    copy = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns("*.so", "*_skipped.txt", "__pycache__")
+    for name in ("cnm", "cnm_kernels", "csrc"):
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, copy)
+    (copy / "README.md").write_text("cnm-kernels\n", encoding="utf-8")
+    return copy
+
+
+def build(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """For CPUs only, unless CNM_KERNELS_CUDA is given: nvcc would take its minutes."""
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", "built"]
+    environment = os.environ | {"CNM_KERNELS_CUDA": "0"} | environment
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+
+
+RUN = """
+import runpy, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+runpy.run_module("cnm_kernels", run_name="__main__", alter_sys=True)
+"""
+
+
+def table(checkout: Path) -> str:
+    """What `python -m cnm_kernels` prints in the build; an editable install would lend it the modules it lacks."""
+    environment = os.environ | {"PYTHONPATH": str(checkout / "built")}
+    command = [sys.executable, "-c", RUN]
+    outcome = subprocess.run(command, cwd=checkout / "built", env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout
+
+
+def compiled(checkout: Path) -> list[Path]:
+    return list((checkout / "built").rglob("_C_cpu*" + sysconfig.get_config_var("SHLIB_SUFFIX")))
+
+
+def test_without_native(checkout: Path) -> None:
+    assert build(checkout, CNM_KERNELS_NATIVE="0").returncode == 0
+    assert not compiled(checkout)
+    assert (
+        "native on cpu: this installation has no compiled module _C_cpu (installed with CNM_KERNELS_NATIVE=0"
+        in table(checkout)
+    )
+
+
+def test_without_a_compiler(checkout: Path) -> None:
+    outcome = build(checkout, CXX="no-such-compiler", CC="no-such-compiler")
+    assert outcome.returncode == 0, outcome.stderr
+    reason = "cnm_kernels._C_cpu was not built: no C++ compiler: no-such-compiler is not on the PATH"
+    assert f"WARNING: {reason}" in outcome.stdout
+    assert not compiled(checkout)
+    assert f"native on cpu: {reason}" in table(checkout)
+
+
+def test_with_a_compiler_that_fails(checkout: Path) -> None:
+    outcome = build(checkout, CXX="false", CC="false")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "the compiler failed on csrc" in table(checkout)
+
+
+def test_required_native_fails_loudly(checkout: Path) -> None:
+    outcome = build(checkout, CXX="no-such-compiler", CC="no-such-compiler", CNM_KERNELS_NATIVE="1")
+    assert outcome.returncode != 0
+    assert "no C++ compiler" in outcome.stderr
+
+
+def test_the_source_distribution_holds_all_that_a_build_reads(checkout: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", "dist"]
+    environment = os.environ | {"CNM_KERNELS_NATIVE": "0"}  # which modules are built must not decide what is packed
+    outcome = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    (archive,) = (checkout / "dist").iterdir()
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    wanted = [path for folder in ("cnm", "cnm_kernels", "csrc") for path in (checkout / folder).rglob("*.*")]
+    wanted = [str(path.relative_to(checkout)) for path in wanted if path.is_file() and path.suffix != ".so"]
+    assert [name for name in wanted if name not in names] == []
+
+
+NO_CUDA = re.compile("cnm_kernels._C_cuda was not built: (nvcc is not on the PATH|torch .* is a build without CUDA)")
+WITHOUT_NVCC = {"PATH": "/usr/bin:/bin", "CUDA_HOME": "/nowhere", "CXX": "false", "CC": "false"}
+
+
+@pytest.mark.skipif(shutil.which("nvcc", path="/usr/bin:/bin") is not None, reason="nvcc cannot be hidden here")
+def test_without_nvcc(checkout: Path) -> None:
+    outcome = build(checkout, CNM_KERNELS_CUDA="", **WITHOUT_NVCC)
+    assert outcome.returncode == 0, outcome.stderr
+    assert NO_CUDA.search(outcome.stdout)
+    assert "_C_cuda_skipped.txt" in [path.name for path in (checkout / "built" / "cnm_kernels").iterdir()]
+
+
+@pytest.mark.skipif(shutil.which("nvcc", path="/usr/bin:/bin") is not None, reason="nvcc cannot be hidden here")
+def test_required_cuda_fails_loudly(checkout: Path) -> None:
+    outcome = build(checkout, CNM_KERNELS_CUDA="1", **WITHOUT_NVCC)
+    assert outcome.returncode != 0
+    assert re.search("nvcc is not on the PATH|is a build without CUDA", outcome.stderr)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or torch.version.cuda is None, reason="needs nvcc and a CUDA torch")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("Hopper", '"Hopper" is none; write them like "8.0;9.0a+PTX"'), ("8.0;77.0", "cannot compile for 77.0")],
+)
+def test_an_unknown_architecture_is_named(checkout: Path, given: str, said: str) -> None:
+    outcome = build(checkout, CNM_KERNELS_CUDA="1", TORCH_CUDA_ARCH_LIST=given, CXX="false", CC="false")
+    assert outcome.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST: " in outcome.stderr
+    assert said in outcome.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cnm_kernels._C_cuda") is None, reason="the CUDA module is not built here")
+def test_the_cuda_module_links_and_imports() -> None:
+    """Without a GPU too; what is asked of it on CPU tensors takes the CPU's kernels."""
+    importlib.import_module("cnm_kernels._C_cuda")
+    for op in ("attention", "branched_attention", "linear_nll", "dropout", "gaussian_mask"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnm_kernels::{op}", "CUDA")
+    query = torch.randn(2, 4, 5, 16)
+    with cnm_kernels.use_backend("native"):
+        out = cnm_kernels.weighted_attention(query, query, query)
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, query, query))

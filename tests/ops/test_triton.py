@@ -1,0 +1,140 @@
+"""What is particular to the Triton backend; what it owes like every backend is in ``test_every_op.py``."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from op_checks import check_deterministic, check_gradients, check_values
+from samples import ATTENTION_SHAPES, sample
+from step_checks import assert_trains_as_torch
+
+import cnm_kernels
+from cnm.training.step import STEPS
+from cnm_kernels import registry
+
+pytestmark = pytest.mark.skipif(
+    registry.unavailable("dropout", "triton", "cpu", torch.float32) is not None and not torch.cuda.is_available(),
+    reason="needs triton",
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ATTENTION = [
+    *(("weighted_attention", f"{kind}-{name}") for kind in ("unweighted", "weighted") for name in ATTENTION_SHAPES),
+    *(("gaussian_attention", name) for name in [*ATTENTION_SHAPES, "complement", "narrow-and-outside-complement"]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("op", "name"), ATTENTION)
+def test_the_blocked_kernels_take_every_size(
+    op: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are otherwise for long sequences."""
+    from cnm_kernels.triton import attention
+
+    nothing = {2: (0, 0), 4: (0, 0)}
+    monkeypatch.setattr(attention, "WHOLE", {"attention": nothing, "attention_backward": nothing})
+    inputs = sample(op, name, dtype, DEVICE)
+    check_values(op, inputs, "triton")
+    check_gradients(op, inputs, "triton")
+
+
+def test_whole_and_blocked_kernels_share_their_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever ran the forward, either backward can follow."""
+    from cnm_kernels.triton import attention
+
+    inputs = sample("gaussian_attention", "clips-50", torch.float32, DEVICE)
+    every = {2: (1 << 20, 1 << 20), 4: (1 << 20, 1 << 20)}
+    nothing = {2: (0, 0), 4: (0, 0)}
+    for forward, backward in ((every, nothing), (nothing, every)):
+        monkeypatch.setattr(attention, "WHOLE", {"attention": forward, "attention_backward": backward})
+        check_gradients("gaussian_attention", inputs, "triton")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_training_step(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_trains_as_torch(step, "triton", monkeypatch)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the interpreter")
+def test_the_interpreter_runs_only_when_asked_for() -> None:
+    assert registry.choice("dropout", "cpu", torch.float32) != "triton"
+    with cnm_kernels.use_backend("triton"):
+        assert registry.choice("dropout", "cpu", torch.float32) == "triton"
+
+
+def test_schemas_are_those_of_the_compiled_backend() -> None:
+    if registry.unavailable("dropout", "native", "cpu", torch.float32) is not None:
+        pytest.skip("the compiled module is not there to compare with")
+    for file in ("attention", "dropout", "dropout_add_layer_norm", "gaussian_mask", "linear_nll"):
+        for op in importlib.import_module(f"cnm_kernels.triton.{file}").SCHEMAS:
+            ours = str(getattr(torch.ops.cnm_kernels_triton, op).default._schema)
+            assert ours.replace("cnm_kernels_triton", "cnm_kernels") == str(
+                getattr(torch.ops.cnm_kernels, op).default._schema
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["lengths-0-1-odd-over", "odd"])
+def test_the_loss_is_deterministic_with_padding(name: str, dtype: torch.dtype) -> None:
+    check_deterministic("linear_nll", sample("linear_nll", name, dtype, DEVICE), "triton")
+
+
+def test_tuning_keeps_the_fastest_that_runs(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    autotune = importlib.import_module("cnm_kernels.triton.autotune")
+    configurations = importlib.import_module("cnm_kernels.triton.configurations")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    key = ("attention", 2, 128 * 64)
+    before = list(configurations.TABLE[key[:2]])
+    wanted = configurations.Configuration(32, 0, 8, 3)
+
+    def time(call) -> float:
+        current = dict(configurations.TABLE[key[:2]])[key[2]]
+        if current.rows == 16:
+            raise RuntimeError("out of resource")
+        return 1.0 if current == wanted else 2.0
+
+    chosen, milliseconds = autotune.best(key, lambda: None, time)
+    assert (chosen, milliseconds) == (wanted, 1.0)
+    assert configurations.TABLE[key[:2]] == before
+    autotune.write(configurations.tuned_path("A GPU"), {key: chosen})
+    configurations.tuned.cache_clear()
+    assert configurations.tuned("A GPU") == {key: wanted}
+    configurations.tuned_path("A GPU").write_text('{"format": 99}')
+    configurations.tuned.cache_clear()
+    with pytest.warns(RuntimeWarning, match="no table of configurations"):
+        assert configurations.tuned("A GPU") == {}
+    configurations.tuned.cache_clear()
+
+
+def test_every_class_that_is_tuned_is_one_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls run too, at a hundredth of their size."""
+    autotune = importlib.import_module("cnm_kernels.triton.autotune")
+    configurations = importlib.import_module("cnm_kernels.triton.configurations")
+    small = {384: 1, 128: 1, 8001: 40, 200: 70}
+    for name in ("randn", "rand", "randint", "full", "zeros"):
+        original = getattr(torch, name)
+
+        def shrunk(*sizes, original=original, **options):
+            def shrink(value):
+                if isinstance(value, tuple):
+                    return tuple(map(shrink, value))
+                return small.get(value, value) if isinstance(value, int) else value
+
+            return original(*map(shrink, sizes), **options)
+
+        monkeypatch.setattr(autotune.torch, name, shrunk)
+    seen = set()
+    for _, keys, pair in autotune.calls(DEVICE):
+        for key, call in zip(keys, pair, strict=True):
+            assert key[2] in dict(configurations.TABLE[key[:2]])
+            seen.add(key[0])
+            call()
+    assert {"attention", "attention_backward", "linear_nll", "linear_nll_backward"} <= seen
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_tuning_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert importlib.import_module("cnm_kernels.triton.autotune").main([]) == 1
+    assert capsys.readouterr().err == "autotune: needs an NVIDIA GPU\n"

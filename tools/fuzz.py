@@ -1,0 +1,365 @@
+"""Damages every kind of file that this project reads, and every kind of call that reaches compiled code, many times.
+
+    python tools/fuzz.py --cases 100000
+
+A reader may succeed or raise ``InputError`` that names the file, an op may succeed or raise ``ValueError`` or
+``TypeError``; anything else (another exception, a crash, a case of more than 20 seconds, more than 4 GB of memory, a
+file left behind) is a finding. Cases run in child processes, so that a crash is seen; the first findings are printed
+with the seed that repeats them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+import cnm_kernels
+from cnm import checkpoint
+from cnm.config import CNMConfig
+from cnm.data.annotations import read_annotations
+from cnm.data.features import FeatureFile, load_features
+from cnm.data.vocabulary import Vocabulary
+from cnm.errors import InputError
+from cnm_kernels import registry
+
+BATCH = 250  # cases of a child process
+CASE_SECONDS = 20
+MEMORY_BYTES = 4 << 30
+CONFIG = Path(sys.modules["cnm"].__file__ or "").parent / "configs" / "charades_i3d.json"
+INTERESTING = [
+    b"\x00",
+    b"\xff" * 4,
+    b"\x7f\xff\xff\xff",
+    b"\xff\xff\xff\x7f",
+    b"\x00" * 8,
+    b"1e999",
+    b"-1",
+    b"NaN",
+    b"{}",
+]
+
+
+def annotation_bytes() -> bytes:
+    rows = [[f"v{i}", 30.0 + i, [1.0, 5.5 + i], f"person {i} opens the door"] for i in range(20)]
+    return json.dumps(rows).encode()
+
+
+def vocabulary_bytes() -> bytes:
+    words = ["person", "opens", "the", "door"]
+    vectors = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+    counter = collections.Counter({word: 9 - i for i, word in enumerate(words)})
+    return pickle.dumps({"w2id": {word: i for i, word in enumerate(words)}, "id2vec": vectors, "counter": counter})
+
+
+def checkpoint_bytes() -> bytes:
+    buffer = io.BytesIO()
+    model = {"frame_fc.weight": torch.randn(8, 8), "frame_fc.bias": torch.randn(8)}
+    torch.save({"num_updates": 3, "config": {"a": 1}, "model_parameters": model}, buffer)
+    return buffer.getvalue()
+
+
+def hdf5_bytes() -> bytes:
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file.create_dataset("v0", data=np.ones((12, 8), np.float32))
+        file.create_dataset("v1", data=np.ones((5, 8), np.float32), chunks=(5, 8), compression="gzip")
+        file.create_group("v2")["c3d_features"] = np.ones((7, 8), np.float32)
+    return buffer.getvalue()
+
+
+def npy_bytes() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ones((12, 8), np.float32))
+    return buffer.getvalue()
+
+
+def read_features(path: Path) -> None:
+    with FeatureFile(path) as file:
+        file.check(["v0", "v1", "v2"], 8)
+        for video in ("v0", "v1", "v2"):
+            file.frames(video, 8)
+
+
+READERS: dict[str, tuple[Callable[[], bytes], str, Callable[[Path], Any]]] = {
+    "annotations": (annotation_bytes, ".json", read_annotations),
+    "configuration": (CONFIG.read_bytes, ".json", CNMConfig.from_json),
+    "vocabulary": (vocabulary_bytes, ".pkl", lambda path: Vocabulary.from_pickle(path, 4, 8)),
+    "checkpoint": (checkpoint_bytes, ".pt", checkpoint.load),
+    "features": (hdf5_bytes, ".hdf5", read_features),
+    "array": (npy_bytes, ".npy", lambda path: load_features(str(path), 8, 4)),
+}
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """The content with a few bytes changed, cut out, doubled or put in."""
+    data = bytearray(content)
+    for _ in range(draw.choice((1, 1, 2, 4, 16))):
+        at = draw.randrange(len(data) + 1)
+        span = draw.choice((1, 1, 2, 8, 64))
+        kind = draw.randrange(6)
+        if kind == 0 and data:
+            data[at % len(data)] ^= 1 << draw.randrange(8)
+        elif kind == 1 and data:
+            data[at % len(data)] = draw.randrange(256)
+        elif kind == 2:
+            del data[at : at + span]
+        elif kind == 3:
+            data[at:at] = data[at : at + span]
+        elif kind == 4:
+            value = draw.choice(INTERESTING)
+            data[at : at + len(value)] = value
+        else:
+            del data[at:]
+    return bytes(data)
+
+
+def read_file(kind: str, content: bytes, folder: Path) -> str:
+    _, suffix, read = READERS[kind]
+    path = folder / f"case{suffix}"
+    path.write_bytes(content)
+    try:
+        read(path)
+    except InputError as error:
+        if str(path) not in str(error):
+            raise RuntimeError(f"does not name the file: {error}") from None
+        return "refused"
+    return "read"
+
+
+def any_tensor(draw: random.Random, shape: tuple[int, ...]) -> Any:
+    """Mostly what was asked for; else another dtype, layout, width, or no tensor at all."""
+    kind = draw.randrange(40)
+    if kind == 0:
+        shape = tuple(draw.choice((0, 1, size, size + 1)) for size in shape)
+    elif kind == 1:
+        shape = shape[draw.randrange(2) :]
+    elif kind == 2:
+        return draw.choice((None, 3, "query", [1.0], np.ones(shape)))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.complex64, torch.bool)
+    dtype = draw.choice(dtypes) if kind == 7 else dtypes[0]
+    scale = draw.choice((1.0, 1.0, 1e30, float("nan"), float("inf")))
+    tensor = (torch.randn(shape) * scale).to(dtype)
+    if kind == 3 and tensor.dim() > 1:
+        tensor = tensor.transpose(0, -1)
+    if kind == 4 and tensor.dim() > 0 and tensor.size(-1) > 1:
+        tensor = tensor[..., ::2]
+    if kind == 5:
+        tensor = tensor.to_sparse() if tensor.dim() > 0 else tensor
+    if kind == 6:
+        tensor = tensor.to("meta")
+    return tensor.requires_grad_() if tensor.is_floating_point() and draw.randrange(2) else tensor
+
+
+def any_integers(draw: random.Random, high: int, shape: tuple[int, ...]) -> Any:
+    kind = draw.randrange(20)
+    if kind == 0:
+        return any_tensor(draw, shape)
+    tensor = torch.randint(high, shape)
+    if kind == 1 and tensor.numel():
+        tensor.view(-1)[0] = draw.choice((-1, high, 1 << 62, -(1 << 63)))
+    return tensor
+
+
+def any_number(draw: random.Random, usual: float) -> Any:
+    return usual if draw.randrange(12) else draw.choice((0, -1, 1e30, float("nan"), float("inf"), "1", None))
+
+
+def fuzz_op(draw: random.Random) -> str:
+    torch.manual_seed(draw.randrange(1 << 30))
+    B, H, L, K, d, V = (draw.choice((1, 2, 3, 5, 17)) for _ in range(6))
+    heads, keys = (B, H, L, d), (B, H, K, d)
+    groups = draw.choice(((), (H,)))
+    attention = {
+        "query": any_tensor(draw, heads),
+        "key": any_tensor(draw, keys),
+        "value": any_tensor(draw, keys),
+        "causal": draw.choice((False, True)),
+        "key_lengths": draw.choice((None, any_integers(draw, K + 1, (B,)))),
+    }
+    words = {
+        "hidden": any_tensor(draw, (B, L, d)),
+        "weight": any_tensor(draw, (V, d)),
+        "bias": any_tensor(draw, (V,)),
+        "target": any_integers(draw, V, (B, L)),
+        "valid_lengths": any_integers(draw, L + 1, (B,)),
+        "label_smoothing": any_number(draw, 0.1),
+    }
+    moment = {"center": any_tensor(draw, (B,)), "width": any_tensor(draw, (B,)), "alpha": any_number(draw, 5.0)}
+    rows = {"p": any_number(draw, 0.1), "seed": draw.choice((1, -1, 1 << 62)), "offset": any_number(draw, 0)}
+    calls: dict[str, dict[str, Any]] = {
+        "gaussian_mask": moment | {"length": draw.choice((0, 1, 7, -1, 2.5))},
+        "weighted_attention": attention | {"key_weight": draw.choice((None, any_tensor(draw, (B, K))))},
+        "gaussian_attention": attention | moment,
+        "branched_attention": attention | {"key_weights": any_tensor(draw, (2, B, K))},
+        "absorbed_attention": {
+            "query": any_tensor(draw, (B, L, d)),
+            "key": any_tensor(draw, keys),
+            "value": draw.choice((None, any_tensor(draw, keys))),
+            "scale": any_number(draw, 0.5),
+            "key_bias": draw.choice((None, any_tensor(draw, (B, H, K)))),
+            "key_weight": draw.choice((None, any_tensor(draw, (B, K)))),
+            "query_lengths": draw.choice((None, any_integers(draw, L + 1, (B,)))),
+            "key_lengths": draw.choice((None, any_integers(draw, K + 1, (B,)))),
+        },
+        "linear": {
+            "x": any_tensor(draw, (B, L, *groups, d)),
+            "weight": any_tensor(draw, (*groups, V, d)),
+            "bias": draw.choice((None, any_tensor(draw, (*groups, V)))),
+            "relu": draw.choice((False, True)),
+            "lengths": draw.choice((None, any_integers(draw, L + 1, (B,)))),
+        },
+        "linear_nll": words,
+        "intra_video_contrastive_loss": {name: any_tensor(draw, (B,)) for name in ("positive", "hard", "easy")},
+        "contrastive_reconstruction_loss": words | {"hidden": any_tensor(draw, (3, B, L, d))},
+        "dropout": {"x": any_tensor(draw, (B, d))} | rows,
+        "dropout_add_layer_norm": {
+            "x": any_tensor(draw, (B, d)),
+            "residual": any_tensor(draw, (B, d)),
+            "weight": any_tensor(draw, (d,)),
+            "bias": any_tensor(draw, (d,)),
+        }
+        | rows,
+    }
+    assert calls.keys() == set(registry.OPS)
+    op = draw.choice(sorted(calls))
+    try:
+        out = getattr(cnm_kernels, op)(**calls[op])
+        outputs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
+        if outputs and not any(o.is_meta for o in outputs):
+            sum(o.float().sum() for o in outputs).backward()
+    except (ValueError, TypeError):
+        return "refused"
+    except RuntimeError as error:  # words are looked at by compiled code alone
+        if "linear_nll: target holds" not in str(error) and "is out of bounds for dimension" not in str(error):
+            raise
+        return "refused"
+    return "ran"
+
+
+OP = "op"
+KINDS = [*READERS, OP]
+
+
+def one_case(seed: int, folder: Path) -> str:
+    """``kind: outcome``; raises what is a finding."""
+    draw = random.Random(seed)
+    kind = KINDS[seed % len(KINDS)]
+    if kind == OP:
+        return f"{kind}: {fuzz_op(draw)}"
+    return f"{kind}: {read_file(kind, damaged(READERS[kind][0](), draw), folder)}"
+
+
+def left_behind(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith("case.")]
+
+
+def child(seeds: range, pipe: int) -> None:
+    """Runs cases; writes a JSON line for each."""
+
+    def too_long(*_: Any) -> None:
+        raise TimeoutError(f"more than {CASE_SECONDS} seconds")
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, too_long)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    with os.fdopen(pipe, "w") as out, tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        os.chdir(folder)
+        for seed in seeds:
+            out.write(json.dumps(["begins", seed]) + "\n")
+            out.flush()
+            signal.alarm(CASE_SECONDS)
+            try:
+                outcome = one_case(seed, folder)
+                for path in left_behind(folder):
+                    outcome = f"FINDING: left {path.name} behind"
+                    path.unlink()
+            except BaseException:
+                outcome = f"FINDING: {traceback.format_exc(limit=-3)}"
+            finally:
+                signal.alarm(0)
+            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+            if now - used > MEMORY_BYTES:
+                outcome = f"FINDING: took {now - used >> 20} MB"
+                used = now
+            out.write(json.dumps([outcome, seed]) + "\n")
+            out.flush()
+
+
+def run(cases: int, first: int = 0, quiet: bool = True) -> tuple[collections.Counter[str], list[tuple[int, str]]]:
+    """Outcomes by kind, and findings as (seed, what happened)."""
+    outcomes: collections.Counter[str] = collections.Counter()
+    findings: list[tuple[int, str]] = []
+    begun = time.monotonic()
+    start = first
+    while start < first + cases:
+        seeds = range(start, min(start + BATCH, first + cases))
+        read, write = os.pipe()
+        process = os.fork()
+        if process == 0:
+            os.close(read)
+            status = 1
+            try:
+                child(seeds, write)
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(write)
+        under_way = None
+        done = start
+        with os.fdopen(read) as lines:
+            for line in lines:
+                outcome, seed = json.loads(line)
+                if outcome == "begins":
+                    under_way = seed
+                    continue
+                under_way, done = None, seed + 1
+                if outcome.startswith("FINDING"):
+                    findings.append((seed, outcome))
+                outcomes[outcome if not outcome.startswith("FINDING") else "findings"] += 1
+        _, status = os.waitpid(process, 0)
+        if under_way is not None:
+            findings.append((under_way, f"FINDING: the process ended with status {status}"))
+            outcomes["findings"] += 1
+            done = under_way + 1
+        start = max(done, start + 1)
+        if not quiet:
+            print(f"\r{start - first}/{cases} cases, {len(findings)} findings", end="", file=sys.stderr, flush=True)
+    if not quiet:
+        print(f"\n{time.monotonic() - begun:.0f} s", file=sys.stderr)
+    return outcomes, findings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=100_000, help="default: %(default)s")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first case; repeats a finding with --cases 1")
+    arguments = parser.parse_args()
+    outcomes, findings = run(arguments.cases, arguments.first, quiet=False)
+    for outcome, count in sorted(outcomes.items()):
+        print(f"{outcome:<28}{count:>8}")
+    for seed, what in findings[:10]:
+        print(f"seed {seed}: {what}")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
