@@ -1,0 +1,1 @@
+"""The commands of ``cnm``, a module each; ``cnm.cli`` gathers them."""

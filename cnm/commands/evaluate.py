@@ -1,0 +1,72 @@
+"""``cnm evaluate``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import torch
+import typer
+
+from cnm import checkpoint, configs, metrics
+from cnm.commands.common import (
+    ChangesOption,
+    CheckpointOption,
+    Device,
+    DeviceOption,
+    JsonOption,
+    Precision,
+    PrecisionOption,
+    SplitName,
+    chosen_device,
+    chosen_precision,
+    print_notes,
+    print_scores,
+)
+from cnm.data import open_split
+from cnm.evaluation import check_vocabulary, evaluate
+from cnm.models.cnm import CNM, PRECISIONS
+
+
+def evaluate_command(
+    checkpoint_path: CheckpointOption,
+    config: Annotated[
+        str | None,
+        typer.Option(help="A JSON file or packaged name: where the data is; otherwise as stored in the checkpoint."),
+    ] = None,
+    split: Annotated[SplitName, typer.Option(help="Which sentences to localize.")] = SplitName.test,
+    changes: ChangesOption = None,
+    device: DeviceOption = Device.auto,
+    precision: PrecisionOption = Precision.auto,
+    as_json: JsonOption = False,
+) -> None:
+    """Scores a checkpoint: R@1 at five IoU thresholds and mIoU, with baselines that need no video beside.
+
+    \b
+    Example:
+      cnm evaluate --checkpoint runs/first/best.pt --config charades_i3d
+    """
+    model = CNM.from_checkpoint(checkpoint_path, chosen_device(device))
+    dtype = model.compute_dtype = PRECISIONS[chosen_precision(precision, device)]
+    if config is not None:
+        chosen = configs.resolve(config, changes or [])
+    else:
+        chosen = configs.change(model.config.to_dict(), changes or [], str(checkpoint_path))
+    data = open_split(chosen.dataset, split.value, progress=not as_json, dtype=dtype or torch.float32)
+    stored = checkpoint.load(checkpoint_path).get("vocabulary", {}).get("words")
+    check_vocabulary(model, data.vocabulary.words, stored)
+    found = evaluate(model, data, chosen.train.batch_size)
+    baselines = metrics.baselines(data.moments)
+    if as_json:
+        content = {
+            "checkpoint": str(checkpoint_path),
+            "split": split.value,
+            "sentences": len(data),
+            "scores": found.scores,
+            "baselines": baselines,
+            "notes": data.notes,
+        }
+        typer.echo(json.dumps(content))
+        return
+    print_notes(data.notes)
+    print_scores(f"{split.value} split, {len(data):,} sentences", {str(checkpoint_path): found.scores} | baselines)

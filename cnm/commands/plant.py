@@ -1,0 +1,41 @@
+"""``cnm plant``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cnm.data import Vocabulary, plant
+from cnm.errors import InputError
+
+ALL_WORDS = 1_000_000  # more than any vocabulary file counts
+
+
+def plant_command(
+    annotations: Annotated[list[Path], typer.Option(help="An annotation file; repeat for train and test.")],
+    vocab: Annotated[Path, typer.Option(help="Word vectors in the published format (glove.pkl).")],
+    output: Annotated[Path, typer.Option(help="The HDF5 file to write; must not exist.")],
+    frame_dim: Annotated[int, typer.Option(min=1, help="Width of a feature, as in dataset.frame_dim.")] = 256,
+    word_dim: Annotated[int, typer.Option(min=1, help="Width of a word vector, as in dataset.word_dim.")] = 300,
+    signal: Annotated[float, typer.Option(min=0, help="Strength of the signal; the noise has strength 1.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random vectors and the noise.")] = 0,
+) -> None:
+    """Writes made-up features in which real annotations can be found: for training without the real features.
+
+    Each annotated moment carries a signal made from the content words of its sentence, under noise.
+
+    \b
+    Example:
+      cnm plant --annotations train.json --annotations test.json --vocab glove.pkl --output planted.hdf5
+      cnm train --config charades_i3d --set dataset.feature_path=planted.hdf5 --set dataset.frame_dim=256
+    """
+    if output.exists():
+        raise InputError(f"{output}: exists and is not written over; choose another --output")
+    vocabulary = Vocabulary.from_pickle(vocab, ALL_WORDS, word_dim)
+    count = plant(annotations, vocabulary, output, frame_dim=frame_dim, signal=signal, seed=seed, progress=True)
+    typer.echo(
+        f"{output}: features of {count:,} videos; train on them with --set dataset.feature_path={output} "
+        f"--set dataset.frame_dim={frame_dim}"
+    )

@@ -1,0 +1,144 @@
+"""``cnm train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from cnm import checkpoint, configs
+from cnm.commands.common import (
+    ChangesOption,
+    Device,
+    DeviceOption,
+    Precision,
+    PrecisionOption,
+    Step,
+    chosen_device,
+    chosen_precision,
+    print_notes,
+    print_scores,
+)
+from cnm.config import CNMConfig
+from cnm.distributed import Group
+from cnm.errors import InputError
+from cnm.training.run_folder import RunFolder
+from cnm.training.trainer import Result, Trainer
+from cnm_kernels import registry
+
+
+def train(
+    config: Annotated[
+        str | None,
+        typer.Option(help=f"A JSON file in the published layout, or a packaged name: {', '.join(configs.names())}."),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            "--run-folder",  # torchrun takes --run for an option of its own
+            help="A new folder for the run; otherwise train.model_saved_path of the configuration.",
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder of an interrupted run to continue; --config is then not needed.")
+    ] = None,
+    changes: ChangesOption = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Short for --set train.seed=SEED.")] = None,
+    device: DeviceOption = Device.auto,
+    precision: PrecisionOption = Precision.auto,
+    step: Annotated[
+        Step | None,
+        typer.Option(
+            help="lean (the default); recompute: in half the memory, a quarter slower; published: without rewrites."
+        ),
+    ] = None,
+    skip_nonfinite: Annotated[
+        bool,
+        typer.Option(
+            "--skip-nonfinite",
+            help="Leave out updates whose loss or gradients are not finite, and count them, instead of stopping.",
+        ),
+    ] = False,
+) -> None:
+    """Trains a model; evaluates after each epoch on the validation split and at the end on the test split.
+
+    The run's folder holds config.json, metrics.jsonl, last.pt, best.pt, pictures, and TensorBoard events where
+    tensorboard is installed. Ctrl-C or SIGTERM saves after the current update; --resume continues bit for bit.
+
+    \b
+    Example:
+      cnm train --config charades_i3d --run runs/first
+      cnm train --config charades_i3d --run runs/small --set train.batch_size=64 --set train.max_num_epochs=5
+      cnm train --resume runs/first
+      cnm train --resume runs/first --set train.max_num_epochs=80     (longer than first planned)
+      torchrun --nproc-per-node 4 -m cnm train --config charades_i3d --run-folder runs/four     (four GPUs)
+    """
+    changes = [*(changes or []), *([] if seed is None else [f"train.seed={seed}"])]
+    options: dict[str, Any] = {
+        "device": chosen_device(device),
+        "step": None if step is None else step.value,
+        "skip_nonfinite": skip_nonfinite,
+    }
+    if resume is not None and run is not None and run != resume:
+        raise InputError(f"--run {run}: a resumed run stays in its folder; leave --run out")
+    if resume is None and config is None:
+        raise InputError("--config is missing: name a configuration file, or --resume a run")
+    with Group.joined(options["device"]) as group:
+        if resume is not None:
+            RunFolder(resume).check_resumable()
+            chosen = _resumed(resume, config, changes)
+            kept = None if precision is Precision.auto else precision.value
+            trainer = Trainer(chosen, resume, resume=True, precision=kept, group=group, **options)
+        else:
+            assert config is not None
+            chosen = configs.resolve(config, changes)
+            folder = run or Path(chosen.train.model_saved_path)
+            if group is None or group.rank == 0:
+                RunFolder(folder).check_new()
+            trainer = Trainer(chosen, folder, precision=chosen_precision(precision, device), group=group, **options)
+        train_and_report(trainer)
+
+
+def _resumed(folder: Path, config: str | None, changes: list[str]) -> CNMConfig | None:
+    """The configuration asked for in a resumed run, or None: as it was."""
+    if config is not None:
+        return configs.resolve(config, changes)
+    if not changes:
+        return None
+    path = RunFolder(folder).last
+    return configs.change(checkpoint.load(path)["config"], changes, str(path))
+
+
+def train_and_report(trainer: Trainer) -> Result:
+    """Trains, with what runs where said before and the scores after."""
+    if not trainer.writes:  # process 0 speaks for all
+        return trainer.train()
+    echo = lambda line: typer.echo(line, err=True)  # noqa: E731
+    echo(_machine(trainer.device, trainer.options["precision"]))
+    sizes = ", ".join(f"{split.name} {len(split):,}" for split in trainer.splits)
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    echo(f"sentences: {sizes}; vocabulary {len(trainer.train_split.vocabulary):,}; parameters {parameters:,}")
+    for split in trainer.splits:
+        print_notes(split.notes)
+    if trainer.val_split is None:
+        echo("no validation split is configured: the last epoch is the result")
+    elif not trainer.chooses_best:
+        echo("validation and test are the same file: no epoch is chosen by it, the last one is the result")
+    result = trainer.train()
+    title = f"test split, {len(trainer.test_split):,} sentences"
+    print_scores(title, {f"{result.checkpoint} (epoch {result.epoch})": result.scores} | result.baselines)
+    return result
+
+
+def _machine(device: torch.device, precision: str) -> str:
+    """What computes: device, threads, precision, and the kernels' backends."""
+    chosen: dict[str, list[str]] = {}
+    for op in registry.OPS:
+        chosen.setdefault(registry.choice(op, device.type, torch.float32), []).append(op)
+    most = max(chosen, key=lambda backend: len(chosen[backend]))
+    rest = "".join(f"; {backend} for {', '.join(ops)}" for backend, ops in chosen.items() if backend != most)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return f"device: {name}; {precision}; kernels: {most}{rest}"
