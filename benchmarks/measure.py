@@ -131,7 +131,7 @@ def evaluate(goal: Goal, records: dict[str, Record]) -> Record:
         "of": goal.of,
         "measured": None,
     }
-    if goal.metric == "time":
+    if goal.metric in ("time", "slowdown"):
         ratio = records.get(goal.against, {}).get("ratio")
         own = {"median": 1.0} if goal.of == OURS else records.get(goal.of, {}).get("ratio")
         if ratio is not None and own is not None:
@@ -145,4 +145,5 @@ def evaluate(goal: Goal, records: dict[str, Record]) -> Record:
     measured = result["measured"]
     if measured is None:
         return result | {"met": None}
-    return result | {"met": measured <= goal.bound if goal.metric == "memory" else measured >= goal.bound}
+    at_most = goal.metric in ("memory", "slowdown")
+    return result | {"met": measured <= goal.bound if at_most else measured >= goal.bound}

@@ -18,12 +18,13 @@ OURS = "ours"
 class Goal:
     """What ours is to reach.
 
-    ``time``: the rival's time is at least ``bound`` times ours. ``memory``: ours works in at most ``bound`` bytes
+    ``time``: the rival's time is at least ``bound`` times ours. ``slowdown``: it is at most that; the rival is then
+    ourselves under load. ``memory``: ours works in at most ``bound`` bytes
     beyond what every contender has to hold, its inputs and its results; ``against`` then says what the bound is.
     ``peak``: the rival's peak above the inputs is at least ``bound`` times ours. ``of`` names another of our own ways.
     """
 
-    metric: Literal["time", "memory", "peak"]
+    metric: Literal["time", "slowdown", "memory", "peak"]
     against: str
     bound: float
     of: str = OURS

@@ -70,9 +70,10 @@ def _goals(records: Iterable[Record]) -> list[Record]:
 
 def _goal_words(goal: Record) -> tuple[str, str]:
     measured = goal["measured"]
-    if goal["metric"] == "time":
+    if goal["metric"] in ("time", "slowdown"):
         of = "" if goal["of"] == OURS else f"{goal['of']}: "
-        return f"{of}>= {goal['bound']:g}x {goal['against']}", "-" if measured is None else f"{measured:.2f}x"
+        relation = ">=" if goal["metric"] == "time" else "<="
+        return f"{of}{relation} {goal['bound']:g}x {goal['against']}", "-" if measured is None else f"{measured:.2f}x"
     if goal["metric"] == "peak":
         return (
             f"{goal['against']}'s peak >= {goal['bound']:g}x {goal['of']}",
@@ -130,7 +131,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         len(groups), 1, figsize=(9, 0.28 * sum(heights) + 1), height_ratios=heights, sharex=True, squeeze=False
     )
     for axis, ((_, case, dtype), records, rows) in zip(axes[:, 0], groups, strict=True):
-        goals = {goal["against"]: goal for goal in _goals(records) if goal["metric"] == "time"}
+        goals = {goal["against"]: goal for goal in _goals(records) if goal["metric"] in ("time", "slowdown")}
         for place, record in enumerate(rows):
             ratio, goal = record["ratio"], goals.get(record["contender"])
             state = "none" if goal is None else "met" if goal["met"] else "missed"

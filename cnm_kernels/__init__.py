@@ -4,6 +4,7 @@ Each op runs on the best backend the machine offers and can be checked against a
 (``cnm_kernels.reference``); ``python -m cnm_kernels`` prints what runs where.
 """
 
+from cnm_kernels import threads as threads  # isort: skip  # before torch, whose threads it sets
 from cnm_kernels import registry
 from cnm_kernels.drop_in.accelerate import accelerate, accelerate_losses, restore
 from cnm_kernels.ops import (
