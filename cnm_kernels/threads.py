@@ -3,7 +3,7 @@
 The threads that share an op's work meet at its end. By default GNU OpenMP, which PyTorch's CPU builds use, lets those
 that wait spin for milliseconds. On a machine that other processes use too, such a thread keeps a core from the very
 thread it waits for. The library reads its setting once, when torch loads it: hence this module comes before torch, and
-where torch was imported first, the setting is the user's to make (``GOMP_SPINCOUNT=1000 python ...``).
+where torch was imported first, the setting is the user's to make (``GOMP_SPINCOUNT=10000 python ...``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
 POLICY_VARIABLE = "OMP_WAIT_POLICY"
-SPIN_COUNT = 1000  # longer than the pauses between ops of one step, much shorter than a time slice
+SPIN_COUNT = 10_000  # longer than the pauses between ops of one step, much shorter than a time slice
 
 
 def spin_briefly() -> None:
