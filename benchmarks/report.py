@@ -1,4 +1,5 @@
-"""Tables and a plot from a result file; ``python -m benchmarks.report FILE`` prints the tables of an old one."""
+"""Tables and a plot from a result file. ``python -m benchmarks.report FILE`` prints the tables of an old one; with
+several files, of several runs or machines, it prints them side by side."""
 
 from __future__ import annotations
 
@@ -199,15 +200,21 @@ def _timed(records: Iterable[Record]) -> list[Record]:
     return [record for record in records if "ratio" in record]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    from benchmarks import side_by_side
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("file", type=Path, help="a results.json")
-    path = parser.parse_args().file
-    try:
-        print(text(json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"{path}: no result file of these benchmarks ({error!r})", file=sys.stderr)
-        return 2
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a results.json")
+    runs = []
+    for path in parser.parse_args(arguments).files:
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            text(run)  # finds out whether it is one
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"{path}: no result file of these benchmarks ({error!r})", file=sys.stderr)
+            return 2
+        runs.append(run)
+    print(text(runs[0]) if len(runs) == 1 else side_by_side.text(runs))
     return 0
 
 

@@ -117,6 +117,28 @@ def test_tables_come_from_the_records(results: dict[str, Any]) -> None:
     assert results["machine"]["cpu"] in report.text(results)
 
 
+def test_runs_of_several_machines_stand_side_by_side(
+    run: tuple[int, Path], results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = copy.deepcopy(results)
+    other["machine"]["cpu"] = "Another Processor"
+    other["measurements"][1]["ratio"]["median"] = 123.456
+    del other["measurements"][2:]  # bfloat16 was not measured there
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert report.main([str(run[1] / "results.json"), str(tmp_path / "other.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"- run 1: {results['machine']['cpu']}")
+    assert lines[1].startswith("- run 2: Another Processor")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][2:]
+    assert [row[1:3] for row in rows] == [[dtype, who] for dtype in ("float32", "bfloat16") for who in (OURS, "eager")]
+    ratio = results["measurements"][1]["ratio"]["median"]
+    assert rows[1][3:] == [f"{ratio:.2f}x", "123.46x"]
+    assert all(row[3] and not row[4] for row in rows[2:])
+
+    (tmp_path / "none.json").write_text("{}")
+    assert report.main([str(tmp_path / "none.json")]) == 2
+
+
 def test_a_wrong_rival_is_refused_and_not_timed(no_memory: None) -> None:
     case = first_case("attention")
     right = case.contenders["eager"].function
