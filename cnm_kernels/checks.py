@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,12 +48,13 @@ class Arguments:
     def number(self, name: str, value: float, low: float, high: float) -> None:
         """A number within [low, high]."""
         self._number(name, value)
+        value = float(value) if isinstance(value, np.floating) else value  # float32 would round the bounds
         if not low <= value <= high:
             raise ValueError(f"{self.op}: {name} must be between {low:g} and {high:g}, got {value}")
 
     def whole(self, name: str, value: int, low: int, high: int) -> None:
         """An int within [low, high]."""
-        if not isinstance(value, (int, torch.SymInt)):
+        if not isinstance(value, (int, np.integer, torch.SymInt)) or isinstance(value, bool):
             raise TypeError(f"{self.op}: {name} must be an int, got {type(value).__name__}")
         self.number(name, value, low, high)
 
@@ -63,7 +65,8 @@ class Arguments:
             raise ValueError(f"{self.op}: {name} must be above 0, got {value}")
 
     def _number(self, name: str, value: float) -> None:
-        if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        number = isinstance(value, (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat))
+        if not number or isinstance(value, bool):
             raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
 
     def _tensor(self, name: str, tensor: Tensor) -> None:

@@ -13,11 +13,13 @@ other ops run in the dtype they are given. Losses come back in float32 (float64 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cnm_kernels import reference, registry
 from cnm_kernels.autograd.attention import unpack
@@ -27,7 +29,12 @@ from cnm_kernels.constants import BETA_1, BETA_2, LABEL_SMOOTHING, LAYER_NORM_EP
 
 def _run(op: str, tensor: Tensor, *arguments: Any) -> Any:
     """Calls the backend's function."""
-    return _outside_autocast(registry.implementation(op, tensor), tensor, *arguments)
+    function = registry.implementation(op, tensor)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and function is not getattr(reference, op):
+        given = [a for a in arguments if isinstance(a, Tensor)]
+        if any(forward_ad.unpack_dual(a).tangent is not None for a in given):
+            raise NotImplementedError(f'{op}: forward-mode derivatives want use_backend("torch")')
+    return _outside_autocast(function, tensor, *arguments)
 
 
 def _outside_autocast(function: Callable[..., Any], tensor: Tensor, *arguments: Any) -> Any:
@@ -197,7 +204,7 @@ def weighted_attention(
         if isinstance(key_weight, Tensor) and key_weight.dim() == 3:
             key_weight = key_weight.flatten(0, 1)
         check.floating("key_weight", key_weight, "B Lk", own_dtype=True)
-    scale = query.size(-1) ** -0.5 if scale is None else float(scale)
+    scale = query.size(-1) ** -0.5 if scale is None else _finite(check, "scale", scale)
     query, key, value = _for_backend("weighted_attention", query, key, value)
     arguments = (query, key, value, key_weight, causal, key_lengths, scale, return_weights)
     out, weights = _run("weighted_attention", query, *arguments)
@@ -276,7 +283,7 @@ def gaussian_attention(
     check.floating("center", center, "B", own_dtype=True)
     check.floating("width", width, "B", own_dtype=True)
     _check_gaussian(check, alpha, min_width)
-    scale = query.size(-1) ** -0.5 if scale is None else float(scale)
+    scale = query.size(-1) ** -0.5 if scale is None else _finite(check, "scale", scale)
     gaussian = (center, width, alpha, min_width, complement)
     query, key, value = _for_backend("gaussian_attention", query, key, value)
     arguments = (query, key, value, *gaussian, causal, key_lengths, scale, return_weights)
@@ -312,7 +319,7 @@ def branched_attention(
     check.floating("key_weights", key_weights, "n B Lk", own_dtype=True)
     if key_weights.size(0) == 0:
         raise ValueError(f"branched_attention: key_weights must hold a branch, got shape {list(key_weights.shape)}")
-    scale = query.size(-1) ** -0.5 if scale is None else float(scale)
+    scale = query.size(-1) ** -0.5 if scale is None else _finite(check, "scale", scale)
     query, key, value = _for_backend("branched_attention", query, key, value)
     arguments = (query, key, value, key_weights, causal, key_lengths, scale)
     return cast(Tensor, _run("branched_attention", query, *arguments))
@@ -488,7 +495,8 @@ def intra_video_contrastive_loss(
     check.floating("positive", positive, "B")
     check.floating("hard", hard, "B")
     check.floating("easy", easy, "B")
-    return _run("intra_video_contrastive_loss", positive, positive, hard, easy, beta_1, beta_2)
+    margins = _finite(check, "beta_1", beta_1), _finite(check, "beta_2", beta_2)
+    return _run("intra_video_contrastive_loss", positive, positive, hard, easy, *margins)
 
 
 def contrastive_reconstruction_loss(
@@ -519,7 +527,8 @@ def contrastive_reconstruction_loss(
     _check_vocabulary(check, weight, bias, label_smoothing)
     check.integer("target", target, "B L")
     check.integer("valid_lengths", valid_lengths, "B")
-    arguments = (hidden, weight, bias, target, valid_lengths, label_smoothing, beta_1, beta_2)
+    margins = _finite(check, "beta_1", beta_1), _finite(check, "beta_2", beta_2)
+    arguments = (hidden, weight, bias, target, valid_lengths, label_smoothing, *margins)
     return _run("contrastive_reconstruction_loss", hidden, *arguments)
 
 
@@ -580,6 +589,7 @@ def dropout_add_layer_norm(
     check.floating("bias", bias, "D", own_dtype=True)
     check.number("p", p, 0, 1)
     check.whole("offset", offset, -(1 << 63), (1 << 63) - 1)
+    check.number("eps", eps, 0, sys.float_info.max)
     return _run("dropout_add_layer_norm", x, x, residual, weight, bias, p, _seed(check, seed, x), offset, eps)
 
 
@@ -615,6 +625,11 @@ def _for_backend(
     return query, key, value
 
 
+def _finite(check: Arguments, name: str, value: float) -> float:
+    check.number(name, value, -sys.float_info.max, sys.float_info.max)
+    return value
+
+
 def _check_gaussian(check: Arguments, alpha: float, min_width: float) -> None:
     check.number("alpha", alpha, 0, float("inf"))
     check.above_zero("min_width", min_width)
@@ -631,6 +646,7 @@ def _check_vocabulary(check: Arguments, weight: Tensor, bias: Tensor, label_smoo
 def _seed(check: Arguments, seed: int | Tensor, x: Tensor) -> Tensor:
     """The seed as an int64 tensor [] on x's device."""
     if not isinstance(seed, Tensor):
+        check.whole("seed", seed, -(1 << 63), (1 << 63) - 1)
         return torch.tensor(seed, dtype=torch.int64, device=x.device)
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
         raise ValueError(

@@ -23,6 +23,17 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _before(lengths: Tensor | None, tensor: Tensor, dim: int) -> Tensor:
+    """The tensor, wide, with zeros along ``dim`` from its sample's length on: what lies there may be anything."""
+    tensor = _wide(tensor)
+    if lengths is None:
+        return tensor
+    padding = torch.arange(tensor.size(dim), device=tensor.device) >= lengths[:, None]  # [B, L]
+    shape = [1] * tensor.dim()
+    shape[0], shape[dim] = padding.shape
+    return tensor.masked_fill(padding.view(shape), 0)
+
+
 def gaussian_mask(
     center: Tensor, width: Tensor, length: int, alpha: float, min_width: float, complement: bool
 ) -> Tensor:
@@ -61,7 +72,8 @@ def weighted_attention(
     return_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """P = p (m + eps) / sum_k p (m + eps), p = softmax(scale q k^T) over the allowed keys; out = P v."""
-    q, k, v = _wide(query), _wide(key), _wide(value)
+    q, k, v = _wide(query), _before(key_lengths, key, 2), _before(key_lengths, value, 2)
+    key_weight = None if key_weight is None else _before(key_lengths, key_weight, 1)
     scores = scale * (q @ k.transpose(-1, -2))  # [B, H, Lq, Lk]
     weights = _probabilities(scores, key_weight, causal, key_lengths)
     out = (weights @ v).to(query.dtype)  # [B, H, Lq, d]
@@ -132,8 +144,10 @@ def absorbed_attention(
     scale: float,
 ) -> Tensor:
     """out_i = sum_h P_hi v_h with P of the scores scale q_i . k_hj + b_hj; zeros for queries from query_lengths on."""
-    q, k = _wide(query), _wide(key)
-    v = k if value is None else _wide(value)
+    q, k = _wide(query), _before(key_lengths, key, 2)
+    v = k if value is None else _before(key_lengths, value, 2)
+    key_bias = None if key_bias is None else _before(key_lengths, key_bias, 2)
+    key_weight = None if key_weight is None else _before(key_lengths, key_weight, 1)
     if query_lengths is not None:
         padding = torch.arange(q.size(1), device=q.device)[:, None] >= query_lengths[:, None, None]  # [B, Lq, 1]
         q = q.masked_fill(padding, 0)  # what lies there may be anything
@@ -173,15 +187,15 @@ def linear_nll(
     return_accuracy: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Per row the mean over its valid tokens of (1-e)(lse - z_y) + e (lse - mean_v z_v), z = h W^T + b."""
-    hidden = _wide(hidden)
+    hidden = _before(valid_lengths, hidden, 1)
     logits = hidden @ weight.to(hidden.dtype).T + bias.to(hidden.dtype)  # [M, L, V]
     L = logits.size(1)
     valid = torch.arange(L, device=hidden.device) < valid_lengths[:, None]  # [M, L]
     target = torch.where(valid, target, 0)
-    lse = logits.logsumexp(-1)
-    target_logit = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    log_probability = F.log_softmax(logits, -1)  # not z - lse: large logits swallow the logarithm
+    of_target = log_probability.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     smooth = label_smoothing
-    token_nll = (1 - smooth) * (lse - target_logit) + smooth * (lse - logits.mean(-1))  # [M, L]
+    token_nll = -(1 - smooth) * of_target - smooth * log_probability.mean(-1)  # [M, L]
     count = valid_lengths.clamp(1, max(L, 1))
     nll = torch.where(valid, token_nll, 0).sum(-1) / count
     if not return_accuracy:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -67,6 +68,8 @@ def _load(module: str) -> ModuleType | None:
 
 _modules: dict[str, ModuleType | None] = {}
 _requested: str | None = None
+_blocks: list[list[str | None]] = []  # of use_backend, entered and not left
+_lock = threading.Lock()
 
 
 def load() -> None:
@@ -139,12 +142,20 @@ def use_backend(name: str | None) -> Iterator[None]:
         ValueError: unknown name. An op the backend cannot run raises ``BackendUnavailable`` when it is called.
     """
     global _requested
-    previous = _requested
-    _requested = None if name is None else _check_name(name, "use_backend")
+    block = [None if name is None else _check_name(name, "use_backend")]
+    with _lock:
+        if not _blocks:
+            _blocks.append([_requested])  # what holds outside of any
+        _blocks.append(block)
+        _requested = block[0]
     try:
         yield
     finally:
-        _requested = previous
+        with _lock:  # threads may leave in another order than they entered
+            del _blocks[next(i for i, other in enumerate(_blocks) if other is block)]
+            _requested = _blocks[-1][0]
+            if len(_blocks) == 1:
+                _blocks.clear()
 
 
 def table() -> str:

@@ -67,12 +67,21 @@ def rounded_once_more(op: str, inputs: Inputs) -> Inputs:
     return moved
 
 
+def nearby(op: str, inputs: Inputs) -> list[Inputs]:
+    """What one rounding more would make of the inputs, and of a Gaussian's exponent: exp(-x) is off by x times that."""
+    near = [rounded_once_more(op, inputs)]
+    if "alpha" in inputs and next(v for v in inputs.values() if isinstance(v, Tensor)).dtype != torch.float64:
+        steeper = inputs["alpha"] * (1 + torch.finfo(torch.float32).eps)
+        near.append(in_dtype(inputs, torch.float64) | {"alpha": steeper})
+    return near
+
+
 def assert_within_budget(
     name: str,
     actual: Tensor,
     exact: Tensor,
     plain: Tensor,
-    moved: Tensor,
+    moved: Sequence[Tensor],
     scale: float,
     operands: torch.dtype | None = None,
 ) -> None:
@@ -89,7 +98,7 @@ def assert_within_budget(
     if not number.any():
         return
     error = (actual - exact)[number].abs().max().item()
-    plain_error = max((other.detach() - exact)[number].abs().max().item() for other in (plain, moved))
+    plain_error = max((other.detach() - exact)[number].abs().max().item() for other in (plain, *moved))
     allowed = TIMES_PLAIN * plain_error + slack * max(scale, exact[number].abs().max().item())
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (plain {plain_error:.3g})"
 
@@ -101,14 +110,16 @@ def check_values(op: str, inputs: Inputs, backend: str) -> None:
     expected_dtype = wide(first.dtype) if op in RETURN_FLOAT32 else first.dtype
     exact = REFERENCES[op](**in_dtype(inputs, torch.float64))
     plain = _plain(op, inputs, backend)
-    moved = REFERENCES[op](**rounded_once_more(op, inputs))
+    moved = [REFERENCES[op](**near) for near in nearby(op, inputs)]
     scale = max((output.abs().max().item() for output in exact if output.numel()), default=0.0)
     scale = 0.0 if math.isnan(scale) else scale
     assert len(outputs) == len(exact)
     for i, output in enumerate(outputs):
         assert output.dtype == expected_dtype, f"output {i} is {output.dtype}, expected {expected_dtype}"
         assert output.device == first.device
-        assert_within_budget(f"output {i}", output, exact[i], plain[i].to(output.dtype), moved[i], scale)
+        assert_within_budget(
+            f"output {i}", output, exact[i], plain[i].to(output.dtype), [near[i] for near in moved], scale
+        )
 
 
 def check_gradients(op: str, inputs: Inputs, backend: str, names: Sequence[str] | None = None) -> None:
@@ -116,7 +127,7 @@ def check_gradients(op: str, inputs: Inputs, backend: str, names: Sequence[str] 
     names = [name for name in names or DIFFERENTIABLE[op] if inputs.get(name) is not None]
     actual = gradients_of(lambda **inputs: run(op, inputs, backend), inputs, names)
     exact = gradients_of(REFERENCES[op], in_dtype(inputs, torch.float64), names)
-    moved = gradients_of(REFERENCES[op], rounded_once_more(op, inputs), names)
+    moved = [gradients_of(REFERENCES[op], near, names) for near in nearby(op, inputs)]
     if backend == "torch":
         plain = gradients_of(REFERENCES[op], in_dtype(inputs, wide(inputs[names[0]].dtype)), names)
     else:
@@ -130,7 +141,8 @@ def check_gradients(op: str, inputs: Inputs, backend: str, names: Sequence[str] 
         assert actual[name].dtype == inputs[name].dtype
         plain_gradient = plain[name].to(inputs[name].dtype)
         operands = inputs["hidden"].dtype if op in SOFTMAX_PRODUCTS else None
-        assert_within_budget(f"d {name}", actual[name], exact[name], plain_gradient, moved[name], terms[name], operands)
+        near = [gradients[name] for gradients in moved]
+        assert_within_budget(f"d {name}", actual[name], exact[name], plain_gradient, near, terms[name], operands)
 
 
 def attention_terms(inputs: Inputs, score_gradient: float) -> dict[str, float]:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class _OnlyOnce(torch.autograd.Function):
-    """The identity, standing behind a gradient: differentiating it would need a second derivative."""
+    """The identity on a gradient, connected to all that it was computed from: differentiating it is refused."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, op: str) -> Tensor:
+    def forward(ctx: Any, op: str, gradient: Tensor, *_: Any) -> Tensor:
         ctx.op = op
         return gradient.view_as(gradient)
 
@@ -75,7 +75,8 @@ class Operator:
             with torch.no_grad():
                 gradients = backward(ctx, *d_outputs)
             if torch.is_grad_enabled():  # somebody may differentiate these again
-                gradients = (d if d is None else _OnlyOnce.apply(d.detach().requires_grad_(), name) for d in gradients)
+                made_of = [t for t in (*d_outputs, *ctx.saved_tensors) if t is not None and t.requires_grad]
+                gradients = (d if d is None else _OnlyOnce.apply(name, d.detach(), *made_of) for d in gradients)
             return (*gradients, None)
 
         body = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}

@@ -235,7 +235,7 @@ def launch_forward(
         q, k, v, weighting.first, weighting.second, lengths, out, stats, weights, *strides(q, k, v, out[0]),
         Lq, Lk, d, H, scale, weighting.alpha, weighting.min_width, B * Lk, stats.stride(0), out.stride(0),
         weighting.kind, causal, lengths is not None, return_weights, out.size(0), heads, BLOCK_M, block(Lk), block(d),
-        num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
+        num_warps=chosen.num_warps, enable_fp_fusion=False, num_stages=chosen.num_stages,
     )  # fmt: skip
 
 
@@ -265,7 +265,7 @@ def launch_backward(
         weighting.kind, causal, lengths is not None, d_weights is not None,
         *(gradient is not None for gradient in gradients), d_weighting is not None, n, triton.next_power_of_2(n),
         heads, min(block(Lq), chosen.rows), block(Lk), block(d),
-        num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
+        num_warps=chosen.num_warps, enable_fp_fusion=False, num_stages=chosen.num_stages,
     )  # fmt: skip
 
 

@@ -236,7 +236,7 @@ def forward(
     numbers = (Lq, Lk, d, H, scale, weighting.alpha, weighting.min_width)
     blocks = (chosen.rows, chosen.columns, block(d))
     tiles = triton.cdiv(Lq, chosen.rows)
-    launch = {"num_warps": chosen.num_warps, "enable_fp_fusion": True, "num_stages": chosen.num_stages}
+    launch = {"num_warps": chosen.num_warps, "enable_fp_fusion": False, "num_stages": chosen.num_stages}
     _forward_kernel[(B * H, tiles)](
         q, k, v, weighting.first, weighting.second, lengths, out, stats, *strides(q, k, v, out),
         *numbers, *modes, *blocks, **launch,
@@ -269,7 +269,7 @@ def backward(
     modes = (weighting.kind, causal, lengths is not None, d_weights is not None)
     numbers = (Lq, Lk, d, H, scale, weighting.alpha, weighting.min_width)
     blocks = (chosen.rows, chosen.columns, block(d))
-    launch = {"num_warps": chosen.num_warps, "enable_fp_fusion": True, "num_stages": chosen.num_stages}
+    launch = {"num_warps": chosen.num_warps, "enable_fp_fusion": False, "num_stages": chosen.num_stages}
     delta = floats(q, B, H, Lq)
     inputs = (d_out, d_weights, q, k, v, weighting.first, weighting.second, lengths, stats, delta)
     d_q, d_k, d_v = gradients

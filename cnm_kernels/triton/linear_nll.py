@@ -139,7 +139,7 @@ def _combine_kernel(
             z_sum += tl.load(place_of + 2 * N, mask=valid, other=0.0)
             z_target += tl.load(place_of + 3 * N, mask=valid, other=0.0)
         lse = highest + tl.log(total)
-        token_nll = (1.0 - smoothing) * (lse - z_target) + smoothing * (lse - z_sum / V)
+        token_nll = tl.log(total) + (1.0 - smoothing) * (highest - z_target) + smoothing * (highest - z_sum / V)
         nll += tl.sum(tl.where(valid, token_nll, 0.0), 0)
         tl.store(lse_ptr + row * L + place, tl.where(valid, lse, 0.0), mask=inside)
         if ACCURACY:

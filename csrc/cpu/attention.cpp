@@ -300,40 +300,42 @@ class Attention {
         return p_.causal ? std::min(block.begin + r + 1, length_) : length_;
     }
 
-    // e of W keys from j on, n of them visible. The backward must get the very bits that the forward summed.
-    Vec exponential(const float* scores, int64_t j, int64_t n, Vec max) const {
-        const Vec e = exp(fma(load(scores + j), set1(p_.scale), -max));
+    // e of W keys from j on, n of them visible. The backward must get the very bits that the forward summed. The score is
+    // subtracted before it is scaled: a product minus a rounded maximum, fused, is not 0 at the maximum.
+    Vec exponential(const float* scores, int64_t j, int64_t n, Vec best) const {
+        const Vec e = exp((load(scores + j) - best) * set1(p_.scale));
         return within(weights_at_once_ ? e * load(weight_ + j) : e, n);
     }
 
-    // Row r of the scores to e, 0 where not visible; stats to maximum and 1 / Z.
+    // Row r of the scores to e, 0 where not visible; stats to the best score, not scaled, and 1 / Z.
     void softmax(const Block& block, int64_t r, float* stats) const {
         float* scores = scores_ + r * long_;
         const int64_t n = visible(block, r);
-        const Vec scale = set1(p_.scale), lowest = set1(std::numeric_limits<float>::lowest());
+        const float sign = p_.scale < 0 ? -1.0f : 1.0f;
+        const Vec lowest = set1(std::numeric_limits<float>::lowest());
         Vec top = lowest;
         for (int64_t j = 0; j < n; j += W) {
-            const Vec s = load(scores + j) * scale;
+            const Vec s = load(scores + j) * set1(sign);
             top = vmax(n - j >= W ? s : select(first_n(static_cast<int>(n - j)), s, lowest), top);
         }
-        const float max = hmax(top);
+        const float best = sign * hmax(top);
         Vec total = set1(0);
         for (int64_t j = 0; j < n; j += W) {
-            const Vec e = exponential(scores, j, n - j, set1(max));
+            const Vec e = exponential(scores, j, n - j, set1(best));
             store(scores + j, e);
             total += e;
         }
         blank(scores, n, block.keys);
         const float Z = hsum(total);
-        stats[0] = max;
+        stats[0] = best;
         stats[1] = Z == 0 ? 0 : 1 / Z;
     }
 
     // Row r of the scores to `factor` e, 0 where not visible: P, where the factor is 1 / Z.
-    void probabilities(const Block& block, int64_t r, float max, float factor) const {
+    void probabilities(const Block& block, int64_t r, float best, float factor) const {
         float* scores = scores_ + r * long_;
         const int64_t n = visible(block, r);
-        for (int64_t j = 0; j < n; j += W) store(scores + j, exponential(scores, j, n - j, set1(max)) * set1(factor));
+        for (int64_t j = 0; j < n; j += W) store(scores + j, exponential(scores, j, n - j, set1(best)) * set1(factor));
         blank(scores, n, block.keys);
     }
 

@@ -241,11 +241,12 @@ void forward(const LinearNllParams& p) {
         for (int64_t t = 0; t < tile.size; ++t) {
             const size_t i = static_cast<size_t>(tile.first + t);
             const int64_t token = tokens.index[i];
-            const float lse = softmax.max[t] + std::log(softmax.total[t]), smoothing = p.label_smoothing;
-            token_nll[i] = (1 - smoothing) * (lse - softmax.target_logit[t]) +
-                           smoothing * (lse - softmax.logit_sum[t] / static_cast<float>(p.V));
+            const float max = softmax.max[t], log_total = std::log(softmax.total[t]), smoothing = p.label_smoothing;
+            // Large logits would swallow the logarithm.
+            token_nll[i] = log_total + (1 - smoothing) * (max - softmax.target_logit[t]) +
+                           smoothing * (max - softmax.logit_sum[t] / static_cast<float>(p.V));
             correct[i] = static_cast<int64_t>(softmax.best[t]) == target[t];
-            p.lse[token] = lse;
+            p.lse[token] = max + log_total;
             if (p.expected != nullptr) {
                 write_row(p.expected + token * p.D, tile.sums + t * tile.sums_ld(), p.D, 1 / softmax.total[t]);
             }

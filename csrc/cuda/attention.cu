@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
             for (int i = 0; i < 4; ++i) {
                 const int64_t row = own_row + row_of(i), key = static_cast<int64_t>(tile) * TILE + 8 * n + column_of(i);
                 const bool visible = key < limit && (!p.causal || key <= row);
-                e[n][i] = visible ? e[n][i] * p.scale : -INFINITY;
+                e[n][i] = visible ? rounded_product(e[n][i], p.scale) : -INFINITY;
                 higher[i / 2] = fmaxf(higher[i / 2], e[n][i]);
             }
         }
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_weights_kernel
             for (int i = 0; i < 4; ++i) {
                 const int64_t row = own_row + row_of(i), key = first_key + 8 * n + column_of(i);
                 if (key >= limit || (p.causal && key > row)) continue;
-                const float e = exponential(s[n][i] * p.scale - stats[i / 2][0]);
+                const float e = exponential(rounded_product(s[n][i], p.scale) - stats[i / 2][0]);
                 averaged[n][i] += e * weights[8 * n + column_of(i)] * stats[i / 2][1];
             }
         }

@@ -141,7 +141,7 @@ struct Block {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const int row = warp() * 16 + row_of(i), key = 8 * k + column_of(i);
-                        const float s = e[k][i] * p.scale - highest[row];
+                        const float s = rounded_product(e[k][i], p.scale) - highest[row];
                         e[k][i] = exponential(visible(first_row + row, tile * TILE + key) ? s : -INFINITY);
                     }
                 }
@@ -224,7 +224,7 @@ struct Block {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const int row = part + 8 * q + column_of(i);
-                        const float s = e[q][i] * p.scale - highest[row];
+                        const float s = rounded_product(e[q][i], p.scale) - highest[row];
                         e[q][i] = exponential(visible(first_row + row, own_key + row_of(i)) ? s : -INFINITY);
                     }
                 }

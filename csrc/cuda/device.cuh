@@ -87,6 +87,10 @@ inline float float_of(uint32_t bits) {
     return x;
 }
 inline float exponential(float x) { return std::exp(x); }
+inline float rounded_product(float a, float b) {
+    volatile float product = a * b;  // no compiler fuses it
+    return product;
+}
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 
 inline float to_float(float x) { return x; }
@@ -174,6 +178,8 @@ __device__ __forceinline__ float exponential(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x * 1.4426950408889634f));
     return out;
 }
+// Never fused with a sum, so that a score less the largest of them is exactly 0 where it is the largest.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 __device__ __forceinline__ float to_float(float x) { return x; }

@@ -301,10 +301,10 @@ __global__ void __launch_bounds__(SUM_THREADS)
             z_sum += load(of_part + 2 * N);
             z_target += load(of_part + 3 * N);
         }
-        const float lse = highest + logf(total);
+        const float log_total = logf(total), lse = highest + log_total;
         const int64_t target = load(p.target + token);
         const bool known = target >= 0 && target < p.V;  // a word that is none gives NaN: nothing here can raise an error
-        nll += known ? (1.0f - smoothing) * (lse - z_target) + smoothing * (lse - z_sum / count) : NAN;
+        nll += known ? log_total + (1.0f - smoothing) * (highest - z_target) + smoothing * (highest - z_sum / count) : NAN;
         correct += static_cast<float>(best == target);
         if (lane() == 0) store(p.lse + token, lse);
         if (p.expected == nullptr) continue;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from op_checks import check_gradients, check_values
 from samples import Draw, run, sample, targets
@@ -42,6 +42,7 @@ def test_the_clamp_passes_the_gradient_at_equality_and_above(backend: str, devic
     width=st.floats(-1, 3, width=32),
     complement=st.booleans(),
 )
+@example(rows=1, length=2, alpha=1.0, center=1.5, width=0.0, complement=False)
 def test_any_shape_and_moment(
     backend: str,
     device: str,

@@ -126,3 +126,14 @@ def test_the_environment_variable_chooses(value: str, succeeds: bool, shown: str
     else:
         assert shown in result.stderr
         assert registry.ENVIRONMENT_VARIABLE in result.stderr
+
+
+def test_blocks_may_be_left_in_another_order_than_entered() -> None:
+    before = registry._requested
+    first, second = cnm_kernels.use_backend("torch"), cnm_kernels.use_backend("native")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert registry._requested == "native"
+    second.__exit__(None, None, None)
+    assert registry._requested == before
