@@ -49,9 +49,7 @@ class _Commands(TyperGroup):
             if error.errno == errno.EPIPE:
                 raise
             place = f"{error.filename}: " if error.filename else ""
-            typer.echo(
-                f"error: {place}{error.strerror or error}; check the path, the permissions and the space", err=True
-            )
+            typer.echo(f"error: {place}{error.strerror or error}; check path, permissions and space", err=True)
             raise typer.Exit(2) from None
         except Interrupted as stop:
             typer.echo(str(stop), err=True)

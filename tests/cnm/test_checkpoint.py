@@ -112,7 +112,7 @@ def test_other_files(path: Path, content: bytes) -> None:
         ({**CONTENT, "config": "a.json"}, "'config': Input should be a valid dictionary, found 'a.json'"),
         (
             {**CONTENT, "model_parameters": {"w": 1}},
-            "'model_parameters.w': Input should be an instance of Tensor, found 1",
+            "'model_parameters.w': Input should be an instance of",
         ),
         ({**CONTENT, "extra": np.zeros(3)}, "could run code"),
         (torch.nn.Linear(2, 2), "could run code"),
