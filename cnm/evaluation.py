@@ -77,7 +77,7 @@ def evaluate(
     if not np.isfinite(found_center + found_width).all():
         row = int(np.argmin(np.isfinite(found_center + found_width)))
         raise InputError(
-            f"{split.name} split: the model's answer to sentence {row} is no number; its checkpoint, or the features of "
+            f"{split.name} split: the model's answer to sentence {row} is no number; its checkpoint, or features of "
             f"video {split.samples[row].video!r}, hold numbers too large"
         )
     ious = metrics.iou(metrics.moments_from_gaussian(found_center, found_width), split.moments)
