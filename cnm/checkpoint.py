@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import io
+import logging
 import pickle
 import re
 import warnings
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from pydantic import ValidationError
 
+from cnm.checkpoint_schema import Checkpoint, described
+from cnm.config import MOST_VALUES
 from cnm.errors import InputError
-from cnm.files import replace_file
+from cnm.files import check_plain, replace_file
 
-PUBLISHED_KEYS = {"num_updates": int, "config": dict, "model_parameters": dict}  # what every checkpoint holds
+WRAPPERS = ("module.", "_orig_mod.")
+_log = logging.getLogger("cnm")
 _REMEDY = "give a file written by `cnm train` or a published CNM checkpoint"
 
 
@@ -48,16 +54,29 @@ def load(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: is no checkpoint, it holds a {type(content).__name__}; {_REMEDY}")
-    for key, kind in PUBLISHED_KEYS.items():
-        if key not in content:
-            raise InputError(f"{path}: is no CNM checkpoint, it has no {key!r}; {_REMEDY}")
-        if not isinstance(content[key], kind):
-            found = type(content[key]).__name__
-            raise InputError(f"{path}: is no CNM checkpoint, {key!r} is a {found}, not a {kind.__name__}; {_REMEDY}")
-    for name, value in content["model_parameters"].items():
-        if not isinstance(value, torch.Tensor):
-            raise InputError(f"{path}: is no CNM checkpoint, parameter {name!r} is no tensor; {_REMEDY}")
+    check_plain(content.get("config"), f"{path}: config", MOST_VALUES)
+    try:
+        checked = Checkpoint.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{path}: is no CNM checkpoint, {described(error)}; {_REMEDY}") from None
+    content["model_parameters"], prefix = _unwrapped(checked.model_parameters)
+    if prefix:
+        _say_once(f"{path}: its parameters were saved from a wrapped model, {prefix!r} before their names is left out")
     return content
+
+
+def _unwrapped(parameters: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:
+    """Parameters without what torch.compile and DistributedDataParallel put before all names, and that prefix."""
+    prefix = ""
+    while parameters and (wrapper := next((w for w in WRAPPERS if all(n.startswith(w) for n in parameters)), None)):
+        parameters = {name.removeprefix(wrapper): value for name, value in parameters.items()}
+        prefix += wrapper
+    return parameters, prefix
+
+
+@cache
+def _say_once(line: str) -> None:
+    _log.warning(line)
 
 
 def _read(path: str | Path, file: IO[bytes]) -> Any:

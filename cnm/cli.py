@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -16,6 +21,7 @@ from cnm.commands.localize import localize
 from cnm.commands.plant import plant_command
 from cnm.commands.train import train
 from cnm.errors import InputError
+from cnm.files import printable
 from cnm.training.trainer import Interrupted
 from cnm_kernels import BackendUnavailable
 
@@ -39,6 +45,12 @@ class _Commands(TyperGroup):
                 err=True,
             )
             raise typer.Exit(2) from None
+        except OSError as error:  # what no reader or writer turned into a line of its own
+            if error.errno == errno.EPIPE:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"error: {place}{error.strerror or error}; check path, permissions and space", err=True)
+            raise typer.Exit(2) from None
         except Interrupted as stop:
             typer.echo(str(stop), err=True)
             raise typer.Exit(128 + stop.signum) from None
@@ -54,7 +66,29 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the ``cnm`` command."""
-    app()
+    printable(sys.stdout)
+    code = 0
+    try:
+        app()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except OSError as error:  # the output itself cannot be written
+        code = _lost_output(error)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = _lost_output(error)
+    sys.exit(code)
+
+
+def _lost_output(error: OSError) -> int:
+    """The exit code where nobody reads the output, or its disk is full; what is left of it goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if error.errno == errno.EPIPE:
+        return 128 + signal.SIGPIPE
+    with suppress(OSError):
+        print(f"error: the output cannot be written ({error.strerror or error}); make room there", file=sys.stderr)
+    return 2
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cnm.errors import InputError
+from cnm.files import check_plain, read_json, shortened
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Words = Annotated[int, Field(ge=1, le=2**24)]  # as many as the loss's kernels take
@@ -21,8 +21,19 @@ NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
+MOST_VALUES = 10_000  # of a configuration; ours hold fifty
+
 # Sizes of the network that follow from the dataset section.
 DERIVED_SIZES = {"max_num_words": "max_num_words", "frames_input_size": "frame_dim", "words_input_size": "word_dim"}
+
+
+def _path(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a path holds no NUL")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_path)]
 
 
 class _Section(BaseModel):
@@ -36,17 +47,17 @@ class DatasetConfig(_Section):
     """
 
     dataset: Literal["CharadesSTA", "ActivityNet", "synthetic"]
-    feature_path: str | None = None
-    vocab_path: str | None = None
-    train_data: str | None = None
-    val_data: str | None = None
-    test_data: str | None = None
+    feature_path: PathText | None = None
+    vocab_path: PathText | None = None
+    train_data: PathText | None = None
+    val_data: PathText | None = None
+    test_data: PathText | None = None
     vocab_size: Words  # words kept, most frequent first; the padding id 0 comes on top
     word_dim: Width
     frame_dim: Width
     max_num_words: Length
     max_num_frames: Annotated[int, Field(ge=4, le=2**16)]  # clips per video, T; the reconstructor sees T // 4
-    cache_path: str | None = None  # default: the user's cache folder
+    cache_path: PathText | None = None  # default: the user's cache folder
     seed: Seed = 8  # synthetic only
     num_videos: Count = 600  # synthetic only: training videos; each of val and test has a quarter as many
 
@@ -75,7 +86,7 @@ class TrainConfig(_Section):
     reconstructor: OptimizerConfig
     batch_size: Count
     max_num_epochs: Count
-    model_saved_path: str
+    model_saved_path: PathText
     seed: Seed = 8
 
 
@@ -150,15 +161,16 @@ class CNMConfig(_Section):
         return self
 
     @classmethod
-    def from_json(cls, source: str | Path | dict[str, Any]) -> CNMConfig:
-        """Reads a published configuration file (or its parsed content).
+    def from_json(cls, source: str | Path | dict[str, Any], name: str | None = None) -> CNMConfig:
+        """Reads a published configuration file (or its parsed content, which messages call ``name``).
 
         Raises:
             InputError: the file is missing or no JSON, or a field is unknown, missing, ill-typed or out of range;
                 the message names the file and every such field.
         """
-        name = "config" if isinstance(source, dict) else str(source)
+        name = name or ("config" if isinstance(source, dict) else str(source))
         content = source if isinstance(source, dict) else read_json(source)
+        check_plain(content, name, MOST_VALUES)
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -167,22 +179,6 @@ class CNMConfig(_Section):
     def to_dict(self) -> dict[str, Any]:
         """The published layout, as plain JSON values; ``from_json`` takes it back and derives the input sizes anew."""
         return self.model_dump(exclude_none=True, exclude={"model": {"config": set(DERIVED_SIZES)}})
-
-
-def read_json(path: str | Path) -> Any:
-    """Parses a JSON file.
-
-    Raises:
-        InputError: the file cannot be read or is no JSON; the message names it and the place.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is no text in UTF-8, so no JSON; check the path") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {error.lineno} column {error.colno} is no JSON ({error.msg})") from None
 
 
 def _describe(item: Any) -> str:
@@ -195,4 +191,4 @@ def _describe(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{field}: {message}" if field else message
-    return f"{field}: {message}, got {item['input']!r}"
+    return f"{field}: {message}, got {shortened(item['input'])}"

@@ -74,6 +74,12 @@ def evaluate(
     if group is not None:
         stretches = zip(*group.gather((found_center, found_width)), strict=True)
         found_center, found_width = (np.concatenate(parts) for parts in stretches)
+    if not np.isfinite(found_center + found_width).all():
+        row = int(np.argmin(np.isfinite(found_center + found_width)))
+        raise InputError(
+            f"{split.name} split: the model's answer to sentence {row} is no number; its checkpoint, or features of "
+            f"video {split.samples[row].video!r}, hold numbers too large"
+        )
     ious = metrics.iou(metrics.moments_from_gaussian(found_center, found_width), split.moments)
     return Evaluation(found_center, found_width, metrics.summary(ious))
 

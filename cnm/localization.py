@@ -10,6 +10,7 @@ import torch
 from cnm import metrics, plot
 from cnm.data import Vocabulary
 from cnm.errors import InputError
+from cnm.files import check_plain
 from cnm.models.cnm import CNM
 
 
@@ -41,6 +42,7 @@ def localize_query(model: CNM, vocabulary: Vocabulary, features: np.ndarray, que
     Raises:
         InputError: the query is empty or has no word of the vocabulary.
     """
+    check_plain(query, "--query")
     if not query.strip():
         raise InputError("--query: is empty; give a sentence")
     encoded = vocabulary.encode(query, model.config.dataset.max_num_words)
@@ -57,6 +59,8 @@ def localize_query(model: CNM, vocabulary: Vocabulary, features: np.ndarray, que
         words.to(device)[None],
         torch.tensor([len(ids)], device=device),
     )
+    if not torch.isfinite(center + width).all():
+        raise InputError("the model's answer is not a number; its checkpoint, or the features, hold numbers too large")
     start, end = metrics.moments_from_gaussian(center.item(), width.item()).tolist()
     return Found(query, center.item(), width.item(), start, end, list(encoded.unknown))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from cnm_kernels.constants import MIN_WIDTH
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"  # Okabe and Ito: told apart by everyone
 _LOSSES = {"nll/positive": (BLUE, "-"), "nll/hard": (ORANGE, "--"), "nll/easy": (GREEN, ":")}
 _SCORES = {"mIoU": (BLUE, "-"), "R@1 IoU=0.3": (ORANGE, "--"), "R@1 IoU=0.5": (GREEN, ":"), "R@1 IoU=0.7": (GREY, "-.")}
+_UNDRAWABLE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _DOTS_PER_INCH = 130
 _CURVE_POINTS = 400  # of a drawn Gaussian
 
@@ -59,20 +62,38 @@ def learning_curves(rows: Sequence[dict[str, Any]]) -> bytes:
     nll, contrastive, score = figure.subplots(1, 3)
     updates = [row["update"] for row in train]
     for name, (colour, line) in _LOSSES.items():
-        nll.plot(updates, [row[name] for row in train], color=colour, linestyle=line, label=name.removeprefix("nll/"))
+        nll.plot(
+            updates,
+            [row.get(name, math.nan) for row in train],
+            color=colour,
+            linestyle=line,
+            label=name.removeprefix("nll/"),
+        )
     nll.set(title="Reconstruction error by branch", xlabel="update", ylabel="nll per word (nats)")
-    contrastive.plot(updates, [row["loss/contrastive"] for row in train], color=BLUE)
+    contrastive.plot(updates, _column(train, "loss/contrastive"), color=BLUE)
     contrastive.set(title="Contrastive loss", xlabel="update")
     epochs = [row["epoch"] for row in scores]
     for name, (colour, line) in _SCORES.items():
-        score.plot(epochs, [row[name] for row in scores], color=colour, linestyle=line, marker="o", ms=3, label=name)
-    split = scores[-1]["split"] if scores else "no validation split"
+        score.plot(
+            epochs,
+            _column(scores, name),
+            color=colour,
+            linestyle=line,
+            marker="o",
+            ms=3,
+            label=name,
+        )
+    split = scores[-1].get("split", "") if scores else "no validation split"
     score.set(title=f"Scores ({split})", xlabel="epoch", ylim=(0, 1))
     for axes in (nll, contrastive, score):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
     return _png(figure)
+
+
+def _column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [row.get(name, math.nan) for row in rows]
 
 
 def _localization(axes: Axes, item: Localization) -> None:
@@ -85,7 +106,7 @@ def _localization(axes: Axes, item: Localization) -> None:
     _band(axes, start, end, -0.13, BLUE, None, "predicted moment")
     if item.true is not None:
         _band(axes, *item.true, -0.29, ORANGE, "///", "true moment")
-    title = axes.set_title("\n".join(textwrap.wrap(item.query, 68)[:3]), fontsize=10)
+    title = axes.set_title("\n".join(textwrap.wrap(_drawable(item.query), 68)[:3]), fontsize=10)
     title.set_parse_math(False)  # a dollar sign in a query is a dollar sign
     axes.set(
         xlim=(0, scale),
@@ -95,6 +116,11 @@ def _localization(axes: Axes, item: Localization) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _drawable(text: str) -> str:
+    """Text without what no font can draw, which matplotlib fails at."""
+    return _UNDRAWABLE.sub("\ufffd", text)
 
 
 def _band(axes: Axes, start: float, end: float, bottom: float, colour: str, hatch: str | None, label: str) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from fuzz_typed import TYPED
 
 import cnm_kernels
 from cnm import checkpoint
@@ -132,7 +133,7 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
 
 
 def read_file(kind: str, content: bytes, folder: Path) -> str:
-    _, suffix, read = READERS[kind]
+    _, suffix, read = TYPED[kind] if kind in TYPED else READERS[kind]
     path = folder / f"case{suffix}"
     path.write_bytes(content)
     try:
@@ -255,7 +256,7 @@ def fuzz_op(draw: random.Random) -> str:
 
 
 OP = "op"
-KINDS = [*READERS, OP]
+KINDS = [*READERS, *TYPED, OP]
 
 
 def one_case(seed: int, folder: Path) -> str:
@@ -264,6 +265,8 @@ def one_case(seed: int, folder: Path) -> str:
     kind = KINDS[seed % len(KINDS)]
     if kind == OP:
         return f"{kind}: {fuzz_op(draw)}"
+    if kind in TYPED:
+        return f"{kind}: {read_file(kind, TYPED[kind][0](draw), folder)}"
     return f"{kind}: {read_file(kind, damaged(READERS[kind][0](), draw), folder)}"
 
 

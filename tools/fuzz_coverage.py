@@ -67,6 +67,8 @@ def fuzz_kind(kind: str, folder: Path, options: list[str]) -> None:
     def one_input(content: bytes) -> None:
         if kind == fuzz.OP:
             fuzz.fuzz_op(Draws(content))
+        elif kind in fuzz.TYPED:
+            fuzz.read_file(kind, fuzz.TYPED[kind][0](Draws(content)), folder)
         else:
             fuzz.read_file(kind, content, folder)
         if left := fuzz.left_behind(folder):
@@ -86,7 +88,7 @@ def run(kind: str, cases: int, keep: Path, setup: str = "") -> Outcome:
         corpus.mkdir()
         draw = random.Random(0)
         for seed in range(SEEDS):
-            if kind == fuzz.OP:
+            if kind == fuzz.OP or kind in fuzz.TYPED:
                 content = draw.randbytes(OP_BYTES)
             else:
                 content = fuzz.READERS[kind][0]()

@@ -97,11 +97,13 @@ def load_model(path: Path, device: torch.device, *, vocab: Path | None = None) -
     """A checkpoint's model, and its vocabulary: stored with it, or else in ``vocab`` or its configuration."""
     model = CNM.from_checkpoint(path, device)
     content = checkpoint.load(path)
-    if vocab is None and "vocabulary" in content:
-        try:
-            vocabulary = Vocabulary.from_state(content["vocabulary"])
-        except (KeyError, TypeError, AttributeError):
-            raise InputError(f"{path}: its vocabulary cannot be read; write the checkpoint anew") from None
+    if vocab is None and content.get("vocabulary") is not None:
+        vocabulary = Vocabulary.from_state(content["vocabulary"])
+        width, expected = vocabulary.vectors.shape[1], model.config.dataset.word_dim
+        if width != expected:
+            raise InputError(
+                f"{path}: its word vectors are {width} wide, but its dataset.word_dim is {expected}; write it anew"
+            )
     else:
         dataset = model.config.dataset
         if vocab is not None:

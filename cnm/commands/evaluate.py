@@ -53,8 +53,8 @@ def evaluate_command(
     else:
         chosen = configs.change(model.config.to_dict(), changes or [], str(checkpoint_path))
     data = open_split(chosen.dataset, split.value, progress=not as_json, dtype=dtype or torch.float32)
-    stored = checkpoint.load(checkpoint_path).get("vocabulary", {}).get("words")
-    check_vocabulary(model, data.vocabulary.words, stored)
+    stored = checkpoint.load(checkpoint_path).get("vocabulary")
+    check_vocabulary(model, data.vocabulary.words, stored and stored["words"])
     found = evaluate(model, data, chosen.train.batch_size)
     baselines = metrics.baselines(data.moments)
     if as_json:
@@ -66,7 +66,7 @@ def evaluate_command(
             "baselines": baselines,
             "notes": data.notes,
         }
-        typer.echo(json.dumps(content))
+        typer.echo(json.dumps(content, allow_nan=False))
         return
     print_notes(data.notes)
     print_scores(f"{split.value} split, {len(data):,} sentences", {str(checkpoint_path): found.scores} | baselines)

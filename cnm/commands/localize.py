@@ -19,6 +19,7 @@ from cnm.commands.common import (
     moment_text,
 )
 from cnm.data import load_features
+from cnm.data.annotations import LONGEST_SECONDS
 from cnm.errors import InputError
 from cnm.files import replace_file
 from cnm.localization import localize_query, picture
@@ -45,8 +46,8 @@ def localize(
       cnm localize --checkpoint runs/first/best.pt --features i3d_features.hdf5:3MSZA \\
           --query "a person turns on the light" --duration 30.96 --plot found.png
     """
-    if duration is not None and not 0 < duration < float("inf"):
-        raise InputError(f"--duration: must be more than 0 seconds, got {duration:g}")
+    if duration is not None and not 0 < duration <= LONGEST_SECONDS:
+        raise InputError(f"--duration: must be more than 0 seconds and at most {LONGEST_SECONDS:g}, got {duration:g}")
     model, vocabulary = load_model(checkpoint_path, chosen_device(device), vocab=vocab)
     dataset = model.config.dataset
     found = localize_query(model, vocabulary, load_features(features, dataset.frame_dim, dataset.max_num_frames), query)
@@ -56,7 +57,7 @@ def localize(
         seconds = (
             {} if duration is None else {"start_seconds": found.start * duration, "end_seconds": found.end * duration}
         )
-        typer.echo(json.dumps(asdict(found) | seconds))
+        typer.echo(json.dumps(asdict(found) | seconds, allow_nan=False))
         return
     if found.unknown:
         typer.echo(f"note: words the model does not know are ignored: {', '.join(found.unknown)}", err=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnm.config import CNMConfig, read_json
+from cnm.config import MOST_VALUES, CNMConfig
 from cnm.errors import InputError
+from cnm.files import NoJson, check_plain, parse_json, read_json
 
 FOLDER = Path(__file__).parent
 
@@ -29,9 +31,10 @@ def resolve(source: str | Path, changes: Sequence[str] = ()) -> CNMConfig:
         InputError: there is no such file or name, or a field of the result is wrong.
     """
     path = Path(source)
-    if not path.exists() and str(source) in names():
+    exists = os.path.lexists(path)  # unlike Path.exists, it never raises
+    if not exists and str(source) in names():
         path = FOLDER / f"{source}.json"
-    elif not path.exists():
+    elif not exists:
         raise InputError(f"{source}: no such file, nor a packaged configuration ({', '.join(names())})")
     if not changes:
         return CNMConfig.from_json(path)
@@ -52,14 +55,15 @@ def change(content: dict[str, Any], changes: Sequence[str], source: str) -> CNMC
     Raises:
         InputError: a change is no ``key=value``, or its key or value is not one of a configuration.
     """
-    content = json.loads(json.dumps(content))
+    check_plain(content, source, MOST_VALUES)
+    content = copy.deepcopy(content)
     for item in changes:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise InputError(f"--set {item}: must be key=value, such as train.batch_size=64")
         try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
+            value = parse_json(text, f"--set {item}")
+        except NoJson:
             value = text
         section = content
         *path, last = key.split(".")

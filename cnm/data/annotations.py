@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnm.config import read_json
+from cnm.data.names import name_problem
 from cnm.errors import InputError
+from cnm.files import read_json, shortened
+
+LONGEST_SECONDS = 1e9  # of a video: 30 years; more cannot be drawn
 
 
 @dataclass(frozen=True)
@@ -45,28 +48,26 @@ def read_annotations(path: str | Path) -> tuple[list[Sample], list[str]]:
 
 def _sample(row: Any, where: str) -> tuple[Sample, bool]:
     if not isinstance(row, list) or len(row) != 4:
-        raise InputError(f"{where} is {_short(row)}, not [video, seconds, [start, end], sentence]; correct it")
+        raise InputError(f"{where} is {shortened(row)}, not [video, seconds, [start, end], sentence]; correct it")
     video, duration, moment, sentence = row
-    if not isinstance(video, str) or not video:
-        raise InputError(f"{where}: video is {_short(video)}, not a name; correct it")
-    if not _is_number(duration) or duration <= 0:
-        raise InputError(f"{where} ({video}): duration is {_short(duration)}, not seconds above 0; correct it")
+    problem = name_problem(video)
+    if problem:
+        raise InputError(f"{where}: video is {shortened(video)}, not a name: {problem}; correct it")
+    if not _is_number(duration) or not 0 < duration <= LONGEST_SECONDS:
+        raise InputError(f"{where} ({video}): duration is {shortened(duration)}, not seconds above 0; correct it")
     if not isinstance(moment, list) or len(moment) != 2 or not all(map(_is_number, moment)):
-        raise InputError(f"{where} ({video}): moment is {_short(moment)}, not [start, end] in seconds; correct it")
+        raise InputError(f"{where} ({video}): moment is {shortened(moment)}, not [start, end] in seconds; correct it")
     start, end = map(float, moment)
     if start < 0 or start >= end:
-        raise InputError(f"{where} ({video}): moment {moment} must have 0 <= start < end; correct it")
+        raise InputError(f"{where} ({video}): moment {shortened(moment)} must have 0 <= start < end; correct it")
     if start >= duration:
-        raise InputError(f"{where} ({video}): moment {moment} starts after the video's {duration} seconds; correct it")
+        raise InputError(
+            f"{where} ({video}): moment {shortened(moment)} starts after the video's {duration} seconds; correct it"
+        )
     if not isinstance(sentence, str) or not sentence.strip():
-        raise InputError(f"{where} ({video}): the sentence is {_short(sentence)}; remove the row or write one")
+        raise InputError(f"{where} ({video}): the sentence is {shortened(sentence)}; remove the row or write one")
     return Sample(video, float(duration), (start, min(end, float(duration))), sentence), end > duration
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from cnm.errors import InputError
@@ -23,7 +26,13 @@ SIZES = "sizes.json"  # of the files beside it, written last
 
 def default_folder() -> Path:
     """The user's cache folder for this package."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnm-kernels"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnm-kernels"
+    except RuntimeError:
+        raise InputError(
+            "there is no home folder for the cache (this user has no HOME and no passwd entry); set "
+            "dataset.cache_path or the variable XDG_CACHE_HOME to a folder"
+        ) from None
 
 
 def identity(path: str | Path) -> dict[str, Any]:
@@ -63,7 +72,8 @@ def build_once(folder: Path, made_from: dict[str, Any], build: Callable[[Path], 
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
+        # Whoever may write in the folder may take the lock: it holds nothing.
+        with FileLock(f"{target}.lock", mode=0o666):
             if not _is_whole(target):
                 _build(folder, target, description, build)
     except OSError as error:
@@ -73,8 +83,37 @@ def build_once(folder: Path, made_from: dict[str, Any], build: Callable[[Path], 
     return target
 
 
+@contextmanager
+def rows_file(path: Path, shape: tuple[int, ...], dtype: np.dtype | type) -> Iterator[Callable[[np.ndarray], None]]:
+    """Gives a function that appends a row to a ``.npy`` file of this shape, without holding it in memory.
+
+    Disk space is taken before the first row, and no memory is mapped: a write to a mapped page that finds the disk full
+    kills the process.
+    """
+    with open(path, "wb") as file:
+        described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, described)
+        file.flush()
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, file.tell() + math.prod(shape) * np.dtype(dtype).itemsize)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that cannot
+                    raise
+
+        def append(row: np.ndarray) -> None:
+            file.write(row.tobytes())
+
+        yield append
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _build(folder: Path, target: Path, description: str, build: Callable[[Path], None]) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
+    for left in folder.glob(f".building-{target.name}*"):  # by a process that was killed; the lock is ours
+        _remove(left)
+    temporary = folder / f".building-{target.name}"
+    temporary.mkdir()  # with the permissions of this user's other folders, as tempfile's have not
     try:
         build(temporary)
         (temporary / "made_from.json").write_text(description, encoding="utf-8")
@@ -84,7 +123,7 @@ def _build(folder: Path, target: Path, description: str, build: Callable[[Path],
             _remove(temporary.with_name(f"{temporary.name}-damaged"))
         os.replace(temporary, target)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         raise
 
 

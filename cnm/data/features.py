@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -11,6 +14,7 @@ from types import TracebackType
 import h5py
 import numpy as np
 
+from cnm.data.names import name_problem
 from cnm.errors import InputError
 
 MOST_BYTES = 2 << 30  # of one video's features; what a file declares costs nothing to write and memory to read
@@ -26,13 +30,18 @@ class FeatureFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = path
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise InputError(f"{path}: there is no such feature file; check dataset.feature_path")
         try:
             self._file = h5py.File(path, "r")
         except OSError as error:
+            reason = " ".join(str(error).split())
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EPERM, errno.ENOLCK):  # it is whole
+                held = "another program is writing it; wait for it, or close the file there"
+                remedy = held if "lock" in reason else "check its permissions"
+                raise InputError(f"{path}: cannot be opened ({reason}); {remedy}") from None
             raise InputError(
-                f"{path}: is no readable HDF5 file ({error}); it may be truncated, fetch it again"
+                f"{path}: is no readable HDF5 file ({reason}); it may be truncated, fetch it again"
             ) from None
 
     def __enter__(self) -> FeatureFile:
@@ -79,6 +88,9 @@ class FeatureFile:
     @contextmanager
     def _readable(self, video: str) -> Iterator[None]:
         """HDF5's library finds a damaged file in many ways, and h5py raises many things for it."""
+        problem = name_problem(video)  # HDF5 would cut a name at a NUL, and leave out a dot
+        if problem:
+            raise InputError(f"{self.path}: {video!r} is not a video's name: {problem}; correct it")
         try:
             yield
         except InputError:
@@ -139,10 +151,10 @@ def load_features(source: str, frame_dim: int, num_clips: int) -> np.ndarray:
     Raises:
         InputError: the file or video is missing, unreadable, of another shape, or holds NaN or infinity.
     """
-    path, separator, video = source.rpartition(":")
-    if separator and Path(path).suffix in (".hdf5", ".h5", ".hdf"):
-        with FeatureFile(path) as file:
-            return pool(file.frames(video, frame_dim), num_clips)
+    in_file = re.fullmatch(r"(.+?\.(?:hdf5|h5|hdf)):(.*)", source, re.DOTALL)  # a video's name may hold colons
+    if in_file:
+        with FeatureFile(in_file[1]) as file:
+            return pool(file.frames(in_file[2], frame_dim), num_clips)
     if Path(source).suffix != ".npy":
         raise InputError(f"{source}: features are given as FILE.npy or FILE.hdf5:VIDEO")
     try:

@@ -185,7 +185,7 @@ def _plain(value: Any, done: dict[int, Any], nesting: int) -> Any:
 
 def _plain_counter(value: collections.Counter[Any]) -> collections.Counter[Any]:
     """A fresh Counter: the pickle may have hung attributes on the one it made."""
-    if not all(isinstance(count, int) for count in value.values()):
+    if not all(isinstance(count, (int, np.integer)) for count in value.values()):
         raise pickle.UnpicklingError("it holds a Counter whose counts are no numbers")
     return collections.Counter({_plain_key(key): count for key, count in value.items()})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import h5py
@@ -58,6 +58,7 @@ def plant(
     for path in annotations:
         for sample in read_annotations(path)[0]:
             samples.setdefault(sample.video, []).append(sample)
+    _check_names(samples)
     everything = [sample for of_video in samples.values() for sample in of_video]
     vectors = np.random.default_rng([seed, 0]).standard_normal((len(vocabulary), frame_dim)).astype(np.float32)
     output = Path(output)
@@ -91,6 +92,16 @@ def plant(
         with contextlib.suppress(OSError):
             temporary.unlink()
     return len(samples)
+
+
+def _check_names(videos: Iterable[str]) -> None:
+    """A slash in a name makes a group of what is before it, which then cannot be a video itself."""
+    known = set(videos)
+    for video in known:
+        parts = video.split("/")
+        group = next((name for end in range(1, len(parts)) if (name := "/".join(parts[:end])) in known), None)
+        if group is not None:
+            raise InputError(f"videos {group!r} and {video!r}: one HDF5 file cannot hold both names; rename one")
 
 
 def _signal(sentence: str, vocabulary: Vocabulary, vectors: np.ndarray) -> np.ndarray:

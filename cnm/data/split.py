@@ -208,11 +208,11 @@ def _cached_features(config: DatasetConfig, videos: list[str], progress: bool, d
     def build(folder: Path) -> None:
         with FeatureFile(source) as file:
             file.check(videos, config.frame_dim)
-            clips = np.lib.format.open_memmap(folder / "clips.npy", mode="w+", dtype=STORED[dtype], shape=shape)
             bar = tqdm(videos, desc="pooling features", unit="video", disable=None if progress else True)
-            for row, video in enumerate(bar):
-                clips[row] = _as_stored(pool(file.frames(video, config.frame_dim), config.max_num_frames), dtype)
-            clips.flush()
+            with cache.rows_file(folder / "clips.npy", shape, STORED[dtype]) as append:
+                for video in bar:
+                    clips = pool(file.frames(video, config.frame_dim), config.max_num_frames)
+                    append(_as_stored(clips, dtype))
 
     made_from = {
         "what": "clips",

@@ -84,8 +84,13 @@ class Vocabulary:
         vectors = np.zeros((len(words) + 1, word_dim), dtype=np.float32)
         for index, word in enumerate(words, start=1):
             try:
-                vector = np.asarray(content["id2vec"][content["w2id"][word]], dtype=np.float32)
-            except (KeyError, IndexError, TypeError, ValueError):
+                index_of = content["w2id"][word]
+                if isinstance(index_of, bool) or not isinstance(index_of, (int, np.integer)) or index_of < 0:
+                    raise InputError(f"{path}: w2id of {word!r} is {index_of!r}, not a row of id2vec; correct the file")
+                vector = _vector(content["id2vec"][index_of])
+            except InputError:
+                raise
+            except (KeyError, IndexError, TypeError, ValueError, OverflowError):
                 raise InputError(f"{path}: word {word!r} is counted but has no vector; fetch the file again") from None
             if vector.shape != (word_dim,):
                 raise InputError(
@@ -98,6 +103,15 @@ class Vocabulary:
         return cls([PADDING, *words], vectors)
 
 
+def _vector(values: Any) -> np.ndarray:
+    """float32 of numbers; NumPy alone would also read texts such as "1.5" and truths."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{array.dtype} is no number")
+    with np.errstate(over="ignore"):  # infinity, which is refused by name
+        return array.astype(np.float32)
+
+
 def _problem(content: Any) -> str | None:
     if not isinstance(content, dict):
         return f"holds a {type(content).__name__}"
@@ -106,7 +120,9 @@ def _problem(content: Any) -> str | None:
             return f"lacks {name!r}"
         if not isinstance(content[name], kind):
             return f"{name!r} is a {type(content[name]).__name__}"
-    if not all(isinstance(word, str) and isinstance(count, int) for word, count in content["counter"].items()):
+    if not all(
+        isinstance(word, str) and isinstance(count, (int, np.integer)) for word, count in content["counter"].items()
+    ):
         return "'counter' does not count words"
     return None if content["counter"] else "'counter' is empty"
 

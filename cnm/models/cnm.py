@@ -99,7 +99,7 @@ class CNM(nn.Module):
             InputError: the file is missing, no checkpoint, or its parameters do not fit its configuration.
         """
         content = checkpoint.load(path)
-        model = cls(CNMConfig.from_json(content["config"]))
+        model = cls(CNMConfig.from_json(content["config"], f"{path}: config"))
         try:
             model.load_state_dict(content["model_parameters"])
         except RuntimeError as error:

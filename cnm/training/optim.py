@@ -129,4 +129,13 @@ class ScheduledAdam:
         return self.adam.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave.
+
+        Raises:
+            ValueError: it is another optimizer's.
+        """
         self.adam.load_state_dict(state)
+        for parameter, moments in self.adam.state.items():
+            for name, value in moments.items():
+                if value.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {list(value.shape)}, its parameter {list(parameter.shape)}")

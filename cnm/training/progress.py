@@ -46,9 +46,13 @@ class Progress:
 
     def say(self, line: str) -> None:
         """A line for the user, above the bar where there is one."""
-        if not self.quiet:
+        if self.quiet:
+            return
+        try:
             tqdm.write(line, file=sys.stderr)
             sys.stderr.flush()
+        except OSError:  # a pipe that nobody reads any more, a full disk: no reason to stop training
+            self.quiet = True
 
     def close(self) -> None:
         if self.bar is not None:

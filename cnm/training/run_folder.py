@@ -8,7 +8,29 @@ from typing import Any
 
 from cnm.config import CNMConfig
 from cnm.errors import InputError
-from cnm.files import append_line, cannot_write, replace_file
+from cnm.files import NoJson, append_line, cannot_write, parse_json, read_text, replace_file, shortened
+
+KINDS = ("train", "eval", "result")
+
+
+def check_row(row: Any, source: str) -> None:
+    """Raises ``InputError`` where a row of ``metrics.jsonl`` is not one that ``Trainer`` writes."""
+    problem = None
+    if not isinstance(row, dict) or row.get("kind") not in KINDS:
+        problem = f"is no row of metrics, {shortened(row)}"
+    else:
+        for name, value in row.items():
+            wanted: type | tuple[type, ...] = (int, float)
+            if name in ("epoch", "update"):
+                wanted = int
+            elif name in ("kind", "split", "checkpoint"):
+                wanted = str
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                problem = f"{name!r} is {shortened(value)}"
+        if not {"epoch", "update"} <= row.keys():
+            problem = "lacks its epoch or update"
+    if problem:
+        raise InputError(f"{source}: {problem}; correct the line, or move the file away to go on without it")
 
 
 class RunFolder:
@@ -56,18 +78,25 @@ class RunFolder:
         replace_file(self.config, json.dumps(config.to_dict(), indent=2).encode() + b"\n")
 
     def append(self, row: dict[str, Any]) -> None:
-        append_line(self.metrics, json.dumps(row))
+        append_line(self.metrics, json.dumps(row, allow_nan=False))
 
     def rows(self) -> list[dict[str, Any]]:
-        """What ``metrics.jsonl`` holds so far; a last line cut short by a crash is left out."""
+        """What ``metrics.jsonl`` holds so far; a last line cut short by a crash is left out.
+
+        Raises:
+            InputError: the file cannot be read, or a row is not one that a run writes.
+        """
         if not self.metrics.exists():
             return []
         rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(read_text(self.metrics).split("\n"), start=1):
+            source = f"{self.metrics}: line {number}"
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = parse_json(line, source)
+            except NoJson:
                 break
+            check_row(row, source)
+            rows.append(row)
         return rows
 
     def clean(self) -> None:

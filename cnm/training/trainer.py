@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,9 @@ class Trainer:
         if resume:
             self.run.check_resumable()
             self.saved = checkpoint.load(self.run.last)
-            if "training" not in self.saved or "vocabulary" not in self.saved:
+            if self.saved.get("training") is None or self.saved.get("vocabulary") is None:
                 raise InputError(f"{self.run.last}: holds a model alone, not the state of a run; it cannot be resumed")
-            stored = CNMConfig.from_json(self.saved["config"])
+            stored = CNMConfig.from_json(self.saved["config"], f"{self.run.last}: config")
             config = stored if config is None else _resumed_config(stored, config)
         elif config is None:
             raise TypeError("Trainer: config is needed for a new run")
@@ -390,10 +390,11 @@ class Trainer:
             training = saved["training"]
             self.model.load_state_dict(saved["model_parameters"])
             self.step.load_state_dict(training["step"])
+            torch.Generator().set_state(training["random"]["torch"])  # raises where it is none
             self.epoch, self.batch, self.seconds = training["epoch"], training["batch"], training["seconds"]
             self.best, self.rows, self.metric_names = training["best"], training["rows"], training["metric_names"]
             self.pending = [values.to(self.device) for values in training["pending"]]
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
             detail = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{self.run.last}: its training state does not fit this version of cnm ({detail})"
@@ -438,7 +439,8 @@ class Trainer:
                 raise KeyboardInterrupt
             self.stop = signum
             if not self.quiet:  # not through print: the signal may have come in the middle of one
-                os.write(2, b"\nsaving after this update; a second signal stops at once without saving\n")
+                with suppress(OSError):  # nobody may be reading any more
+                    os.write(2, b"\nsaving after this update; a second signal stops at once without saving\n")
 
         previous = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -89,7 +89,7 @@ def test_sizes_that_a_published_checkpoint_carries_must_agree() -> None:
         ("train.batch_size", "128", "train.batch_size: Input should be a valid integer, got '128'"),
         ("train.batch_size", 0, "train.batch_size: Input should be greater than or equal to 1, got 0"),
         ("train.generator.lr", "fast", "train.generator.lr: Input should be a valid number"),
-        ("train.generator.lr", float("nan"), "train.generator.lr: Input should be"),
+        ("train.generator.lr", float("nan"), "lr: nan is no number"),
         ("dataset.max_num_frames", 3, "dataset.max_num_frames: Input should be greater than or equal to 4"),
         ("dataset.dataset", "Charades", "dataset.dataset: Input should be 'CharadesSTA', 'ActivityNet' or 'synthetic'"),
         ("dataset.feature_path", None, "feature_path is needed for dataset CharadesSTA"),

@@ -40,7 +40,7 @@ def test_moments_past_the_end_are_clipped_and_counted(tmp_path: Path) -> None:
         ([7, 10, [1, 2], "text"], "video is 7, not a name"),
         (["v", "10", [1, 2], "text"], "(v): duration is '10', not seconds above 0"),
         (["v", 0, [0, 2], "text"], "(v): duration is 0, not seconds above 0"),
-        (["v", float("nan"), [0, 2], "text"], "duration is nan"),
+        (["v", float("nan"), [0, 2], "text"], "row 1[1]: nan is no number"),
         (["v", True, [0, 1], "text"], "duration is True"),
         (["v", 10, [1], "text"], "moment is [1], not [start, end]"),
         (["v", 10, [1, None], "text"], "moment is [1, None], not [start, end]"),
