@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,6 +119,7 @@ def train_and_report(trainer: Trainer) -> Result:
         return trainer.train()
     echo = lambda line: typer.echo(line, err=True)  # noqa: E731
     echo(_machine(trainer.device, trainer.options["precision"]))
+    print_notes(_fallback(trainer.device))
     sizes = ", ".join(f"{split.name} {len(split):,}" for split in trainer.splits)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     echo(f"sentences: {sizes}; vocabulary {len(trainer.train_split.vocabulary):,}; parameters {parameters:,}")
@@ -131,6 +133,15 @@ def train_and_report(trainer: Trainer) -> Result:
     title = f"test split, {len(trainer.test_split):,} sentences"
     print_scores(title, {f"{result.checkpoint} (epoch {result.epoch})": result.scores} | result.baselines)
     return result
+
+
+def _fallback(device: torch.device) -> list[str]:
+    """A note that says why PyTorch's operations run in place of the kernels, where nobody asked for them."""
+    preferred, op = next(iter(registry.BACKENDS)), registry.OPS[0]
+    if os.environ.get(registry.ENVIRONMENT_VARIABLE) or registry.choice(op, device.type, torch.float32) != "torch":
+        return []
+    reason = registry.unavailable(op, preferred, device.type, torch.float32)
+    return [f"PyTorch's operations run in place of the kernels, more slowly: {reason}"]
 
 
 def _machine(device: torch.device, precision: str) -> str:

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from cnm import checkpoint, configs
 from cnm.cli import app
+from cnm_kernels import native
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,9 +107,21 @@ def test_train_says_what_runs_where(tmp_path: Path) -> None:
     result = run("train", "--config", "synthetic", "--run", tmp_path / "run", *changes(train__max_num_epochs=1))
     assert "device: cpu, " in result.stderr
     assert "threads; float32; kernels: " in result.stderr
+    assert ("more slowly" in result.stderr) == ("cpu" in native.LOAD_ERRORS)
     assert "sentences: train " in result.stderr
     assert "epoch 1: val mIoU" in result.stderr
     assert "best constant" in result.stdout
+
+
+def test_train_says_why_nothing_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(native.LOAD_ERRORS, "cpu", "no C++ compiler: c++ is not on the PATH")
+    options = [*changes(train__max_num_epochs=1), "--set", "dataset.num_videos=4"]
+    result = run("train", "--config", "synthetic", "--run", tmp_path / "run", *options)
+    assert result.exit_code == 0, result.stderr
+    note = "note: PyTorch's operations run in place of the kernels, more slowly: no C++ compiler: c++ is not on the"
+    assert note in result.stderr
+    monkeypatch.setenv("CNM_KERNELS_BACKEND", "torch")
+    assert "more slowly" not in run("train", "--resume", tmp_path / "run", "--set", "train.max_num_epochs=2").stderr
 
 
 def test_evaluate_prints_scores_beside_baselines(finished: Path) -> None:
