@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import setuptools
-from setuptools import Extension, setup
+from setuptools import Extension, errors, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
-from setuptools.errors import CompileError
 
 OLDEST_SETUPTOOLS = 77  # the first that reads license = "Apache-2.0" in pyproject.toml
 SOURCES = Path("csrc")
@@ -183,7 +182,7 @@ class BuildNative(build_ext):
                         macros=ext.define_macros,
                         extra_postargs=[*FLAGS, *self.torch_headers, *flags],
                     )
-            except (CompileError, subprocess.CalledProcessError) as error:
+            except (errors.CompileError, subprocess.CalledProcessError) as error:
                 target.unlink(missing_ok=True)
                 raise RuntimeError(
                     f"the compiler failed on {source} for {folder}; `pip install -v .` shows what it said"

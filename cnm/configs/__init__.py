@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cnm.config import CNMConfig, read_json
+from cnm.config_fields import did_you_mean
 from cnm.errors import InputError
 
 FOLDER = Path(__file__).parent
@@ -32,7 +33,8 @@ def resolve(source: str | Path, changes: Sequence[str] = ()) -> CNMConfig:
     if not path.exists() and str(source) in names():
         path = FOLDER / f"{source}.json"
     elif not path.exists():
-        raise InputError(f"{source}: no such file, nor a packaged configuration ({', '.join(names())})")
+        near = did_you_mean(str(source), names())
+        raise InputError(f"{source}: no such file, nor a packaged configuration ({', '.join(names())}){near}")
     if not changes:
         return CNMConfig.from_json(path)
     content = read_json(path)

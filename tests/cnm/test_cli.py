@@ -23,6 +23,8 @@ from typer.testing import CliRunner
 
 from cnm import checkpoint, configs
 from cnm.cli import app
+from cnm.config import CNMConfig
+from cnm.config_fields import every_field
 from cnm_kernels import native
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +81,7 @@ def from_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_explains_every_command() -> None:
     overview = run("--help")
     assert overview.exit_code == 0
-    for command in ("demo", "train", "evaluate", "localize", "plant"):
+    for command in ("demo", "train", "evaluate", "localize", "plant", "config"):
         assert command in overview.stdout
         text = run(command, "--help").stdout
         assert f"Example:\n    cnm {command} " in text
@@ -204,11 +206,14 @@ def test_plant_then_train(tmp_path: Path, from_files: Path) -> None:
 
 def test_unknown_keys_and_wrong_values_of_set_are_named(tmp_path: Path) -> None:
     for change, words in {
-        "train.bach_size=4": "unknown field train.bach_size",
+        "train.bach_size=4": "unknown field train.bach_size; did you mean train.batch_size",
+        "batch_size=4": "unknown field batch_size; did you mean train.batch_size?",
+        "trian.batch_size=4": "unknown field trian; did you mean train?",
+        "lr=1": "did you mean train.generator.lr or train.reconstructor.lr?",
         "train.batch_size=large": "train.batch_size",
         "train.batch_size": "must be key=value",
         "train.batch_size.x=3": "batch_size has no fields of its own",
-        "bogus.key=1": "unknown field bogus",
+        "bogus.key=1": "unknown field bogus; remove it",
     }.items():
         message = error_line(run("train", "--config", "synthetic", "--run", tmp_path / "run", "--set", change))
         assert words in message, message
@@ -241,10 +246,36 @@ def test_too_little_memory_is_one_line(
 
 
 def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
-    assert "synthetic" in error_line(run("train", "--config", "charades", "--run", tmp_path / "run"))
+    message = error_line(run("train", "--config", "charades", "--run", tmp_path / "run"))
+    assert "synthetic" in message
+    assert message.endswith("; did you mean charades_i3d?")
     assert "--config is missing" in error_line(run("train", "--run", tmp_path / "run"))
     (tmp_path / "broken.json").write_text('{"dataset": ')
     assert "broken.json: line 1" in error_line(run("train", "--config", tmp_path / "broken.json"))
+
+
+def test_config_lists_the_packaged_ones_and_explains_every_field() -> None:
+    listed = run("config").stdout
+    for name in configs.names():
+        assert f"  {name} " in listed
+    for field in every_field(CNMConfig):
+        assert field.description, f"{field.name} has no description"
+        assert field.name in listed
+    assert "model.config.max_width  (number above 0; default 1.0)" in listed
+    assert "train.batch_size  (whole number from 1; must be given)" in listed
+    explained = run("config", "train.generator").stdout.splitlines()
+    assert explained[0].startswith("train.generator: ")
+    assert all("train.generator" in line or line.startswith("      ") for line in explained)
+    assert "did you mean train.generator.lr or" in error_line(run("config", "train.lr"))
+    assert "did you mean charades_i3d?" in error_line(run("config", "charades"))
+    assert "--set" in error_line(run("config", "--set", "train.seed=1"))
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_config_prints_what_train_takes(tmp_path: Path, name: str) -> None:
+    result = run("config", name, "--set", "train.batch_size=7")
+    (tmp_path / "mine.json").write_text(result.stdout)
+    assert configs.resolve(tmp_path / "mine.json") == configs.resolve(name, ["train.batch_size=7"])
 
 
 @pytest.mark.parametrize("name", configs.names())
