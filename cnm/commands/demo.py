@@ -46,7 +46,7 @@ def demo(
     """
     values = {"train.max_num_epochs": epochs, "dataset.num_videos": videos, "dataset.seed": seed, "train.seed": seed}
     changes = [f"{name}={value}" for name, value in values.items() if value is not None]
-    RunFolder(out).check_new()
+    RunFolder(out).check_new("--out")
     config = configs.resolve("synthetic", changes)
     trainer = Trainer(config, out, device=chosen_device(device), precision=chosen_precision(precision, device))
     result = train_and_report(trainer)

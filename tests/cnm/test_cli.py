@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -102,7 +103,8 @@ def test_demo_at_reduced_size(tmp_path: Path) -> None:
     for name in ("best.pt", "last.pt", "metrics.jsonl", "config.json", "example.npy", "pictures/example.png"):
         assert (out / name).stat().st_size > 0
     again = error_line(run("demo", "--out", out))
-    assert f"{out}: exists and is not written over" in again
+    assert f"{out}: exists and is not written over; choose another folder for the run (--out), or" in again
+    assert again.endswith(f"`cnm train --resume {out}`")
 
 
 def test_train_says_what_runs_where(tmp_path: Path) -> None:
@@ -111,7 +113,11 @@ def test_train_says_what_runs_where(tmp_path: Path) -> None:
     assert "threads; float32; kernels: " in result.stderr
     assert ("more slowly" in result.stderr) == ("cpu" in native.LOAD_ERRORS)
     assert "sentences: train " in result.stderr
-    assert "epoch 1: val mIoU" in result.stderr
+    assert re.search(r"\nepoch 1/1  update 1/4  \d\d:\d\d left\n", result.stderr), result.stderr  # from the first on
+    assert re.search(r"epoch 1: \d+\.\d s of training; val mIoU", result.stderr)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (evaluated,) = (row for row in rows if row["kind"] == "eval")
+    assert 0 < evaluated["epoch_seconds"] <= rows[0]["time"]
     assert "best constant" in result.stdout
 
 
@@ -406,8 +412,8 @@ def test_what_training_mends_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"--query": "xylophone zither"}, ("--query", "xylophone zither", "no word")),
-        ({"--query": "   "}, ("--query", "empty")),
+        ({"--query": "xylophone zither"}, ("query", "xylophone zither", "no word")),
+        ({"--query": "   "}, ("query", "empty")),
         ({"--duration": 0}, ("--duration", "0")),
         ({"--duration": -3}, ("--duration", "-3")),
         ({"--duration": "nan"}, ("--duration", "nan")),
