@@ -12,6 +12,7 @@ import typer
 from cnm import checkpoint, configs
 from cnm.commands.common import (
     ChangesOption,
+    DataDirOption,
     Device,
     DeviceOption,
     Precision,
@@ -21,6 +22,7 @@ from cnm.commands.common import (
     chosen_precision,
     print_notes,
     print_scores,
+    with_data_dir,
 )
 from cnm.config import CNMConfig
 from cnm.distributed import Group
@@ -47,6 +49,7 @@ def train(
         Path | None, typer.Option(help="Folder of an interrupted run to continue; --config is then not needed.")
     ] = None,
     changes: ChangesOption = None,
+    data_dir: DataDirOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Short for --set train.seed=SEED.")] = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.auto,
@@ -87,6 +90,8 @@ def train(
         raise InputError(f"--run {run}: a resumed run stays in its folder; leave --run out")
     if resume is None and config is None:
         raise InputError("--config is missing: name a configuration file, or --resume a run")
+    if resume is not None and data_dir is not None:
+        raise InputError("--data-dir: a resumed run reads its own files; resume it in the folder it was started in")
     with Group.joined(options["device"]) as group:
         if resume is not None:
             RunFolder(resume).check_resumable()
@@ -95,7 +100,7 @@ def train(
             trainer = Trainer(chosen, resume, resume=True, precision=kept, group=group, **options)
         else:
             assert config is not None
-            chosen = configs.resolve(config, changes)
+            chosen = with_data_dir(configs.resolve(config, changes), data_dir)
             folder = run or Path(chosen.train.model_saved_path)
             if group is None or group.rank == 0:
                 RunFolder(folder).check_new()

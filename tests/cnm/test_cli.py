@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from cnm import checkpoint, configs
 from cnm.cli import app
+from cnm.commands.common import DATA_PATHS
 from cnm.config import CNMConfig
 from cnm.config_fields import every_field
 from cnm_kernels import native
@@ -453,6 +454,53 @@ def test_evaluate_refuses_another_vocabulary(from_files: Path, finished: Path) -
     assert "vocabulary of 6 words" in message
     message = error_line(run("evaluate", "--checkpoint", finished / "best.pt", "--config", from_files / "config.json"))
     assert "vocabulary" in message
+
+
+def test_evaluate_from_another_folder(from_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths start from --data-dir; the checkpoint's own vocabulary serves where its file is not there."""
+    monkeypatch.chdir(from_files)
+    paths = {
+        name: Path(path).name
+        for name, path in json.loads((from_files / "config.json").read_text())["dataset"].items()
+        if name in DATA_PATHS
+    }
+    sets = [part for name, path in paths.items() for part in ("--set", f"dataset.{name}={path}")]
+    arguments = ["train", "--config", "config.json", "--set", "train.max_num_epochs=1"]
+    assert run(*arguments, "--run", tmp_path / "run", *sets).exit_code == 0
+    here = run("evaluate", "--checkpoint", tmp_path / "run" / "best.pt", "--json")
+    assert here.exit_code == 0, here.stderr
+    monkeypatch.chdir(tmp_path)
+    assert "error: " in error_line(run("evaluate", "--checkpoint", "run/best.pt"))
+    there = run("evaluate", "--checkpoint", "run/best.pt", "--data-dir", from_files, "--json")
+    assert json.loads(there.stdout)["scores"] == json.loads(here.stdout)["scores"]
+    absolute = [
+        part
+        for name, path in paths.items()
+        if name != "vocab_path"
+        for part in ("--set", f"dataset.{name}={from_files / path}")
+    ]
+    stored = run("evaluate", "--checkpoint", "run/best.pt", "--json", *absolute)
+    assert stored.exit_code == 0, stored.stderr
+    assert json.loads(stored.stdout)["scores"] == json.loads(here.stdout)["scores"]
+    trained = run(
+        *("train", "--config", from_files / "config.json", "--run", "second", "--set", "train.max_num_epochs=1"),
+        *sets,
+        "--data-dir",
+        from_files,
+    )
+    assert trained.exit_code == 0, trained.stderr
+    assert "--data-dir none: is no folder" in error_line(run("evaluate", "--checkpoint", "run", "--data-dir", "none"))
+
+
+def test_a_run_folder_stands_for_its_checkpoint(finished: Path, tmp_path: Path) -> None:
+    best = run("evaluate", "--checkpoint", finished, "--json")
+    assert best.stderr == f"note: {finished} is a run's folder: {finished / 'best.pt'} is taken\n"
+    assert json.loads(best.stdout)["checkpoint"] == str(finished / "best.pt")
+    (tmp_path / "last.pt").write_bytes((finished / "last.pt").read_bytes())
+    last = run("evaluate", "--checkpoint", tmp_path, "--json")
+    assert json.loads(last.stdout)["checkpoint"] == str(tmp_path / "last.pt")
+    (tmp_path / "last.pt").unlink()
+    assert "is a folder without best.pt or last.pt" in error_line(run("evaluate", "--checkpoint", tmp_path))
 
 
 # Interruptions
