@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -88,6 +90,14 @@ ChangesOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Changes a field of the configuration; may be repeated."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def program() -> list[str]:
+    """How this command line was started, for commands to print: ``cnm`` alone needs an activated one."""
+    script = Path(sys.argv[0])
+    if script.name == "cnm":
+        return ["cnm"] if shutil.which("cnm") == str(script.absolute()) else [str(script)]
+    return [sys.executable, "-m", "cnm"] if script.name == "__main__.py" else ["cnm"]
 
 
 def print_notes(notes: list[str]) -> None:

@@ -19,6 +19,7 @@ from cnm.commands.common import (
     chosen_precision,
     load_model,
     moment_text,
+    program,
 )
 from cnm.commands.train import train_and_report
 from cnm.files import replace_file
@@ -63,6 +64,6 @@ def demo(
     typer.echo(
         f'\n"{sample.sentence}"\n  found: {moment_text(found, sample.duration)}\n  true:  {start:.1f} s to {end:.1f} s'
     )
-    command = ["cnm", "localize", "--checkpoint", str(result.checkpoint), "--features", str(out / "example.npy")]
+    command = [*program(), "localize", "--checkpoint", str(result.checkpoint), "--features", str(out / "example.npy")]
     command += ["--query", sample.sentence, "--duration", f"{sample.duration:g}"]
     typer.echo(f"\nThe same from the command line:\n  {shlex.join(command)}\nPictures: {out / 'pictures'}")

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from cnm import checkpoint, configs
 from cnm.cli import app
-from cnm.commands.common import DATA_PATHS
+from cnm.commands.common import DATA_PATHS, program
 from cnm.config import CNMConfig
 from cnm.config_fields import every_field
 from cnm_kernels import native
@@ -106,6 +106,25 @@ def test_demo_at_reduced_size(tmp_path: Path) -> None:
     again = error_line(run("demo", "--out", out))
     assert f"{out}: exists and is not written over; choose another folder for the run (--out), or" in again
     assert again.endswith(f"`cnm train --resume {out}`")
+
+
+@pytest.mark.parametrize(
+    ("started", "path", "printed"),
+    [
+        ("bin/cnm", "bin", ["cnm"]),
+        ("bin/cnm", "elsewhere", ["bin/cnm"]),
+        ("cnm/__main__.py", "bin", [sys.executable, "-m", "cnm"]),
+    ],
+)
+def test_printed_commands_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: str, path: str, printed: list[str]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "cnm").touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [started])
+    monkeypatch.setenv("PATH", str(tmp_path / path))
+    assert program() == printed
 
 
 def test_train_says_what_runs_where(tmp_path: Path) -> None:
