@@ -21,10 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from setuptools import Extension, setup
+import setuptools
+from setuptools import Extension, errors, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.command.build_py import build_py
 
+OLDEST_SETUPTOOLS = 77  # the first that reads license = "Apache-2.0" in pyproject.toml
 SOURCES = Path("csrc")
 REASON_FILE = "{}_skipped.txt"  # beside native.py: why a C++ module is missing, for `python -m cnm_kernels`
 MATRIX_KERNELS = {
@@ -65,6 +67,18 @@ NVCC_FLAGS = [
     "-Xfatbin=-compress-all",
 ]
 ARCHITECTURES = ("8.0", "8.6", "9.0a", "10.0+PTX")
+
+
+class BuildPython(build_py):
+    """Removes from the source tree the modules that are left out: Python would go on loading an earlier build's."""
+
+    def run(self) -> None:
+        super().run()
+        package = Path("cnm_kernels")
+        for name in left_out():
+            for stale in [*package.glob(f"{name}.*so"), *package.glob(REASON_FILE.format(name))]:
+                print(f"{stale}: removed, {name} is left out of this build")
+                stale.unlink()
 
 
 class BuildNative(build_ext):
@@ -168,7 +182,7 @@ class BuildNative(build_ext):
                         macros=ext.define_macros,
                         extra_postargs=[*FLAGS, *self.torch_headers, *flags],
                     )
-            except (CompileError, subprocess.CalledProcessError) as error:
+            except (errors.CompileError, subprocess.CalledProcessError) as error:
                 target.unlink(missing_ok=True)
                 raise RuntimeError(
                     f"the compiler failed on {source} for {folder}; `pip install -v .` shows what it said"
@@ -260,21 +274,41 @@ def extension(name: str, sources: list[Path], folder: str, libraries: list[str],
     )
 
 
+def left_out() -> list[str]:
+    """The modules that the environment asks to leave out; that for GPUs needs that for CPUs."""
+    names = list(SWITCHES)
+    if os.environ.get(SWITCHES["_C_cpu"]) == "0":
+        return names
+    return [name for name in names if os.environ.get(SWITCHES[name]) == "0"]
+
+
 def native() -> dict[str, Any]:
-    if os.environ.get("CNM_KERNELS_NATIVE") == "0":
-        return {}
+    without = left_out()
+    commands: dict[str, Any] = {"build_py": BuildPython}
+    if "_C_cpu" in without:
+        return {"cmdclass": commands}
     cpu, cuda = SOURCES / "cpu", SOURCES / "cuda"
     modules = [extension("_C_cpu", [*SOURCES.glob("*.cpp"), *cpu.glob("*.cpp")], "cpu", ["torch_cpu"], [])]
-    if os.environ.get("CNM_KERNELS_CUDA") != "0":
+    if "_C_cuda" not in without:
         sources = [*SOURCES.glob("*_op.cpp"), *cuda.glob("*.cpp"), *cuda.glob("*.cu")]
         modules.append(
             extension("_C_cuda", sources, "cuda", ["torch_cuda", "torch_cpu", "cudart"], ["CNM_CUDA", "USE_CUDA"])
         )
     return {
         "ext_modules": modules,
-        "cmdclass": {"build_ext": BuildNative},
+        "cmdclass": commands | {"build_ext": BuildNative},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
+def check_setuptools() -> None:
+    """An older one answers pyproject.toml with a page of validation; --no-build-isolation takes whichever is there."""
+    if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"error: cnm-kernels needs setuptools {OLDEST_SETUPTOOLS} or newer to build, found "
+            f"{setuptools.__version__}; run `pip install -U setuptools`, or leave --no-build-isolation out"
+        )
+
+
+check_setuptools()
 setup(**native())

@@ -15,6 +15,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
+from cnm.commands.config import config_command
 from cnm.commands.demo import demo
 from cnm.commands.evaluate import evaluate_command
 from cnm.commands.localize import localize
@@ -118,6 +119,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "evaluate": evaluate_command,
     "localize": localize,
     "plant": plant_command,
+    "config": config_command,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)

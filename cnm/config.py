@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cnm.config_fields import suggestion
 from cnm.errors import InputError
 from cnm.files import check_plain, read_json, shortened
 
@@ -46,20 +47,39 @@ class DatasetConfig(_Section):
     ``synthetic`` needs no path: the videos are generated (``cnm.data.synthetic``) from ``seed``.
     """
 
-    dataset: Literal["CharadesSTA", "ActivityNet", "synthetic"]
-    feature_path: PathText | None = None
-    vocab_path: PathText | None = None
-    train_data: PathText | None = None
-    val_data: PathText | None = None
-    test_data: PathText | None = None
-    vocab_size: Words  # words kept, most frequent first; the padding id 0 comes on top
-    word_dim: Width
-    frame_dim: Width
-    max_num_words: Length
-    max_num_frames: Annotated[int, Field(ge=4, le=2**16)]  # clips per video, T; the reconstructor sees T // 4
-    cache_path: PathText | None = None  # default: the user's cache folder
-    seed: Seed = 8  # synthetic only
-    num_videos: Count = 600  # synthetic only: training videos; each of val and test has a quarter as many
+    dataset: Literal["CharadesSTA", "ActivityNet", "synthetic"] = Field(
+        description="whose files these are; synthetic videos are generated and need no file"
+    )
+    feature_path: PathText | None = Field(
+        default=None, description="HDF5 file of the videos' features, [frames, frame_dim] each"
+    )
+    vocab_path: PathText | None = Field(
+        default=None, description="pickle of the word vectors, with w2id, id2vec and counter"
+    )
+    train_data: PathText | None = Field(
+        default=None, description="annotations to train on, JSON rows [video, seconds, [start, end], sentence]"
+    )
+    val_data: PathText | None = Field(
+        default=None,
+        description="annotations that choose the best epoch; without them, or with the test's, it is the last",
+    )
+    test_data: PathText | None = Field(default=None, description="annotations that the result is scored on")
+    vocab_size: Words = Field(description="words kept, most frequent first; the padding comes on top")
+    word_dim: Width = Field(description="width of a word vector")
+    frame_dim: Width = Field(description="width of a feature")
+    max_num_words: Length = Field(description="words of a sentence that are read")
+    max_num_frames: Annotated[int, Field(ge=4, le=2**16)] = Field(
+        description="clips T that each video is averaged to; the reconstructor sees T // 4"
+    )
+    cache_path: PathText | None = Field(
+        default=None,
+        description="folder for tagged sentences and averaged features; by default the user's cache folder",
+    )
+    seed: Seed = Field(default=8, description="of the generated videos; synthetic only")
+    num_videos: Count = Field(
+        default=600,
+        description="training videos to generate, and a quarter as many for val and test each; synthetic only",
+    )
 
     @model_validator(mode="after")
     def _files_given(self) -> DatasetConfig:
@@ -73,46 +93,52 @@ class DatasetConfig(_Section):
 class OptimizerConfig(_Section):
     """Adam with linear warm-up from ``warmup_init_lr`` and inverse square root decay."""
 
-    lr: Positive
-    weight_decay: NonNegative = 0.0
-    warmup_updates: Count
-    warmup_init_lr: NonNegative
+    lr: Positive = Field(description="highest learning rate, at the end of the warm-up")
+    weight_decay: NonNegative = Field(default=0.0, description="of Adam")
+    warmup_updates: Count = Field(
+        description="updates over which the rate rises linearly; it then falls with their inverse square root"
+    )
+    warmup_init_lr: NonNegative = Field(description="learning rate at the start")
 
 
 class TrainConfig(_Section):
     """``generator`` trains ``fc_mask_gen``, ``reconstructor`` everything else."""
 
-    generator: OptimizerConfig
-    reconstructor: OptimizerConfig
-    batch_size: Count
-    max_num_epochs: Count
-    model_saved_path: PathText
-    seed: Seed = 8
+    generator: OptimizerConfig = Field(description="Adam of fc_mask_gen, the Gaussian's center and width")
+    reconstructor: OptimizerConfig = Field(description="Adam of all other parameters")
+    batch_size: Count = Field(description="sentences per update")
+    max_num_epochs: Count = Field(description="passes over the training sentences")
+    model_saved_path: PathText = Field(description="folder of the run where --run names none")
+    seed: Seed = Field(
+        default=8, description="of the initial parameters, the order of the sentences, the masked words and dropout"
+    )
 
 
 class TransformerConfig(_Section):
     """Sizes of the two decoders (published ``DualTransformer``)."""
 
-    d_model: Width
-    num_heads: Width
-    num_decoder_layers1: Layers
-    num_decoder_layers2: Layers
-    dropout: Probability = 0.0
+    d_model: Width = Field(description="width D, equal to hidden_size")
+    num_heads: Width = Field(description="heads of attention; divides d_model")
+    num_decoder_layers1: Layers = Field(description="layers of the decoder of frames")
+    num_decoder_layers2: Layers = Field(description="layers of the decoder of words")
+    dropout: Probability = Field(default=0.0, description="in the decoders' layers")
 
 
 class NetworkConfig(_Section):
     """Sizes of the network. The last four follow from the dataset section; published checkpoints carry them here."""
 
-    hidden_size: Width
-    use_negative: Literal[True] = True
-    alpha: Positive
-    max_width: Positive = 1.0
-    dropout: Probability
-    DualTransformer: TransformerConfig
-    max_num_words: Length | None = None
-    frames_input_size: Width | None = None
-    words_input_size: Width | None = None
-    vocab_size: Words | None = None  # padding id 0 included
+    hidden_size: Width = Field(description="width D of the network, even")
+    use_negative: Literal[True] = Field(default=True, description="train with negative samples; always")
+    alpha: Positive = Field(description="sharpness of the Gaussian exp(-alpha (x - center)^2 / width^2)")
+    max_width: Positive = Field(default=1.0, description="largest width of the Gaussian, in videos")
+    dropout: Probability = Field(description="of the features and word vectors on their way in")
+    DualTransformer: TransformerConfig = Field(description="the two decoders")
+    max_num_words: Length | None = Field(default=None, description="dataset.max_num_words, from where it is taken")
+    frames_input_size: Width | None = Field(default=None, description="dataset.frame_dim, from where it is taken")
+    words_input_size: Width | None = Field(default=None, description="dataset.word_dim, from where it is taken")
+    vocab_size: Words | None = Field(
+        default=None, description="words of the vocabulary with the padding; by default dataset.vocab_size + 1"
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> NetworkConfig:
@@ -129,22 +155,28 @@ class NetworkConfig(_Section):
 
 
 class ModelConfig(_Section):
-    name: Literal["CNM"]
-    config: NetworkConfig
+    name: Literal["CNM"] = Field(description="which model")
+    config: NetworkConfig = Field(description="sizes of the network")
 
 
 class LossConfig(_Section):
-    beta_1: NonNegative = 0.1
-    beta_2: NonNegative = 0.15
+    beta_1: NonNegative = Field(
+        default=0.1, description="margin between the positive and the hard negative, the whole video"
+    )
+    beta_2: NonNegative = Field(
+        default=0.15, description="margin between the positive and the easy negative, the rest of the video"
+    )
 
 
 class CNMConfig(_Section):
     """One experiment: dataset, training, model and loss, in the published JSON layout."""
 
-    dataset: DatasetConfig
-    train: TrainConfig
-    model: ModelConfig
-    loss: LossConfig = LossConfig()
+    dataset: DatasetConfig = Field(
+        description="where the data is and how it is cut; relative paths start from the working directory"
+    )
+    train: TrainConfig = Field(description="optimizers, batches and epochs")
+    model: ModelConfig = Field(description="the network")
+    loss: LossConfig = Field(default=LossConfig(), description="margins of the contrastive loss")
 
     @model_validator(mode="after")
     def _fill_sizes(self) -> CNMConfig:
@@ -174,18 +206,18 @@ class CNMConfig(_Section):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise InputError(f"{name}: {'; '.join(_describe(item) for item in error.errors())}") from None
+            raise InputError(f"{name}: {'; '.join(_describe(item, cls) for item in error.errors())}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The published layout, as plain JSON values; ``from_json`` takes it back and derives the input sizes anew."""
         return self.model_dump(exclude_none=True, exclude={"model": {"config": set(DERIVED_SIZES)}})
 
 
-def _describe(item: Any) -> str:
+def _describe(item: Any, config: type[BaseModel]) -> str:
     """One pydantic error as words: the field's dotted name, what was found, what is wanted."""
     field = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"unknown field {field}; remove it or correct its name"
+        return f"unknown field {field}; {suggestion(field, config) or 'remove it or correct its name'}"
     if item["type"] == "missing":
         return f"field {field} is missing"
     message = item["msg"].removeprefix("Value error, ")

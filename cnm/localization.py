@@ -9,6 +9,7 @@ import torch
 
 from cnm import metrics, plot
 from cnm.data import Vocabulary
+from cnm.data.features import clips
 from cnm.errors import InputError
 from cnm.files import check_plain
 from cnm.models.cnm import CNM
@@ -36,7 +37,8 @@ def localize_query(model: CNM, vocabulary: Vocabulary, features: np.ndarray, que
     """Localizes one sentence.
 
     Args:
-        features: [T, frame_dim] float32, as ``cnm.data.load_features`` gives them.
+        features: [T, frame_dim], as ``cnm.data.load_features`` gives them; of any other number of frames [n, frame_dim]
+            they are averaged to T clips as in training.
         query: a sentence; what is beyond the model's ``max_num_words`` known words is ignored.
 
     Raises:
@@ -44,12 +46,13 @@ def localize_query(model: CNM, vocabulary: Vocabulary, features: np.ndarray, que
     """
     check_plain(query, "--query")
     if not query.strip():
-        raise InputError("--query: is empty; give a sentence")
+        raise InputError("query: is empty; give a sentence")
     encoded = vocabulary.encode(query, model.config.dataset.max_num_words)
     if len(encoded.ids) == 0:
         raise InputError(
-            f"--query {query!r}: has no word the model knows ({len(vocabulary) - 1} words); say it in other words"
+            f"query {query!r}: has no word the model knows ({len(vocabulary) - 1} words); say it in other words"
         )
+    features = clips(features, model.config.dataset.max_num_frames)
     device = model.fc_rec.weight.device
     ids = torch.as_tensor(np.asarray(encoded.ids, np.int64))
     words = torch.nn.functional.pad(torch.from_numpy(vocabulary.vectors)[ids], (0, 0, 1, 0))  # [L + 1, word_dim]

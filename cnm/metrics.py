@@ -78,14 +78,15 @@ def baselines(true: ArrayLike, seed: int = 0) -> dict[str, dict[str, float]]:
     """Scores that need no video: what a model must beat, on the same moments.
 
     Returns:
-        Scores of the best constant moment (its name carries it), of the whole video, and of a random moment (the mean
+        Scores of the constant moment that is best on these very sentences (its name carries it), so fitted to what it
+        is scored on, of the whole video, and of a random moment (the mean
         over moments drawn uniformly from all start < end).
     """
     true = np.asarray(true, np.float64)
     constant = best_constant_moment(true)
     ends = np.random.default_rng(seed).random((RANDOM_DRAWS, len(true), 2))
     return {
-        f"best constant [{constant[0]:g}, {constant[1]:g}]": summary(iou(constant, true)),
+        f"best constant [{constant[0]:g}, {constant[1]:g}], fitted to these sentences": summary(iou(constant, true)),
         "whole video": summary(iou([0.0, 1.0], true)),
         "random moment": summary(iou(np.sort(ends, axis=-1), true)),
     }

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from cnm_kernels import autograd, registry
+from cnm_kernels.installed import hidden_reason
 
 ISA_VARIABLE = "CNM_KERNELS_CPU_ISA"  # forces a lower instruction set: portable, avx2, avx512, avx512bf16, amx
 
 
 def _why_missing(module: str, error: ImportError, switch: str) -> str:
     """Why a compiled module is not there."""
+    hidden = hidden_reason(module)
+    if hidden is not None:
+        return hidden
     reason = Path(__file__).parent / f"{module}_skipped.txt"
     if reason.exists():
         return reason.read_text(encoding="utf-8").strip()

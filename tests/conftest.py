@@ -17,9 +17,13 @@ from hypothesis import settings
 # For tools, the emulation and benchmarks; last, so that installed packages are what is tested.
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tools", "tests/cuda_emulation", "")]
 
-import emulated_backend
+from cnm_kernels.installed import refuse_hidden
 
-from cnm_kernels import registry
+refuse_hidden("; or run `pytest`, which takes what is installed, instead of `python -m pytest`")
+
+import emulated_backend  # noqa: E402
+
+from cnm_kernels import registry  # noqa: E402
 
 registry.add(emulated_backend.NAME, emulated_backend)  # the GPU's C++ kernels, run on the CPU
 

@@ -28,7 +28,7 @@ from small_runs import synthetic_config
 from cnm import checkpoint
 
 EPOCHS_PER_ROUND = 60  # more than a round survives
-NOT_COMPARED = ("time", "samples_per_second")
+NOT_COMPARED = ("time", "samples_per_second", "epoch_seconds")
 
 
 def train(arguments: list[str]) -> subprocess.Popen[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +13,15 @@ import torch
 import typer
 
 from cnm import checkpoint, metrics
+from cnm.config import CNMConfig
 from cnm.data import Vocabulary, load_vocabulary
 from cnm.errors import InputError
 from cnm.evaluation import check_vocabulary
 from cnm.localization import Found
 from cnm.models.cnm import CNM
+from cnm.training.run_folder import RunFolder
+
+DATA_PATHS = ("feature_path", "vocab_path", "train_data", "val_data", "test_data")  # of the dataset section
 
 
 class Device(str, Enum):
@@ -50,8 +56,34 @@ PrecisionOption = Annotated[
         "float32; a resumed run's own."
     ),
 ]
+
+
+def _checkpoint_file(path: Path) -> Path:
+    """A run's folder stands for its best checkpoint, or its last where none was chosen."""
+    run = RunFolder(path)
+    if not run.path.is_dir():
+        return path
+    for file in (run.best, run.last):
+        if file.is_file():
+            print_notes([f"{path} is a run's folder: {file} is taken"])
+            return file
+    raise InputError(f"{path}: is a folder without {run.best.name} or {run.last.name}; give a checkpoint or a run")
+
+
 CheckpointOption = Annotated[
-    Path, typer.Option("--checkpoint", help="A checkpoint: of a run (last.pt, best.pt), or a published one.")
+    Path,
+    typer.Option(
+        "--checkpoint",
+        callback=_checkpoint_file,
+        help="A checkpoint: of a run (last.pt, best.pt, or its folder), or a published one.",
+    ),
+]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where the configuration's relative paths start, feature_path, train_data and so on; otherwise the "
+        "working directory."
+    ),
 ]
 ChangesOption = Annotated[
     list[str] | None,
@@ -60,9 +92,28 @@ ChangesOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
+def program() -> list[str]:
+    """How this command line was started, for commands to print: ``cnm`` alone needs an activated one."""
+    script = Path(sys.argv[0])
+    if script.name == "cnm":
+        return ["cnm"] if shutil.which("cnm") == str(script.absolute()) else [str(script)]
+    return [sys.executable, "-m", "cnm"] if script.name == "__main__.py" else ["cnm"]
+
+
 def print_notes(notes: list[str]) -> None:
     for note in notes:
         typer.echo(f"note: {note}", err=True)
+
+
+def with_data_dir(config: CNMConfig, folder: Path | None) -> CNMConfig:
+    """The configuration with the data's relative paths made to start from ``folder``."""
+    if folder is None:
+        return config
+    if not folder.is_dir():
+        raise InputError(f"--data-dir {folder}: is no folder; give the one that relative paths start from")
+    paths = {name: getattr(config.dataset, name) for name in DATA_PATHS}
+    moved = {name: str(folder / path) for name, path in paths.items() if path is not None}
+    return config.model_copy(update={"dataset": config.dataset.model_copy(update=moved)})
 
 
 def print_scores(title: str, rows: dict[str, dict[str, float]]) -> None:
@@ -93,12 +144,18 @@ def chosen_precision(precision: Precision, device: Device) -> str:
     return "bf16" if chosen_device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
+def stored_vocabulary(path: Path) -> Vocabulary | None:
+    """The vocabulary in a checkpoint; published ones hold none."""
+    state = checkpoint.load(path).get("vocabulary")
+    return None if state is None else Vocabulary.from_state(state)
+
+
 def load_model(path: Path, device: torch.device, *, vocab: Path | None = None) -> tuple[CNM, Vocabulary]:
     """A checkpoint's model, and its vocabulary: stored with it, or else in ``vocab`` or its configuration."""
     model = CNM.from_checkpoint(path, device)
-    content = checkpoint.load(path)
-    if vocab is None and content.get("vocabulary") is not None:
-        vocabulary = Vocabulary.from_state(content["vocabulary"])
+    stored = stored_vocabulary(path) if vocab is None else None
+    if stored is not None:
+        vocabulary = stored
         width, expected = vocabulary.vectors.shape[1], model.config.dataset.word_dim
         if width != expected:
             raise InputError(

@@ -19,6 +19,7 @@ from cnm.commands.common import (
     chosen_precision,
     load_model,
     moment_text,
+    program,
 )
 from cnm.commands.train import train_and_report
 from cnm.files import replace_file
@@ -46,7 +47,7 @@ def demo(
     """
     values = {"train.max_num_epochs": epochs, "dataset.num_videos": videos, "dataset.seed": seed, "train.seed": seed}
     changes = [f"{name}={value}" for name, value in values.items() if value is not None]
-    RunFolder(out).check_new()
+    RunFolder(out).check_new("--out")
     config = configs.resolve("synthetic", changes)
     trainer = Trainer(config, out, device=chosen_device(device), precision=chosen_precision(precision, device))
     result = train_and_report(trainer)
@@ -63,6 +64,6 @@ def demo(
     typer.echo(
         f'\n"{sample.sentence}"\n  found: {moment_text(found, sample.duration)}\n  true:  {start:.1f} s to {end:.1f} s'
     )
-    command = ["cnm", "localize", "--checkpoint", str(result.checkpoint), "--features", str(out / "example.npy")]
+    command = [*program(), "localize", "--checkpoint", str(result.checkpoint), "--features", str(out / "example.npy")]
     command += ["--query", sample.sentence, "--duration", f"{sample.duration:g}"]
     typer.echo(f"\nThe same from the command line:\n  {shlex.join(command)}\nPictures: {out / 'pictures'}")

@@ -8,10 +8,11 @@ from typing import Annotated
 import torch
 import typer
 
-from cnm import checkpoint, configs, metrics
+from cnm import configs, metrics
 from cnm.commands.common import (
     ChangesOption,
     CheckpointOption,
+    DataDirOption,
     Device,
     DeviceOption,
     JsonOption,
@@ -22,6 +23,8 @@ from cnm.commands.common import (
     chosen_precision,
     print_notes,
     print_scores,
+    stored_vocabulary,
+    with_data_dir,
 )
 from cnm.data import open_split
 from cnm.evaluation import check_vocabulary, evaluate
@@ -36,6 +39,7 @@ def evaluate_command(
     ] = None,
     split: Annotated[SplitName, typer.Option(help="Which sentences to localize.")] = SplitName.test,
     changes: ChangesOption = None,
+    data_dir: DataDirOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.auto,
     as_json: JsonOption = False,
@@ -52,9 +56,10 @@ def evaluate_command(
         chosen = configs.resolve(config, changes or [])
     else:
         chosen = configs.change(model.config.to_dict(), changes or [], str(checkpoint_path))
-    data = open_split(chosen.dataset, split.value, progress=not as_json, dtype=dtype or torch.float32)
-    stored = checkpoint.load(checkpoint_path).get("vocabulary")
-    check_vocabulary(model, data.vocabulary.words, stored and stored["words"])
+    chosen = with_data_dir(chosen, data_dir)
+    stored = stored_vocabulary(checkpoint_path)
+    data = open_split(chosen.dataset, split.value, progress=not as_json, dtype=dtype or torch.float32, stored=stored)
+    check_vocabulary(model, data.vocabulary.words, None if stored is None else stored.words)
     found = evaluate(model, data, chosen.train.batch_size)
     baselines = metrics.baselines(data.moments)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from cnm import checkpoint, configs
 from cnm.commands.common import (
     ChangesOption,
+    DataDirOption,
     Device,
     DeviceOption,
     Precision,
@@ -20,6 +22,7 @@ from cnm.commands.common import (
     chosen_precision,
     print_notes,
     print_scores,
+    with_data_dir,
 )
 from cnm.config import CNMConfig
 from cnm.distributed import Group
@@ -46,6 +49,7 @@ def train(
         Path | None, typer.Option(help="Folder of an interrupted run to continue; --config is then not needed.")
     ] = None,
     changes: ChangesOption = None,
+    data_dir: DataDirOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Short for --set train.seed=SEED.")] = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.auto,
@@ -86,6 +90,8 @@ def train(
         raise InputError(f"--run {run}: a resumed run stays in its folder; leave --run out")
     if resume is None and config is None:
         raise InputError("--config is missing: name a configuration file, or --resume a run")
+    if resume is not None and data_dir is not None:
+        raise InputError("--data-dir: a resumed run reads its own files; resume it in the folder it was started in")
     with Group.joined(options["device"]) as group:
         if resume is not None:
             RunFolder(resume).check_resumable()
@@ -94,7 +100,7 @@ def train(
             trainer = Trainer(chosen, resume, resume=True, precision=kept, group=group, **options)
         else:
             assert config is not None
-            chosen = configs.resolve(config, changes)
+            chosen = with_data_dir(configs.resolve(config, changes), data_dir)
             folder = run or Path(chosen.train.model_saved_path)
             if group is None or group.rank == 0:
                 RunFolder(folder).check_new()
@@ -118,6 +124,7 @@ def train_and_report(trainer: Trainer) -> Result:
         return trainer.train()
     echo = lambda line: typer.echo(line, err=True)  # noqa: E731
     echo(_machine(trainer.device, trainer.options["precision"]))
+    print_notes(_fallback(trainer.device))
     sizes = ", ".join(f"{split.name} {len(split):,}" for split in trainer.splits)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     echo(f"sentences: {sizes}; vocabulary {len(trainer.train_split.vocabulary):,}; parameters {parameters:,}")
@@ -131,6 +138,15 @@ def train_and_report(trainer: Trainer) -> Result:
     title = f"test split, {len(trainer.test_split):,} sentences"
     print_scores(title, {f"{result.checkpoint} (epoch {result.epoch})": result.scores} | result.baselines)
     return result
+
+
+def _fallback(device: torch.device) -> list[str]:
+    """A note that says why PyTorch's operations run in place of the kernels, where nobody asked for them."""
+    preferred, op = next(iter(registry.BACKENDS)), registry.OPS[0]
+    if os.environ.get(registry.ENVIRONMENT_VARIABLE) or registry.choice(op, device.type, torch.float32) != "torch":
+        return []
+    reason = registry.unavailable(op, preferred, device.type, torch.float32)
+    return [f"PyTorch's operations run in place of the kernels, more slowly: {reason}"]
 
 
 def _machine(device: torch.device, precision: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cnm.config import MOST_VALUES, CNMConfig
+from cnm.config_fields import did_you_mean
 from cnm.errors import InputError
 from cnm.files import NoJson, check_plain, parse_json, read_json
 
@@ -35,7 +36,8 @@ def resolve(source: str | Path, changes: Sequence[str] = ()) -> CNMConfig:
     if not exists and str(source) in names():
         path = FOLDER / f"{source}.json"
     elif not exists:
-        raise InputError(f"{source}: no such file, nor a packaged configuration ({', '.join(names())})")
+        near = did_you_mean(str(source), names())
+        raise InputError(f"{source}: no such file, nor a packaged configuration ({', '.join(names())}){near}")
     if not changes:
         return CNMConfig.from_json(path)
     content = read_json(path)

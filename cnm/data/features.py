@@ -13,6 +13,8 @@ from types import TracebackType
 
 import h5py
 import numpy as np
+import torch
+from torch import Tensor
 
 from cnm.data.names import name_problem
 from cnm.errors import InputError
@@ -143,6 +145,31 @@ def pool(frames: np.ndarray, num_clips: int) -> np.ndarray:
     for j, (start, end) in enumerate(pairwise(bounds)):
         clips[j] = frames[start] if start == end else frames[start:end].mean(axis=0)
     return clips
+
+
+def clips(frames: np.ndarray, num_clips: int) -> np.ndarray:
+    """What a model reads of one video: [num_clips, frame_dim] float32, averaged by ``pool`` unless it is so already."""
+    return np.asarray(frames, np.float32) if len(frames) == num_clips else pool(frames, num_clips)
+
+
+def pool_batch(frames: Tensor, lengths: Tensor, num_clips: int) -> tuple[Tensor, Tensor]:
+    """Averages the videos of a batch that are longer than ``num_clips``, by ``pool``; shorter ones stay as they are.
+
+    Args:
+        frames: [B, n, frame_dim], floating.
+        lengths: [B] int64, frames of each that are real.
+
+    Returns:
+        [B, min(n, num_clips), frame_dim] in the frames' dtype, and lengths [B].
+    """
+    if frames.size(1) <= num_clips:
+        return frames, lengths
+    out = frames[:, :num_clips].clone()
+    for row, length in enumerate(lengths.tolist()):
+        if length > num_clips:
+            averaged = pool(frames[row, :length].detach().float().cpu().numpy(), num_clips)
+            out[row] = torch.from_numpy(averaged).to(out)
+    return out, lengths.clamp_max(num_clips)
 
 
 def load_features(source: str, frame_dim: int, num_clips: int) -> np.ndarray:

@@ -110,7 +110,12 @@ def load_vocabulary(config: DatasetConfig) -> Vocabulary:
 
 
 def open_split(
-    config: DatasetConfig, split: SplitName, *, progress: bool = False, dtype: torch.dtype = torch.float32
+    config: DatasetConfig,
+    split: SplitName,
+    *,
+    progress: bool = False,
+    dtype: torch.dtype = torch.float32,
+    stored: Vocabulary | None = None,
 ) -> Split:
     """Reads a split; tokenizes its sentences and pools its features on first use, and finds them in the cache later.
 
@@ -120,11 +125,13 @@ def open_split(
         progress: show a bar while features are pooled.
         dtype: of the pooled features, float32 or bfloat16: a model that computes in bfloat16 would round them first of
             all, and half the bytes are half the time in the cache, the loader and on the way to a GPU.
+        stored: a checkpoint's vocabulary, which serves where ``config.vocab_path`` is not there.
 
     Raises:
         InputError: anything wrong with the files; the message names file, item and remedy.
     """
-    vocabulary = load_vocabulary(config)
+    missing = config.vocab_path is not None and not Path(config.vocab_path).exists()
+    vocabulary = stored if stored is not None and missing else load_vocabulary(config)
     notes: list[str] = []
     if config.dataset == "synthetic":
         samples, features, video_rows = synthetic.generate(config, split)
@@ -181,10 +188,11 @@ def _cached_encoding(
         for name, array in zip(names, _encode(samples, vocabulary, config.max_num_words), strict=True):
             np.save(folder / f"{name}.npy", array)
 
+    given = str(config.vocab_path)
     made_from = {
         "what": "sentences",
         "annotations": cache.content_hash(path),
-        "vocabulary": cache.content_hash(str(config.vocab_path)),
+        "vocabulary": cache.content_hash(given) if Path(given).exists() else vocabulary.words,
         "vocab_size": config.vocab_size,
         "max_num_words": config.max_num_words,
         "tagger": tagger_name(),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import cnm_kernels as kernels
 from cnm import checkpoint
 from cnm.config import CNMConfig
+from cnm.data.features import pool_batch
 from cnm.errors import InputError
 from cnm.models.layers import DualTransformer, ForwardPass, Gaussian, Source, apply_linear, sinusoidal_positions
 from cnm_kernels.checks import Arguments
@@ -112,13 +113,17 @@ class CNM(nn.Module):
         self, frames: Tensor, frame_lengths: Tensor, words: Tensor, word_lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Where each sentence happens: center and width [B] each, fractions of the video. Without dropout."""
+        frames, words = self._narrowed(frames), self._narrowed(words)
         self._check(frames, frame_lengths, words, word_lengths)
         return self.localize_encoded(self.encode_video(frames, frame_lengths), words, word_lengths)
 
     @torch.no_grad()
     def encode_video(self, frames: Tensor, frame_lengths: Tensor) -> VideoEncoding:
         """Computes once, for ``localize_encoded``, what all sentences about a video share: projection and the first
-        self-attention. frames [N, T, frame_dim], frame_lengths [N]."""
+        self-attention. frames [N, T, frame_dim], frame_lengths [N]; a video of more than ``dataset.max_num_frames``
+        frames is averaged to as many clips, as in training."""
+        frames, frame_lengths = pool_batch(frames, frame_lengths, self.config.dataset.max_num_frames)
+        frames = self._narrowed(frames)
         run = self.forward_pass(frugal=True)
         states = self._project_frames(frames, run)
         first, *others = self.trans.decoder1.layers
@@ -133,6 +138,7 @@ class CNM(nn.Module):
             raise ValueError(
                 f"CNM: {len(video.states)} encoded videos for {len(words)} sentences; select() one for each sentence"
             )
+        words = self._narrowed(words)
         run = self.forward_pass(frugal=True)
         source = self._sentence_source(self._project_words(words, word_lengths, run), word_lengths, run)
         decoder = self.trans.decoder1
@@ -280,6 +286,10 @@ class CNM(nn.Module):
             positions = sinusoidal_positions(words.size(1), self.positions.size(1))
             self.positions = positions.to(self.positions.device, self.positions.dtype)
         return self.positions[: words.size(1)].to(words.dtype)
+
+    def _narrowed(self, inputs: Tensor) -> Tensor:
+        """float64, which NumPy makes where nobody asked for it, as the parameters are."""
+        return inputs.to(self.frame_fc.weight.dtype) if inputs.dtype == torch.float64 else inputs
 
     def _check(self, frames: Tensor, frame_lengths: Tensor, words: Tensor, word_lengths: Tensor) -> None:
         check = Arguments("CNM")

@@ -24,6 +24,7 @@ class Progress:
         self.done = self.first = done
         self.quiet = quiet
         self.started = self.last_line = time.monotonic()
+        self.figures: dict[str, str] = {}  # the latest
         self.bar: tqdm | None = None
         if not quiet and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=done, unit="update", dynamic_ncols=True, smoothing=0.1)
@@ -33,16 +34,19 @@ class Progress:
         self.done += 1
         if self.quiet:
             return
+        self.figures = figures or self.figures
+        first = self.done == self.first + 1
         if self.bar is not None:
             self.bar.set_description(epoch, refresh=False)
             if figures:
                 self.bar.set_postfix(figures, refresh=False)
             self.bar.update()
-        elif figures and time.monotonic() - self.last_line >= LINE_SECONDS:
+        elif first or time.monotonic() - self.last_line >= LINE_SECONDS:
             self.last_line = time.monotonic()
             left = (self.last_line - self.started) / (self.done - self.first) * (self.total - self.done)
-            shown = "  ".join(f"{name} {value}" for name, value in figures.items())
-            self.say(f"{epoch}  update {self.done}/{self.total}  {shown}  {tqdm.format_interval(left)} left")
+            shown = [epoch, f"update {self.done}/{self.total}"]
+            shown += [f"{name} {value}" for name, value in self.figures.items()]
+            self.say("  ".join([*shown, f"{tqdm.format_interval(left)} left"]))
 
     def say(self, line: str) -> None:
         """A line for the user, above the bar where there is one."""

@@ -54,12 +54,14 @@ class RunFolder:
         self.pictures = self.path / "pictures"
         self.events = self.path / "tensorboard"
 
-    def check_new(self) -> None:
-        """Raises ``InputError`` where something is already there: a run is never written over."""
+    def check_new(self, option: str = "--run") -> None:
+        """Raises ``InputError`` where something is already there: a run is never written over. ``option`` names it."""
         occupied = any(self.path.iterdir()) if self.path.is_dir() else self.path.exists()
         if occupied:
-            resume = f", or continue it with --resume {self.path}" if self.last.exists() else ""
-            raise InputError(f"{self.path}: exists and is not written over; choose another folder for the run{resume}")
+            resume = f", or continue it with `cnm train --resume {self.path}`" if self.last.exists() else ""
+            raise InputError(
+                f"{self.path}: exists and is not written over; choose another folder for the run ({option}){resume}"
+            )
 
     def check_resumable(self) -> None:
         """Raises ``InputError`` where there is no checkpoint to resume from."""

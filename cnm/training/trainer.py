@@ -147,6 +147,7 @@ class Trainer:
         self.epoch = 0  # the one under way, counted from 0
         self.batch = 0  # batches of it that are done; all of them: its evaluation is due
         self.seconds = 0.0  # of training so far
+        self.epoch_began = 0.0  # the same, when the epoch under way began
         self.best: dict[str, Any] = {}  # epoch and score of best.pt
         self.rows = 0  # in metrics.jsonl
         self.metric_names: list[str] = []
@@ -212,6 +213,8 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         self.model.train()
+        if self.batch == 0:
+            self.epoch_began = self.seconds
         name = f"epoch {self.epoch + 1}/{self.config.train.max_num_epochs}"
         self.row_started, self.row_samples = time.monotonic(), 0
         for indices, batch in self.loader.epoch(self.epoch, self.batch):
@@ -286,14 +289,18 @@ class Trainer:
     def _finish_epoch(self) -> None:
         """Evaluation, checkpoints and pictures after an epoch's last update."""
         score = None
+        seconds = self.seconds - self.epoch_began
+        trained = f"epoch {self.epoch + 1}: {seconds:.1f} s of training"
         if self.val_split is not None:
             scores = self._evaluate(self.val_split).scores
             score = scores["mIoU"]
-            self._append("eval", scores, split=self.val_split.name)
+            self._append("eval", scores, split=self.val_split.name, epoch_seconds=seconds)
             self.progress.say(
-                f"epoch {self.epoch + 1}: {self.val_split.name} mIoU {score:.4f}, "
+                f"{trained}; {self.val_split.name} mIoU {score:.4f}, "
                 f"R@1 {' / '.join(f'{scores[name]:.4f}' for name in metrics.SCORES[1:4])} at IoU 0.3 / 0.5 / 0.7"
             )
+        else:
+            self.progress.say(trained)
         if self.chooses_best and score is not None and score > self.best.get("mIoU", -1.0):
             self.best = {"epoch": self.epoch + 1, "mIoU": score}
             if self.writes:
@@ -373,6 +380,7 @@ class Trainer:
             "epoch": self.epoch,
             "batch": self.batch,
             "seconds": self.seconds,
+            "epoch_began": self.epoch_began,
             "best": self.best,
             "rows": self.rows,
             "metric_names": self.metric_names,
@@ -392,6 +400,7 @@ class Trainer:
             self.step.load_state_dict(training["step"])
             torch.Generator().set_state(training["random"]["torch"])  # raises where it is none
             self.epoch, self.batch, self.seconds = training["epoch"], training["batch"], training["seconds"]
+            self.epoch_began = training.get("epoch_began", 0.0)  # earlier versions kept none
             self.best, self.rows, self.metric_names = training["best"], training["rows"], training["metric_names"]
             self.pending = [values.to(self.device) for values in training["pending"]]
         except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:

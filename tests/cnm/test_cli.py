@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,10 @@ from typer.testing import CliRunner
 
 from cnm import checkpoint, configs
 from cnm.cli import app
+from cnm.commands.common import DATA_PATHS, program
+from cnm.config import CNMConfig
+from cnm.config_fields import every_field
+from cnm_kernels import native
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +83,7 @@ def from_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_explains_every_command() -> None:
     overview = run("--help")
     assert overview.exit_code == 0
-    for command in ("demo", "train", "evaluate", "localize", "plant"):
+    for command in ("demo", "train", "evaluate", "localize", "plant", "config"):
         assert command in overview.stdout
         text = run(command, "--help").stdout
         assert f"Example:\n    cnm {command} " in text
@@ -99,16 +104,52 @@ def test_demo_at_reduced_size(tmp_path: Path) -> None:
     for name in ("best.pt", "last.pt", "metrics.jsonl", "config.json", "example.npy", "pictures/example.png"):
         assert (out / name).stat().st_size > 0
     again = error_line(run("demo", "--out", out))
-    assert f"{out}: exists and is not written over" in again
+    assert f"{out}: exists and is not written over; choose another folder for the run (--out), or" in again
+    assert again.endswith(f"`cnm train --resume {out}`")
+
+
+@pytest.mark.parametrize(
+    ("started", "path", "printed"),
+    [
+        ("bin/cnm", "bin", ["cnm"]),
+        ("bin/cnm", "elsewhere", ["bin/cnm"]),
+        ("cnm/__main__.py", "bin", [sys.executable, "-m", "cnm"]),
+    ],
+)
+def test_printed_commands_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: str, path: str, printed: list[str]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "cnm").touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [started])
+    monkeypatch.setenv("PATH", str(tmp_path / path))
+    assert program() == printed
 
 
 def test_train_says_what_runs_where(tmp_path: Path) -> None:
     result = run("train", "--config", "synthetic", "--run", tmp_path / "run", *changes(train__max_num_epochs=1))
     assert "device: cpu, " in result.stderr
     assert "threads; float32; kernels: " in result.stderr
+    assert ("more slowly" in result.stderr) == ("cpu" in native.LOAD_ERRORS)
     assert "sentences: train " in result.stderr
-    assert "epoch 1: val mIoU" in result.stderr
+    assert re.search(r"\nepoch 1/1  update 1/4  \d\d:\d\d left\n", result.stderr), result.stderr  # from the first on
+    assert re.search(r"epoch 1: \d+\.\d s of training; val mIoU", result.stderr)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (evaluated,) = (row for row in rows if row["kind"] == "eval")
+    assert 0 < evaluated["epoch_seconds"] <= rows[0]["time"]
     assert "best constant" in result.stdout
+
+
+def test_train_says_why_nothing_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(native.LOAD_ERRORS, "cpu", "no C++ compiler: c++ is not on the PATH")
+    options = [*changes(train__max_num_epochs=1), "--set", "dataset.num_videos=4"]
+    result = run("train", "--config", "synthetic", "--run", tmp_path / "run", *options)
+    assert result.exit_code == 0, result.stderr
+    note = "note: PyTorch's operations run in place of the kernels, more slowly: no C++ compiler: c++ is not on the"
+    assert note in result.stderr
+    monkeypatch.setenv("CNM_KERNELS_BACKEND", "torch")
+    assert "more slowly" not in run("train", "--resume", tmp_path / "run", "--set", "train.max_num_epochs=2").stderr
 
 
 def test_evaluate_prints_scores_beside_baselines(finished: Path) -> None:
@@ -191,11 +232,14 @@ def test_plant_then_train(tmp_path: Path, from_files: Path) -> None:
 
 def test_unknown_keys_and_wrong_values_of_set_are_named(tmp_path: Path) -> None:
     for change, words in {
-        "train.bach_size=4": "unknown field train.bach_size",
+        "train.bach_size=4": "unknown field train.bach_size; did you mean train.batch_size",
+        "batch_size=4": "unknown field batch_size; did you mean train.batch_size?",
+        "trian.batch_size=4": "unknown field trian; did you mean train?",
+        "lr=1": "did you mean train.generator.lr or train.reconstructor.lr?",
         "train.batch_size=large": "train.batch_size",
         "train.batch_size": "must be key=value",
         "train.batch_size.x=3": "batch_size has no fields of its own",
-        "bogus.key=1": "unknown field bogus",
+        "bogus.key=1": "unknown field bogus; remove it",
     }.items():
         message = error_line(run("train", "--config", "synthetic", "--run", tmp_path / "run", "--set", change))
         assert words in message, message
@@ -228,10 +272,36 @@ def test_too_little_memory_is_one_line(
 
 
 def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
-    assert "synthetic" in error_line(run("train", "--config", "charades", "--run", tmp_path / "run"))
+    message = error_line(run("train", "--config", "charades", "--run", tmp_path / "run"))
+    assert "synthetic" in message
+    assert message.endswith("; did you mean charades_i3d?")
     assert "--config is missing" in error_line(run("train", "--run", tmp_path / "run"))
     (tmp_path / "broken.json").write_text('{"dataset": ')
     assert "broken.json: line 1" in error_line(run("train", "--config", tmp_path / "broken.json"))
+
+
+def test_config_lists_the_packaged_ones_and_explains_every_field() -> None:
+    listed = run("config").stdout
+    for name in configs.names():
+        assert f"  {name} " in listed
+    for field in every_field(CNMConfig):
+        assert field.description, f"{field.name} has no description"
+        assert field.name in listed
+    assert "model.config.max_width  (number above 0; default 1.0)" in listed
+    assert "train.batch_size  (whole number from 1; must be given)" in listed
+    explained = run("config", "train.generator").stdout.splitlines()
+    assert explained[0].startswith("train.generator: ")
+    assert all("train.generator" in line or line.startswith("      ") for line in explained)
+    assert "did you mean train.generator.lr or" in error_line(run("config", "train.lr"))
+    assert "did you mean charades_i3d?" in error_line(run("config", "charades"))
+    assert "--set" in error_line(run("config", "--set", "train.seed=1"))
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_config_prints_what_train_takes(tmp_path: Path, name: str) -> None:
+    result = run("config", name, "--set", "train.batch_size=7")
+    (tmp_path / "mine.json").write_text(result.stdout)
+    assert configs.resolve(tmp_path / "mine.json") == configs.resolve(name, ["train.batch_size=7"])
 
 
 @pytest.mark.parametrize("name", configs.names())
@@ -362,8 +432,8 @@ def test_what_training_mends_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"--query": "xylophone zither"}, ("--query", "xylophone zither", "no word")),
-        ({"--query": "   "}, ("--query", "empty")),
+        ({"--query": "xylophone zither"}, ("query", "xylophone zither", "no word")),
+        ({"--query": "   "}, ("query", "empty")),
         ({"--duration": 0}, ("--duration", "0")),
         ({"--duration": -3}, ("--duration", "-3")),
         ({"--duration": "nan"}, ("--duration", "nan")),
@@ -403,6 +473,53 @@ def test_evaluate_refuses_another_vocabulary(from_files: Path, finished: Path) -
     assert "vocabulary of 6 words" in message
     message = error_line(run("evaluate", "--checkpoint", finished / "best.pt", "--config", from_files / "config.json"))
     assert "vocabulary" in message
+
+
+def test_evaluate_from_another_folder(from_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths start from --data-dir; the checkpoint's own vocabulary serves where its file is not there."""
+    monkeypatch.chdir(from_files)
+    paths = {
+        name: Path(path).name
+        for name, path in json.loads((from_files / "config.json").read_text())["dataset"].items()
+        if name in DATA_PATHS
+    }
+    sets = [part for name, path in paths.items() for part in ("--set", f"dataset.{name}={path}")]
+    arguments = ["train", "--config", "config.json", "--set", "train.max_num_epochs=1"]
+    assert run(*arguments, "--run", tmp_path / "run", *sets).exit_code == 0
+    here = run("evaluate", "--checkpoint", tmp_path / "run" / "best.pt", "--json")
+    assert here.exit_code == 0, here.stderr
+    monkeypatch.chdir(tmp_path)
+    assert "error: " in error_line(run("evaluate", "--checkpoint", "run/best.pt"))
+    there = run("evaluate", "--checkpoint", "run/best.pt", "--data-dir", from_files, "--json")
+    assert json.loads(there.stdout)["scores"] == json.loads(here.stdout)["scores"]
+    absolute = [
+        part
+        for name, path in paths.items()
+        if name != "vocab_path"
+        for part in ("--set", f"dataset.{name}={from_files / path}")
+    ]
+    stored = run("evaluate", "--checkpoint", "run/best.pt", "--json", *absolute)
+    assert stored.exit_code == 0, stored.stderr
+    assert json.loads(stored.stdout)["scores"] == json.loads(here.stdout)["scores"]
+    trained = run(
+        *("train", "--config", from_files / "config.json", "--run", "second", "--set", "train.max_num_epochs=1"),
+        *sets,
+        "--data-dir",
+        from_files,
+    )
+    assert trained.exit_code == 0, trained.stderr
+    assert "--data-dir none: is no folder" in error_line(run("evaluate", "--checkpoint", "run", "--data-dir", "none"))
+
+
+def test_a_run_folder_stands_for_its_checkpoint(finished: Path, tmp_path: Path) -> None:
+    best = run("evaluate", "--checkpoint", finished, "--json")
+    assert best.stderr == f"note: {finished} is a run's folder: {finished / 'best.pt'} is taken\n"
+    assert json.loads(best.stdout)["checkpoint"] == str(finished / "best.pt")
+    (tmp_path / "last.pt").write_bytes((finished / "last.pt").read_bytes())
+    last = run("evaluate", "--checkpoint", tmp_path, "--json")
+    assert json.loads(last.stdout)["checkpoint"] == str(tmp_path / "last.pt")
+    (tmp_path / "last.pt").unlink()
+    assert "is a folder without best.pt or last.pt" in error_line(run("evaluate", "--checkpoint", tmp_path))
 
 
 # Interruptions

@@ -84,6 +84,26 @@ def test_with_a_compiler_that_fails(checkout: Path) -> None:
     assert "the compiler failed on csrc" in table(checkout)
 
 
+def test_a_module_left_out_leaves_no_earlier_build_in_the_sources(checkout: Path) -> None:
+    package = checkout / "cnm_kernels"
+    for name in ("_C_cpu.abi3.so", "_C_cuda.abi3.so"):
+        (package / name).touch()
+    outcome = build(checkout, CNM_KERNELS_NATIVE="0")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "cnm_kernels/_C_cpu.abi3.so: removed, _C_cpu is left out of this build" in outcome.stdout
+    assert not list(package.glob("*.so"))
+
+
+def test_an_old_setuptools_is_one_line(checkout: Path) -> None:
+    code = "import runpy, setuptools, sys; setuptools.__version__ = '76.1.0'; sys.argv = ['setup.py', 'build']; "
+    command = [sys.executable, "-c", code + "runpy.run_path('setup.py', run_name='__main__')"]
+    outcome = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert outcome.returncode == 1
+    assert outcome.stdout == ""
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("error: cnm-kernels needs setuptools 77 or newer to build, found 76.1.0; run `pip install")
+
+
 def test_required_native_fails_loudly(checkout: Path) -> None:
     outcome = build(checkout, CXX="no-such-compiler", CC="no-such-compiler", CNM_KERNELS_NATIVE="1")
     assert outcome.returncode != 0
