@@ -23,7 +23,7 @@ from benchmarks.registry import OURS, Case, Contender, Goal, Refused, Table
 from cnm import CNM, configs
 from cnm.config import CNMConfig
 from cnm.data.batch import Batch
-from cnm.models.cnm import PRECISIONS
+from cnm.models.base import PRECISIONS
 from cnm.training.step import STEPS
 from cnm_kernels.constants import KEY_WEIGHT_EPS, LABEL_SMOOTHING
 
@@ -70,7 +70,9 @@ class Experiment:
             "dataset.max_num_frames": self.T,
             "dataset.max_num_words": self.L,
         }
-        return configs.resolve("charades_i3d", [f"{name}={value}" for name, value in sizes.items()])
+        config = configs.resolve("charades_i3d", [f"{name}={value}" for name, value in sizes.items()])
+        assert isinstance(config, CNMConfig)
+        return config
 
 
 CHARADES = Experiment("Charades-STA, I3D", 128, 200, 1024, 13, 1112)

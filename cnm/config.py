@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from cnm.errors import InputError
 
@@ -46,6 +47,7 @@ class DatasetConfig(_Section):
     frame_dim: Width
     max_num_words: Length
     max_num_frames: Annotated[int, Field(ge=4, le=2**16)]  # clips per video, T; the reconstructor sees T // 4
+    target_stride: Literal[1] | None = None  # in the published CPL files; no other was published
     cache_path: str | None = None  # default: the user's cache folder
     seed: Seed = 8  # synthetic only
     num_videos: Count = 600  # synthetic only: training videos; each of val and test has a quarter as many
@@ -69,14 +71,25 @@ class OptimizerConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """``generator`` trains ``fc_mask_gen``, ``reconstructor`` everything else."""
+    """What every model's training section says; the optimizers are the model's own."""
 
-    generator: OptimizerConfig
-    reconstructor: OptimizerConfig
     batch_size: Count
     max_num_epochs: Count
     model_saved_path: str
     seed: Seed = 8
+
+
+class CNMTrainConfig(TrainConfig):
+    """``generator`` trains ``fc_mask_gen``, ``reconstructor`` everything else."""
+
+    generator: OptimizerConfig
+    reconstructor: OptimizerConfig
+
+
+class CPLTrainConfig(TrainConfig):
+    """One optimizer trains everything."""
+
+    optimizer: OptimizerConfig
 
 
 class TransformerConfig(_Section):
@@ -94,8 +107,6 @@ class NetworkConfig(_Section):
 
     hidden_size: Width
     use_negative: Literal[True] = True
-    alpha: Positive
-    max_width: Positive = 1.0
     dropout: Probability
     DualTransformer: TransformerConfig
     max_num_words: Length | None = None
@@ -117,9 +128,35 @@ class NetworkConfig(_Section):
         return self
 
 
+class CNMNetworkConfig(NetworkConfig):
+    """One Gaussian of sharpness ``alpha``, no wider than ``max_width``."""
+
+    alpha: Positive
+    max_width: Positive = 1.0
+
+
+class CPLNetworkConfig(NetworkConfig):
+    """``num_props`` Gaussians of ``sigma`` standard deviations; ``gamma`` says how fast the negatives grow."""
+
+    num_props: Annotated[int, Field(ge=1, le=256)]
+    sigma: Positive
+    gamma: NonNegative
+    max_epoch: Count | None = None  # of the negatives' growth; default: train.max_num_epochs
+
+
 class ModelConfig(_Section):
-    name: Literal["CNM"]
+    name: str
     config: NetworkConfig
+
+
+class CNMModelConfig(ModelConfig):
+    name: Literal["CNM"]
+    config: CNMNetworkConfig
+
+
+class CPLModelConfig(ModelConfig):
+    name: Literal["CPL"]
+    config: CPLNetworkConfig
 
 
 class LossConfig(_Section):
@@ -127,16 +164,25 @@ class LossConfig(_Section):
     beta_2: NonNegative = 0.15
 
 
-class CNMConfig(_Section):
-    """One experiment: dataset, training, model and loss, in the published JSON layout."""
+class CPLLossConfig(_Section):
+    """Margins to the reference and the negatives, and the weights of ranking and diversity."""
+
+    margin_1: NonNegative = 0.1
+    margin_2: NonNegative = 0.15
+    lambda_: NonNegative = Field(alias="lambda")
+    alpha_1: NonNegative
+    alpha_2: NonNegative
+
+
+class Config(_Section):
+    """One experiment: dataset, training, model and loss, in the published JSON layout. Each model has its own."""
 
     dataset: DatasetConfig
     train: TrainConfig
     model: ModelConfig
-    loss: LossConfig = LossConfig()
 
     @model_validator(mode="after")
-    def _fill_sizes(self) -> CNMConfig:
+    def _fill_sizes(self) -> Self:
         """The network's input sizes follow from the dataset section; where both are given they must agree."""
         network, dataset = self.model.config, self.dataset
         for name, source in DERIVED_SIZES.items():
@@ -150,8 +196,8 @@ class CNMConfig(_Section):
         return self
 
     @classmethod
-    def from_json(cls, source: str | Path | dict[str, Any]) -> CNMConfig:
-        """Reads a published configuration file (or its parsed content).
+    def from_json(cls, source: str | Path | dict[str, Any]) -> Self:
+        """Reads a published configuration file (or its parsed content): of any model, on a model's class of that one.
 
         Raises:
             InputError: the file is missing or no JSON, or a field is unknown, missing, ill-typed or out of range;
@@ -160,13 +206,45 @@ class CNMConfig(_Section):
         name = "config" if isinstance(source, dict) else str(source)
         content = source if isinstance(source, dict) else read_json(source)
         try:
-            return cls.model_validate(content)
+            return _class_for(cls, content, name).model_validate(content)
         except ValidationError as error:
             raise InputError(f"{name}: {'; '.join(_describe(item) for item in error.errors())}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The published layout, as plain JSON values; ``from_json`` takes it back and derives the input sizes anew."""
-        return self.model_dump(exclude_none=True, exclude={"model": {"config": set(DERIVED_SIZES)}})
+        return self.model_dump(exclude_none=True, by_alias=True, exclude={"model": {"config": set(DERIVED_SIZES)}})
+
+
+class CNMConfig(Config):
+    """An experiment with CNM."""
+
+    train: CNMTrainConfig
+    model: CNMModelConfig
+    loss: LossConfig = LossConfig()
+
+
+class CPLConfig(Config):
+    """An experiment with CPL."""
+
+    train: CPLTrainConfig
+    model: CPLModelConfig
+    loss: CPLLossConfig
+
+
+CONFIGS: dict[str, type[Config]] = {"CNM": CNMConfig, "CPL": CPLConfig}  # by model.name
+
+
+def _class_for(cls: type[Config], content: Any, source: str) -> Any:
+    """The class that reads this content: ``cls``, or where that is every model's, the one of its ``model.name``."""
+    if cls is not Config:
+        return cls
+    model = content.get("model") if isinstance(content, dict) else None
+    name = model.get("name") if isinstance(model, dict) else None
+    if not isinstance(name, str):
+        return CNMConfig  # whose fields say what is missing
+    if name not in CONFIGS:
+        raise InputError(f"{source}: model.name: no such model, choose one of {', '.join(CONFIGS)}; got {name!r}")
+    return CONFIGS[name]
 
 
 def read_json(path: str | Path) -> Any:

@@ -15,7 +15,7 @@ from cnm.data import Vocabulary, load_vocabulary
 from cnm.errors import InputError
 from cnm.evaluation import check_vocabulary
 from cnm.localization import Found
-from cnm.models.cnm import CNM
+from cnm.models import Model, load_checkpoint
 
 
 class Device(str, Enum):
@@ -93,9 +93,9 @@ def chosen_precision(precision: Precision, device: Device) -> str:
     return "bf16" if chosen_device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
-def load_model(path: Path, device: torch.device, *, vocab: Path | None = None) -> tuple[CNM, Vocabulary]:
+def load_model(path: Path, device: torch.device, *, vocab: Path | None = None) -> tuple[Model, Vocabulary]:
     """A checkpoint's model, and its vocabulary: stored with it, or else in ``vocab`` or its configuration."""
-    model = CNM.from_checkpoint(path, device)
+    model = load_checkpoint(path, device)
     content = checkpoint.load(path)
     if vocab is None and "vocabulary" in content:
         try:

@@ -25,7 +25,8 @@ from cnm.commands.common import (
 )
 from cnm.data import open_split
 from cnm.evaluation import check_vocabulary, evaluate
-from cnm.models.cnm import CNM, PRECISIONS
+from cnm.models import load_checkpoint
+from cnm.models.base import PRECISIONS
 
 
 def evaluate_command(
@@ -46,7 +47,7 @@ def evaluate_command(
     Example:
       cnm evaluate --checkpoint runs/first/best.pt --config charades_i3d
     """
-    model = CNM.from_checkpoint(checkpoint_path, chosen_device(device))
+    model = load_checkpoint(checkpoint_path, chosen_device(device))
     dtype = model.compute_dtype = PRECISIONS[chosen_precision(precision, device)]
     if config is not None:
         chosen = configs.resolve(config, changes or [])

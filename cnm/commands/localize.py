@@ -51,7 +51,7 @@ def localize(
     dataset = model.config.dataset
     found = localize_query(model, vocabulary, load_features(features, dataset.frame_dim, dataset.max_num_frames), query)
     if plot is not None:
-        replace_file(plot, picture(found, model.alpha, duration))
+        replace_file(plot, picture(found, model, duration))
     if as_json:
         seconds = (
             {} if duration is None else {"start_seconds": found.start * duration, "end_seconds": found.end * duration}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnm.config import CNMConfig, read_json
+from cnm.config import Config, read_json
 from cnm.errors import InputError
 
 FOLDER = Path(__file__).parent
@@ -18,7 +18,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
-def resolve(source: str | Path, changes: Sequence[str] = ()) -> CNMConfig:
+def resolve(source: str | Path, changes: Sequence[str] = ()) -> Config:
     """The configuration in a file, or else of a packaged name, with ``key=value`` changes.
 
     Args:
@@ -34,14 +34,14 @@ def resolve(source: str | Path, changes: Sequence[str] = ()) -> CNMConfig:
     elif not path.exists():
         raise InputError(f"{source}: no such file, nor a packaged configuration ({', '.join(names())})")
     if not changes:
-        return CNMConfig.from_json(path)
+        return Config.from_json(path)
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: must hold a JSON object, found {type(content).__name__}")
     return change(content, changes, str(source))
 
 
-def change(content: dict[str, Any], changes: Sequence[str], source: str) -> CNMConfig:
+def change(content: dict[str, Any], changes: Sequence[str], source: str) -> Config:
     """A configuration with some fields set anew.
 
     Args:
@@ -69,7 +69,7 @@ def change(content: dict[str, Any], changes: Sequence[str], source: str) -> CNMC
                 raise InputError(f"--set {item}: unknown key, {name} has no fields of its own")
         section[last] = value
     try:
-        return CNMConfig.from_json(content)
+        return Config.from_json(content)
     except InputError as error:
         message = str(error).removeprefix("config: ")
         raise InputError(f"{source} with --set {' --set '.join(changes)}: {message}") from None
