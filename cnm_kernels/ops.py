@@ -585,7 +585,7 @@ def dropout_add_layer_norm(
     check.floating("bias", bias, "D", own_dtype=True)
     check.number("p", p, 0, 1)
     check.whole("offset", offset, -(1 << 63), (1 << 63) - 1)
-    arguments = (x, residual, weight, bias, p, _seed(check, seed, x), offset, eps)
+    arguments = (x, residual, weight, bias, p, _seed(check, seed, x), offset, eps, sample_indices)
     if sample_indices is None:
         return _run("dropout_add_layer_norm", x, *arguments)
     check.integer("sample_indices", sample_indices, "B")
@@ -594,7 +594,7 @@ def dropout_add_layer_norm(
             f"dropout_add_layer_norm: sample_indices must hold an index for each sample of x {list(x.shape)}, got "
             f"{list(sample_indices.shape)}"
         )
-    return _outside_autocast(reference.dropout_add_layer_norm, x, *arguments, sample_indices)
+    return _run("dropout_add_layer_norm", x, *arguments)
 
 
 def _check_attention(

@@ -238,7 +238,7 @@ def dropout_add_layer_norm(
     sample_indices: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x)) over the last dimension; sample i has the mask of sample_indices[i]."""
-    if sample_indices is None or p == 0:
+    if sample_indices is None or p == 0 or x.numel() == 0:
         dropped = dropout(_wide(x), p, seed, offset)
     else:
         size = x[0].numel()
