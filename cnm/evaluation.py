@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -91,6 +92,41 @@ def evaluate(
     moments = metrics.moments_from_gaussian(arrays[0], arrays[1])
     by_selection = metrics.by_selection(moments, split.moments)
     return Evaluation(arrays[0], arrays[1], arrays[2], by_selection["nll"], by_selection)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Scores over several draws of masked words, keyed as ``Evaluation.by_selection``.
+
+    Attributes:
+        mean: over the draws.
+        deviation: their standard deviation, 0 of a single one.
+    """
+
+    mean: dict[str, dict[str, float]]
+    deviation: dict[str, dict[str, float]]
+
+
+def evaluate_seeds(
+    model: Model, split: Split, batch_size: int, seeds: int, *, masks: int = Scoring.masks, published: bool = False
+) -> Spread:
+    """``evaluate`` with the draws of seeds 0 to ``seeds`` - 1; ``masks`` and ``published`` as in ``Scoring``.
+
+    What is drawn as published depends on PyTorch's generator too, which is seeded with each of them.
+    """
+    found = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        scoring = Scoring(masks, seed, published)
+        found.append(evaluate(model, split, batch_size, scoring=scoring).by_selection)
+    mean, deviation = (
+        {
+            selection: {name: float(reduce([scores[selection][name] for scores in found])) for name in names}
+            for selection, names in found[0].items()
+        }
+        for reduce in (np.mean, partial(np.std, ddof=min(seeds - 1, 1)))
+    )
+    return Spread(mean, deviation)
 
 
 def check_fits(model: Model, split: Split) -> None:

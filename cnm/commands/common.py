@@ -14,7 +14,7 @@ from cnm import checkpoint, metrics
 from cnm.data import Vocabulary, load_vocabulary
 from cnm.errors import InputError
 from cnm.evaluation import check_vocabulary
-from cnm.localization import Found
+from cnm.localization import Found, Moment
 from cnm.models import Model, load_checkpoint
 
 
@@ -57,6 +57,10 @@ ChangesOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Changes a field of the configuration; may be repeated."),
 ]
+MasksOption = Annotated[
+    int,
+    typer.Option(min=1, help="Draws of masked words that score a proposal, averaged; for models that score several."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -66,13 +70,21 @@ def print_notes(notes: list[str]) -> None:
 
 
 def print_scores(title: str, rows: dict[str, dict[str, float]]) -> None:
+    """R@1 and mIoU of each row; below, of the rows that have it, the same of the best of five moments."""
+    _print_table(title, rows, metrics.SCORES)
+    of_five = {name: scores for name, scores in rows.items() if metrics.TOP_SCORES[0] in scores}
+    if of_five:
+        _print_table(f"best of {metrics.TOP} moments", of_five, metrics.TOP_SCORES)
+
+
+def _print_table(title: str, rows: dict[str, dict[str, float]], names: tuple[str, ...]) -> None:
     width = max(map(len, (title, *rows)))
-    typer.echo(f"{title:<{width}}" + "".join(f"{name.removeprefix('R@1 '):>9}" for name in metrics.SCORES))
+    typer.echo(f"{title:<{width}}" + "".join(f"{name.split(' ')[-1]:>9}" for name in names))
     for name, scores in rows.items():
-        typer.echo(f"{name:<{width}}" + "".join(f"{scores[score]:>9.4f}" for score in metrics.SCORES))
+        typer.echo(f"{name:<{width}}" + "".join(f"{scores[score]:>9.4f}" for score in names))
 
 
-def moment_text(found: Found, duration: float | None) -> str:
+def moment_text(found: Found | Moment, duration: float | None) -> str:
     scale, unit = (1.0, "of the video") if duration is None else (duration, "s")
     digits = 3 if duration is None else 1
     return f"{found.start * scale:.{digits}f} to {found.end * scale:.{digits}f} {unit}"
