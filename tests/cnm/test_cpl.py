@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_distributed
 import torch
 from small_runs import cpl_config, with_cpl, write_files
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,6 +26,7 @@ from cnm.models.base import PRECISIONS
 from cnm.models.cnm import CNM
 from cnm.models.cpl import CPL
 from cnm.training.cpl_step import LeanStep
+from cnm.training.cuda_graph import WARM_UP_STEPS, GraphedStep
 from cnm.training.steps import STEP_NAMES, STEPS, make_step
 from cnm.training.trainer import Interrupted, Trainer
 
@@ -211,6 +213,30 @@ def test_an_update_that_is_not_finite_is_left_out() -> None:
     assert torch.equal(before, torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_replays_train_as_the_step_does() -> None:
+    """Across epochs too: the negatives' growth is read anew."""
+    trained = []
+    for graphs in (False, True):
+        model, batch = model_and_batch()
+        model, batch = model.to("cuda").eval(), batch.to("cuda")
+        # Sentences of one word, which is the one that is masked: nothing is left to chance.
+        short = {"words": batch.words[:, :2], "word_ids": batch.word_ids[:, :1].clamp_min(1)}
+        short |= {"word_lengths": torch.ones_like(batch.word_lengths)}
+        short |= {"mask_weights": torch.ones_like(batch.mask_weights[:, :1])}
+        batch = type(batch)(**vars(batch) | short)
+        step = LeanStep(model, model.config)
+        call = GraphedStep(step) if graphs else step
+        for epoch in (1, 2):
+            step.begin_epoch(epoch)
+            for _ in range(WARM_UP_STEPS + 2):
+                call(batch)
+        trained.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+        assert not graphs or call.graphs
+    torch.testing.assert_close(*trained)
+
+
 # ---- runs ----
 
 
@@ -243,6 +269,16 @@ def test_two_processes_compute_one_batchs_gradients() -> None:
             step._means = lambda means: means
         norms.append(step(batch, masked_words=[masked])["grad_norm"])
     torch.testing.assert_close(norms[0], norms[2], rtol=1e-5, atol=0)
+
+
+def test_torchrun_trains_as_one_process_does(tmp_path: Path) -> None:
+    config = cpl_config(**test_distributed.NO_DROPOUT, dataset__cache_path=str(tmp_path / "cache"))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        done = test_distributed.train(processes, "--config", str(tmp_path / "config.json"), "--run-folder", str(folder))
+        assert done.returncode == 0, done.stderr[-3000:]
+    test_distributed.assert_same_parameters(tmp_path / "2", tmp_path / "1")
 
 
 def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
