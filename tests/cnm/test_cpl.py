@@ -369,3 +369,24 @@ def test_only_the_published_scoring_depends_on_the_draw() -> None:
     spread = evaluate_seeds(model, split, 4, 3)
     assert spread.deviation["nll"].keys() == spread.mean["nll"].keys()
     assert spread.mean["nll"] != evaluate(model, split, 4).scores or max(spread.deviation["nll"].values()) == 0
+
+
+def test_a_sentence_without_a_known_word_has_proposals() -> None:
+    """As in test files, where such sentences are localized all the same."""
+    model, batch = model_and_batch()
+    lengths, weights = batch.word_lengths.clone(), batch.mask_weights.clone()
+    lengths[2], weights[2] = 0, 0
+    found = model.eval().proposals(type(batch)(**vars(batch) | {"word_lengths": lengths, "mask_weights": weights}))
+    assert found.score.isfinite().all()
+    alone = batch.words[2:3, :2], batch.word_ids[2:3, :1], lengths[2:3], weights[2:3, :1]
+    names = ("words", "word_ids", "word_lengths", "mask_weights")
+    given = {"frames": batch.frames[2:3], "frame_lengths": batch.frame_lengths[2:3]}
+    single = model.proposals(type(batch)(**given, **dict(zip(names, alone, strict=True))))
+    torch.testing.assert_close(single.score[0], found.score[2], rtol=1e-4, atol=1e-5)
+
+
+def test_encoded_videos_must_be_as_many_as_sentences() -> None:
+    model, batch = model_and_batch()
+    video = model.eval().encode_video(batch.frames[:2], batch.frame_lengths[:2])
+    with pytest.raises(ValueError, match="CPL: 2 encoded videos for 6 sentences"):
+        model.proposals(batch, video=video)
