@@ -23,7 +23,7 @@ from benchmarks.registry import OURS, Case, Contender, Goal, Refused, Table
 from cnm import CNM, configs
 from cnm.config import CNMConfig
 from cnm.data.batch import Batch
-from cnm.models.cnm import PRECISIONS
+from cnm.models.base import PRECISIONS
 from cnm.training.step import STEPS
 from cnm_kernels.constants import KEY_WEIGHT_EPS, LABEL_SMOOTHING
 
@@ -31,6 +31,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))  # where the published
 import published
 
 RECOMPUTED = "ours, --step recompute"
+COMPILED, PRODUCTS = "published, compiled", "products alone"
 ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2}  # error, of the largest of the results compared
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -70,7 +71,9 @@ class Experiment:
             "dataset.max_num_frames": self.T,
             "dataset.max_num_words": self.L,
         }
-        return configs.resolve("charades_i3d", [f"{name}={value}" for name, value in sizes.items()])
+        config = configs.resolve("charades_i3d", [f"{name}={value}" for name, value in sizes.items()])
+        assert isinstance(config, CNMConfig)
+        return config
 
 
 CHARADES = Experiment("Charades-STA, I3D", 128, 200, 1024, 13, 1112)
@@ -92,7 +95,7 @@ def _ours(experiment: Experiment, dtype: str, dropout: bool) -> CNM:
     return model
 
 
-def _masked_words(batch: Batch) -> Tensor:
+def masked_words(batch: Batch) -> Tensor:
     """The first third of each sentence."""
     place = torch.arange(batch.words.size(1))
     return (place > 0) & (place <= (batch.word_lengths // 3).clamp_min(1)[:, None])
@@ -102,7 +105,7 @@ def our_step(experiment: Experiment, dtype: str, dropout: bool, step_name: str =
     model = _ours(experiment, dtype, dropout)
     batch = experiment.batch(getattr(torch, dtype))
     step = STEPS[step_name](model, model.config)
-    masked = _masked_words(batch)
+    masked = masked_words(batch)
     return lambda: step(batch, masked_words=(masked, masked))
 
 
@@ -145,7 +148,7 @@ def _published_step(
     step = published.PublishedStep(model, reconstructor, generator, config.loss.beta_1, config.loss.beta_2)
     if change is not None:
         change(model)
-    masked = _masked_words(batch)
+    masked = masked_words(batch)
     inputs = (batch.frames, batch.frame_lengths, batch.words, batch.word_ids, batch.word_lengths)
 
     def call() -> dict[str, Tensor]:
@@ -225,8 +228,13 @@ class ComposedCNM(published.PublishedCNM):
 
 def products_alone(experiment: Experiment, dtype: str, dropout: bool) -> Callable[[], Any]:
     """The matrix products of our step and nothing else, by PyTorch's own routines on operands that lie ready."""
+    return products_of(our_step(experiment, dtype, dropout), dtype)
+
+
+def products_of(step: Callable[[], Any], dtype: str) -> Callable[[], Any]:
+    """The products alone of a call."""
     with Products() as products:
-        our_step(experiment, dtype, dropout)()
+        step()
     calls = products.calls(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 
     def call() -> None:
@@ -339,12 +347,18 @@ def make_case(
     goals: Sequence[Goal],
     *,
     trains: bool,
+    losses: Sequence[str] = ("loss/reconstruction", "loss/contrastive"),
+    allowed: dict[str, float] = ALLOWED,
 ) -> Case:
-    """``makers``: contender -> how it is made and its dtype; ours first, "published" the one that is right."""
+    """``makers``: contender -> how it is made and its dtype; ours first, "published" the one that is right.
+
+    ``losses`` are what of a step's results is compared; of a call that gives tensors, all of them."""
     contenders = {
-        key: Contender(make, bound=make is products_alone, compiled=make is compiled_step)
-        for key, (make, _) in makers.items()
+        key: Contender(make, bound=key == PRODUCTS, compiled=key == COMPILED) for key, (make, _) in makers.items()
     }
+
+    def tensors(found: Any) -> tuple[Tensor, ...]:
+        return tuple(found[key] for key in losses) if isinstance(found, dict) else tuple(found)
 
     def prepare(contender: str) -> Callable[[], Any]:
         make, own_dtype = makers[contender]
@@ -352,8 +366,7 @@ def make_case(
 
     def result(contender: str) -> tuple[Tensor, ...]:
         make, own_dtype = makers[contender]
-        found = make(experiment, own_dtype, False)()
-        return tuple(found[key] for key in LOSSES) if isinstance(found, dict) else tuple(found)
+        return tensors(make(experiment, own_dtype, False)())
 
     expected: list[tuple[Tensor, ...]] = []
 
@@ -362,21 +375,17 @@ def make_case(
             return {}
         if not expected:
             make = makers["published"][0]
-            found = make(experiment, "float32", False)()
-            expected.append(tuple(found[key] for key in LOSSES) if isinstance(found, dict) else tuple(found))
+            expected.append(tensors(make(experiment, "float32", False)()))
         errors = {}
         largest = max(float(want.abs().max()) for want in expected[0])
-        for key, got, want in zip(LOSSES, result(contender), expected[0], strict=True):
+        for key, got, want in zip(losses, result(contender), expected[0], strict=True):
             error = errors[key] = float((got.double() - want.double()).abs().max()) / largest
-            if not error <= ALLOWED[makers[contender][1]]:
-                raise Refused(f"errs by {error:.2g} in {key}, {ALLOWED[makers[contender][1]]:.2g} allowed")
+            if not error <= allowed[makers[contender][1]]:
+                raise Refused(f"errs by {error:.2g} in {key}, {allowed[makers[contender][1]]:.2g} allowed")
         return errors
 
     title = f"{name}, {experiment.name}, B={experiment.B}"
     return Case(title, dtype, contenders, prepare, verify, tuple(goals), trains=trains)
-
-
-LOSSES = ("loss/reconstruction", "loss/contrastive")
 
 
 def step_case(experiment: Experiment, dtype: str) -> Case:
@@ -387,13 +396,13 @@ def step_case(experiment: Experiment, dtype: str) -> Case:
         RECOMPUTED: (our_recomputing_step, dtype),
         "published": (published_step, "float32"),
         **({"published, autocast": (published_step, dtype)} if narrow else {}),
-        "published, compiled": (compiled_step, dtype),
+        COMPILED: (compiled_step, dtype),
         "published, SDPA + R1 + R2": (composed_step, dtype),
-        "products alone": (products_alone, dtype),
+        PRODUCTS: (products_alone, dtype),
     }
     goals = [
         Goal("time", "published", 8 if narrow else 3),
-        Goal("time", "products alone", round(1 / (1.7 if narrow else 1.25), 3)),
+        Goal("time", PRODUCTS, round(1 / (1.7 if narrow else 1.25), 3)),
         Goal("peak", "published", 4),
         Goal("time", "published", 8 if narrow else 3, of=RECOMPUTED),
         Goal("peak", "published", 4, of=RECOMPUTED),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from cnm.config_fields import suggestion
 from cnm.errors import InputError
@@ -71,6 +72,9 @@ class DatasetConfig(_Section):
     max_num_frames: Annotated[int, Field(ge=4, le=2**16)] = Field(
         description="clips T that each video is averaged to; the reconstructor sees T // 4"
     )
+    target_stride: Literal[1] | None = Field(
+        default=None, description="1; in the published CPL files, where no other was published"
+    )
     cache_path: PathText | None = Field(
         default=None,
         description="folder for tagged sentences and averaged features; by default the user's cache folder",
@@ -102,16 +106,27 @@ class OptimizerConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """``generator`` trains ``fc_mask_gen``, ``reconstructor`` everything else."""
+    """What every model's training section says; the optimizers are the model's own."""
 
-    generator: OptimizerConfig = Field(description="Adam of fc_mask_gen, the Gaussian's center and width")
-    reconstructor: OptimizerConfig = Field(description="Adam of all other parameters")
     batch_size: Count = Field(description="sentences per update")
     max_num_epochs: Count = Field(description="passes over the training sentences")
     model_saved_path: PathText = Field(description="folder of the run where --run names none")
     seed: Seed = Field(
         default=8, description="of the initial parameters, the order of the sentences, the masked words and dropout"
     )
+
+
+class CNMTrainConfig(TrainConfig):
+    """``generator`` trains ``fc_mask_gen``, ``reconstructor`` everything else."""
+
+    generator: OptimizerConfig = Field(description="Adam of fc_mask_gen, the Gaussian's center and width")
+    reconstructor: OptimizerConfig = Field(description="Adam of all other parameters")
+
+
+class CPLTrainConfig(TrainConfig):
+    """One optimizer trains everything."""
+
+    optimizer: OptimizerConfig = Field(description="Adam of all parameters")
 
 
 class TransformerConfig(_Section):
@@ -129,8 +144,6 @@ class NetworkConfig(_Section):
 
     hidden_size: Width = Field(description="width D of the network, even")
     use_negative: Literal[True] = Field(default=True, description="train with negative samples; always")
-    alpha: Positive = Field(description="sharpness of the Gaussian exp(-alpha (x - center)^2 / width^2)")
-    max_width: Positive = Field(default=1.0, description="largest width of the Gaussian, in videos")
     dropout: Probability = Field(description="of the features and word vectors on their way in")
     DualTransformer: TransformerConfig = Field(description="the two decoders")
     max_num_words: Length | None = Field(default=None, description="dataset.max_num_words, from where it is taken")
@@ -154,9 +167,37 @@ class NetworkConfig(_Section):
         return self
 
 
+class CNMNetworkConfig(NetworkConfig):
+    """One Gaussian of sharpness ``alpha``, no wider than ``max_width``."""
+
+    alpha: Positive = Field(description="sharpness of the Gaussian exp(-alpha (x - center)^2 / width^2)")
+    max_width: Positive = Field(default=1.0, description="largest width of the Gaussian, in videos")
+
+
+class CPLNetworkConfig(NetworkConfig):
+    """``num_props`` Gaussians of ``sigma`` standard deviations; ``gamma`` says how fast the negatives grow."""
+
+    num_props: Annotated[int, Field(ge=1, le=256)] = Field(description="proposals K per sentence")
+    sigma: Positive = Field(description="standard deviations of the Gaussian in a proposal's width")
+    gamma: NonNegative = Field(description="how slowly the negatives grow over the epochs; 0: full size at once")
+    max_epoch: Count | None = Field(
+        default=None, description="epoch of the negatives' full size; by default train.max_num_epochs"
+    )
+
+
 class ModelConfig(_Section):
-    name: Literal["CNM"] = Field(description="which model")
+    name: str = Field(description="which model")
     config: NetworkConfig = Field(description="sizes of the network")
+
+
+class CNMModelConfig(ModelConfig):
+    name: Literal["CNM"] = Field(description="which model")
+    config: CNMNetworkConfig = Field(description="sizes of the network")
+
+
+class CPLModelConfig(ModelConfig):
+    name: Literal["CPL"] = Field(description="which model")
+    config: CPLNetworkConfig = Field(description="sizes of the network")
 
 
 class LossConfig(_Section):
@@ -168,18 +209,27 @@ class LossConfig(_Section):
     )
 
 
-class CNMConfig(_Section):
-    """One experiment: dataset, training, model and loss, in the published JSON layout."""
+class CPLLossConfig(_Section):
+    """Margins to the reference and the negatives, and the weights of ranking and diversity."""
+
+    margin_1: NonNegative = Field(default=0.1, description="margin between the best proposal and the whole video")
+    margin_2: NonNegative = Field(default=0.15, description="margin between the best proposal and each negative")
+    lambda_: NonNegative = Field(alias="lambda", description="overlap of a proposal with itself that diversity aims at")
+    alpha_1: NonNegative = Field(description="weight of the ranking loss")
+    alpha_2: NonNegative = Field(description="weight of the diversity loss")
+
+
+class Config(_Section):
+    """One experiment: dataset, training, model and loss, in the published JSON layout. Each model has its own."""
 
     dataset: DatasetConfig = Field(
         description="where the data is and how it is cut; relative paths start from the working directory"
     )
     train: TrainConfig = Field(description="optimizers, batches and epochs")
     model: ModelConfig = Field(description="the network")
-    loss: LossConfig = Field(default=LossConfig(), description="margins of the contrastive loss")
 
     @model_validator(mode="after")
-    def _fill_sizes(self) -> CNMConfig:
+    def _fill_sizes(self) -> Self:
         """The network's input sizes follow from the dataset section; where both are given they must agree."""
         network, dataset = self.model.config, self.dataset
         for name, source in DERIVED_SIZES.items():
@@ -193,8 +243,9 @@ class CNMConfig(_Section):
         return self
 
     @classmethod
-    def from_json(cls, source: str | Path | dict[str, Any], name: str | None = None) -> CNMConfig:
-        """Reads a published configuration file (or its parsed content, which messages call ``name``).
+    def from_json(cls, source: str | Path | dict[str, Any], name: str | None = None) -> Self:
+        """Reads a published configuration file (or its parsed content, which messages call ``name``): of any model, or
+        on a model's own class of that one.
 
         Raises:
             InputError: the file is missing or no JSON, or a field is unknown, missing, ill-typed or out of range;
@@ -203,14 +254,47 @@ class CNMConfig(_Section):
         name = name or ("config" if isinstance(source, dict) else str(source))
         content = source if isinstance(source, dict) else read_json(source)
         check_plain(content, name, MOST_VALUES)
+        chosen = _class_for(cls, content, name)
         try:
-            return cls.model_validate(content)
+            return chosen.model_validate(content)
         except ValidationError as error:
-            raise InputError(f"{name}: {'; '.join(_describe(item, cls) for item in error.errors())}") from None
+            raise InputError(f"{name}: {'; '.join(_describe(item, chosen) for item in error.errors())}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The published layout, as plain JSON values; ``from_json`` takes it back and derives the input sizes anew."""
-        return self.model_dump(exclude_none=True, exclude={"model": {"config": set(DERIVED_SIZES)}})
+        return self.model_dump(exclude_none=True, by_alias=True, exclude={"model": {"config": set(DERIVED_SIZES)}})
+
+
+class CNMConfig(Config):
+    """An experiment with CNM."""
+
+    train: CNMTrainConfig = Field(description="optimizers, batches and epochs")
+    model: CNMModelConfig = Field(description="the network")
+    loss: LossConfig = Field(default=LossConfig(), description="margins of the contrastive loss")
+
+
+class CPLConfig(Config):
+    """An experiment with CPL."""
+
+    train: CPLTrainConfig = Field(description="optimizers, batches and epochs")
+    model: CPLModelConfig = Field(description="the network")
+    loss: CPLLossConfig = Field(description="margins and weights of the loss")
+
+
+CONFIGS: dict[str, type[Config]] = {"CNM": CNMConfig, "CPL": CPLConfig}  # by model.name
+
+
+def _class_for(cls: type[Config], content: Any, source: str) -> Any:
+    """The class that reads this content: ``cls``, or where that is every model's, the one of its ``model.name``."""
+    if cls is not Config:
+        return cls
+    model = content.get("model") if isinstance(content, dict) else None
+    name = model.get("name") if isinstance(model, dict) else None
+    if not isinstance(name, str):
+        return CNMConfig  # whose fields say what is missing
+    if name not in CONFIGS:
+        raise InputError(f"{source}: model.name: no such model, choose one of {', '.join(CONFIGS)}; got {name!r}")
+    return CONFIGS[name]
 
 
 def _describe(item: Any, config: type[BaseModel]) -> str:

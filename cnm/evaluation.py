@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,43 +13,58 @@ from cnm import metrics
 from cnm.data import Split
 from cnm.distributed import Group
 from cnm.errors import InputError
-from cnm.models.cnm import CNM
+from cnm.models.base import Model, Proposals, Scoring
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model predicts for the N sentences of a split.
+    """What a model predicts for the N sentences of a split, K moments each, best first.
 
     Attributes:
-        center, width: [N] float64, fractions of the video.
-        scores: R@1 and mIoU, keyed by ``cnm.metrics.SCORES``.
+        centers, widths, confidences: [N, K] float64; fractions of the video, and ``Proposals.score``.
+        scores: R@1 and mIoU of the first, keyed by ``cnm.metrics.SCORES``; and R@5 where there are several.
+        by_selection: the same for each way to choose the first, ``cnm.metrics.SELECTIONS``, "nll" being ``scores``.
     """
 
-    center: metrics.Array
-    width: metrics.Array
+    centers: metrics.Array
+    widths: metrics.Array
+    confidences: metrics.Array
     scores: dict[str, float]
+    by_selection: dict[str, dict[str, float]]
+
+    @property
+    def center(self) -> metrics.Array:
+        """[N], of the best moments."""
+        return self.centers[:, 0]
+
+    @property
+    def width(self) -> metrics.Array:
+        """[N], of the best moments."""
+        return self.widths[:, 0]
 
 
 def evaluate(
-    model: CNM,
+    model: Model,
     split: Split,
     batch_size: int,
     *,
     check: Callable[[], None] | None = None,
     group: Group | None = None,
+    scoring: Scoring | None = None,
 ) -> Evaluation:
     """Localizes every sentence of ``split`` and scores the moments. The model is put back in the mode it was in.
 
     Args:
         check: called after each batch; what it raises ends the evaluation.
+        scoring: how models that score their proposals do it.
         group: processes that share the split, each a stretch of it; all of them get the whole result.
 
     Raises:
         InputError: the split's features or word vectors do not have the model's sizes.
     """
     check_fits(model, split)
-    device = model.fc_rec.weight.device
-    centers, widths = [], []
+    device = model.word_head.weight.device
+    parts: list[Proposals] = []
     own = np.arange(len(split)) if group is None else np.array_split(np.arange(len(split)), group.size)[group.rank]
     training = model.training
     model.eval()
@@ -61,30 +77,66 @@ def evaluate(
             _, *found = np.unique(videos, return_index=True, return_inverse=True)
             first, place = (torch.from_numpy(array).to(device) for array in found)
             encoded = model.encode_video(batch.frames[first], batch.frame_lengths[first])
-            center, width = model.localize_encoded(encoded.select(place), batch.words, batch.word_lengths)
-            centers.append(center)
-            widths.append(width)
+            parts.append(model.proposals(batch, video=encoded.select(place), scoring=scoring))
             if check is not None:
                 check()
     finally:
         model.train(training)
-    found_center, found_width = (
-        torch.cat([torch.empty(0, device=device), *parts]).double().cpu().numpy() for parts in (centers, widths)
-    )
+    empty = torch.empty(0, model.num_proposals, device=device)
+    arrays: list[metrics.Array] = [
+        torch.cat([empty, *(getattr(part, name) for part in parts)]).double().cpu().numpy()
+        for name in ("center", "width", "score")
+    ]
     if group is not None:
-        stretches = zip(*group.gather((found_center, found_width)), strict=True)
-        found_center, found_width = (np.concatenate(parts) for parts in stretches)
-    if not np.isfinite(found_center + found_width).all():
-        row = int(np.argmin(np.isfinite(found_center + found_width)))
+        arrays = [np.concatenate(stretches) for stretches in zip(*group.gather(tuple(arrays)), strict=True)]
+    finite = np.isfinite(arrays).all(axis=(0, 2))
+    if not finite.all():
+        row = int(np.argmin(finite))
         raise InputError(
             f"{split.name} split: the model's answer to sentence {row} is no number; its checkpoint, or features of "
             f"video {split.samples[row].video!r}, hold numbers too large"
         )
-    ious = metrics.iou(metrics.moments_from_gaussian(found_center, found_width), split.moments)
-    return Evaluation(found_center, found_width, metrics.summary(ious))
+    moments = metrics.moments_from_gaussian(arrays[0], arrays[1])
+    by_selection = metrics.by_selection(moments, split.moments)
+    return Evaluation(arrays[0], arrays[1], arrays[2], by_selection["nll"], by_selection)
 
 
-def check_fits(model: CNM, split: Split) -> None:
+@dataclass(frozen=True)
+class Spread:
+    """Scores over several draws of masked words, keyed as ``Evaluation.by_selection``.
+
+    Attributes:
+        mean: over the draws.
+        deviation: their standard deviation, 0 of a single one.
+    """
+
+    mean: dict[str, dict[str, float]]
+    deviation: dict[str, dict[str, float]]
+
+
+def evaluate_seeds(
+    model: Model, split: Split, batch_size: int, seeds: int, *, masks: int = Scoring.masks, published: bool = False
+) -> Spread:
+    """``evaluate`` with the draws of seeds 0 to ``seeds`` - 1; ``masks`` and ``published`` as in ``Scoring``.
+
+    What is drawn as published depends on PyTorch's generator too, which is seeded with each of them.
+    """
+    found = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        scoring = Scoring(masks, seed, published)
+        found.append(evaluate(model, split, batch_size, scoring=scoring).by_selection)
+    mean, deviation = (
+        {
+            selection: {name: float(reduce([scores[selection][name] for scores in found])) for name in names}
+            for selection, names in found[0].items()
+        }
+        for reduce in (np.mean, partial(np.std, ddof=min(seeds - 1, 1)))
+    )
+    return Spread(mean, deviation)
+
+
+def check_fits(model: Model, split: Split) -> None:
     """Raises ``InputError`` where a split cannot be fed to a model: sizes differ, or there is nothing in it."""
     if len(split) == 0:
         raise InputError(f"{split.name} split: no sentence left to use; check the annotation file")
@@ -102,14 +154,14 @@ def check_fits(model: CNM, split: Split) -> None:
     check_vocabulary(model, split.vocabulary.words)
 
 
-def check_vocabulary(model: CNM, words: list[str], stored: list[str] | None = None) -> None:
+def check_vocabulary(model: Model, words: list[str], stored: list[str] | None = None) -> None:
     """Raises ``InputError`` where a vocabulary is not the one a model learnt.
 
     Args:
         words: the vocabulary, ``words[0]`` the padding.
         stored: the vocabulary in the model's checkpoint, if it has one.
     """
-    expected = model.fc_rec.out_features
+    expected = model.word_head.out_features
     if len(words) != expected:
         raise InputError(
             f"vocabulary of {len(words)} words (padding included) does not fit the model, which has {expected}; check "

@@ -5,6 +5,8 @@ Moments are [N, 2] arrays of start and end as fractions of the video (0 to 1).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -12,6 +14,8 @@ Array = NDArray[np.float64]
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SCORES = (*(f"R@1 IoU={threshold}" for threshold in THRESHOLDS), "mIoU")
+TOP = 5  # proposals of which the best counts in the scores below
+TOP_SCORES = (*(f"R@{TOP} IoU={threshold}" for threshold in THRESHOLDS), f"mIoU@{TOP}")
 CONSTANT_GRID = 32  # the best constant moment is searched among all pairs of these fractions of the video
 RANDOM_DRAWS = 128  # random moments per sentence; the mean's standard error is below 0.001 from 500 sentences on
 _EPS = 1e-10  # published: keeps 0 / 0 away for empty moments
@@ -53,29 +57,80 @@ def summary(ious: ArrayLike) -> dict[str, float]:
     Raises:
         ValueError: there is no sentence to average over.
     """
+    return _summary(ious, SCORES)
+
+
+def top_summary(ious: ArrayLike) -> dict[str, float]:
+    """The same of the best of each sentence's first moments: [N, K] -> scores keyed by ``TOP_SCORES``."""
+    return _summary(np.asarray(ious, np.float64)[:, :TOP].max(1, initial=0.0), TOP_SCORES)
+
+
+def _summary(ious: ArrayLike, names: tuple[str, ...]) -> dict[str, float]:
     ious = np.asarray(ious, np.float64).ravel()
     if ious.size == 0:
         raise ValueError("summary: no sentence to average over")
     values = [float((ious >= threshold).mean()) for threshold in THRESHOLDS] + [float(ious.mean())]
-    return dict(zip(SCORES, values, strict=True))
+    return dict(zip(names, values, strict=True))
+
+
+def vote(moments: Array, *, weighted: bool) -> NDArray[np.int64]:
+    """Which proposal the others vote for: the first with the largest sum_j IoU(i, j) C_j. [N, K, 2] -> [N]
+
+    C_j = IoU(first, j) where ``weighted`` (published for Charades-STA), else 1 (ActivityNet).
+    """
+    agreement = iou(moments[:, :, None], moments[:, None])  # [N, K, K]
+    weight = agreement[:, :1] if weighted else 1.0
+    chosen: NDArray[np.int64] = (agreement * weight).sum(-1).argmax(1)
+    return chosen
+
+
+# Which of a sentence's K proposals, best first, is the answer: [N, K, 2] -> [N].
+SELECTIONS: dict[str, Callable[[Array], NDArray[np.int64]]] = {
+    "nll": lambda moments: np.zeros(len(moments), np.int64),
+    "weighted vote": lambda moments: vote(moments, weighted=True),
+    "equal vote": lambda moments: vote(moments, weighted=False),
+}
+
+
+def by_selection(moments: Array, true: ArrayLike) -> dict[str, dict[str, float]]:
+    """Scores of proposals [N, K, 2], best first, for each of ``SELECTIONS``; of one proposal R@1 alone, under "nll"."""
+    ious = iou(moments, np.asarray(true, np.float64)[:, None])  # [N, K]
+    if moments.shape[1] == 1:
+        return {"nll": summary(ious)}
+    rows, top = np.arange(len(moments)), top_summary(ious)
+    return {name: summary(ious[rows, choose(moments)]) | top for name, choose in SELECTIONS.items()}
 
 
 def best_constant_moment(true: ArrayLike, grid: int = CONSTANT_GRID) -> Array:
     """The moment [s, e] with the highest mIoU when predicted for every sentence; s < e are multiples of 1/grid."""
+    return best_constant_moments(true, 1, grid)[0]
+
+
+def best_constant_moments(true: ArrayLike, count: int, grid: int = CONSTANT_GRID) -> Array:
+    """``count`` moments [count, 2] for every sentence, each the one that most raises the mean IoU of the best of them.
+
+    The first is the best single one. Choosing one after the other is within a factor 1 - 1/e of the best set.
+    """
     true = np.asarray(true, np.float64)
     edges = np.arange(grid + 1) / grid
-    best, best_score = np.array([0.0, 1.0]), -1.0
-    for index, start in enumerate(edges[:-1]):
-        ends = edges[index + 1 :]
-        candidates = np.stack([np.full_like(ends, start), ends], axis=-1)
-        scores = iou(candidates[:, None], true).mean(axis=1)
-        if scores.max() > best_score:
-            best, best_score = candidates[scores.argmax()], scores.max()
+    best, reached = np.zeros((count, 2)), np.zeros(len(true))
+    for place in range(count):
+        best[place], best_score = [0.0, 1.0], -1.0
+        for index, start in enumerate(edges[:-1]):
+            ends = edges[index + 1 :]
+            candidates = np.stack([np.full_like(ends, start), ends], axis=-1)
+            scores = np.maximum(iou(candidates[:, None], true), reached).mean(axis=1)
+            if scores.max() > best_score:
+                best[place], best_score = candidates[scores.argmax()], scores.max()
+        reached = np.maximum(reached, iou(best[place], true))
     return best
 
 
-def baselines(true: ArrayLike, seed: int = 0) -> dict[str, dict[str, float]]:
+def baselines(true: ArrayLike, seed: int = 0, *, top: bool = False) -> dict[str, dict[str, float]]:
     """Scores that need no video: what a model must beat, on the same moments.
+
+    Args:
+        top: also R@5, of the five constant moments that are best together, and of five random ones.
 
     Returns:
         Scores of the constant moment that is best on these very sentences (its name carries it), so fitted to what it
@@ -83,10 +138,23 @@ def baselines(true: ArrayLike, seed: int = 0) -> dict[str, dict[str, float]]:
         over moments drawn uniformly from all start < end).
     """
     true = np.asarray(true, np.float64)
-    constant = best_constant_moment(true)
+    constants = best_constant_moments(true, TOP if top else 1)
     ends = np.random.default_rng(seed).random((RANDOM_DRAWS, len(true), 2))
-    return {
-        f"best constant [{constant[0]:g}, {constant[1]:g}], fitted to these sentences": summary(iou(constant, true)),
-        "whole video": summary(iou([0.0, 1.0], true)),
-        "random moment": summary(iou(np.sort(ends, axis=-1), true)),
-    }
+    constant = f"best constant [{constants[0, 0]:g}, {constants[0, 1]:g}], fitted to these sentences"
+    found = {
+        constant: iou(constants[:1, None], true),
+        "whole video": iou([[[0.0, 1.0]]], true),
+        "random moment": iou(np.sort(ends, axis=-1), true),
+    }  # [draws, N] each
+    scores = {name: summary(ious) for name, ious in found.items()}
+    if top:
+        fives = [iou(constants[:, None], true).T, found["whole video"].T, _draws_of(found["random moment"], TOP)]
+        for row, ious in zip(scores.values(), fives, strict=True):
+            row.update(top_summary(ious))
+    return scores
+
+
+def _draws_of(ious: Array, size: int) -> Array:
+    """[draws, N] in groups of ``size`` draws: [draws // size * N, size]; what is left over is dropped."""
+    groups = len(ious) // size
+    return ious[: groups * size].reshape(groups, size, -1).swapaxes(1, 2).reshape(-1, size)

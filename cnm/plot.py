@@ -16,10 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cnm import metrics
+from cnm.models.base import Model, Proposals
 from cnm_kernels.constants import MIN_WIDTH
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"  # Okabe and Ito: told apart by everyone
-_LOSSES = {"nll/positive": (BLUE, "-"), "nll/hard": (ORANGE, "--"), "nll/easy": (GREEN, ":")}
+_LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, ":"), (GREY, "-."))  # of the branches, in the order of a metrics row
 _SCORES = {"mIoU": (BLUE, "-"), "R@1 IoU=0.3": (ORANGE, "--"), "R@1 IoU=0.5": (GREEN, ":"), "R@1 IoU=0.7": (GREY, "-.")}
 _UNDRAWABLE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _DOTS_PER_INCH = 130
@@ -30,7 +31,8 @@ _CURVE_POINTS = 400  # of a drawn Gaussian
 class Localization:
     """One sentence to draw. ``center`` and ``width`` are fractions of the video, ``duration`` and ``true`` seconds.
 
-    Without a duration the time axis is the fraction of the video, and so is ``true``.
+    Without a duration the time axis is the fraction of the video, and so is ``true``. ``others`` are the centers and
+    widths of further proposals, best first.
     """
 
     query: str
@@ -39,6 +41,22 @@ class Localization:
     alpha: float
     duration: float | None = None
     true: tuple[float, float] | None = None
+    min_width: float = MIN_WIDTH
+    others: tuple[tuple[float, float], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        found: Proposals,
+        row: int,
+        query: str,
+        duration: float | None,
+        true: tuple[float, float] | None = None,
+    ) -> Localization:
+        """The proposals of one row of ``found``."""
+        (center, width), *others = zip(found.center[row].tolist(), found.width[row].tolist(), strict=True)
+        return cls(query, center, width, model.alpha, duration, true, model.min_width, tuple(others))
 
 
 def localizations(items: Sequence[Localization]) -> bytes:
@@ -61,14 +79,9 @@ def learning_curves(rows: Sequence[dict[str, Any]]) -> bytes:
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     nll, contrastive, score = figure.subplots(1, 3)
     updates = [row["update"] for row in train]
-    for name, (colour, line) in _LOSSES.items():
-        nll.plot(
-            updates,
-            [row.get(name, math.nan) for row in train],
-            color=colour,
-            linestyle=line,
-            label=name.removeprefix("nll/"),
-        )
+    branches = [name for name in (train[-1] if train else {}) if name.startswith("nll/")]
+    for name, (colour, line) in zip(branches, _LINES, strict=False):
+        nll.plot(updates, _column(train, name), color=colour, linestyle=line, label=name.removeprefix("nll/"))
     nll.set(title="Reconstruction error by branch", xlabel="update", ylabel="nll per word (nats)")
     contrastive.plot(updates, _column(train, "loss/contrastive"), color=BLUE)
     contrastive.set(title="Contrastive loss", xlabel="update")
@@ -99,7 +112,14 @@ def _column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
 def _localization(axes: Axes, item: Localization) -> None:
     scale = item.duration or 1.0
     time = np.linspace(0.0, 1.0, _CURVE_POINTS)
-    gaussian = np.exp(-item.alpha * (time - item.center) ** 2 / max(item.width, MIN_WIDTH) ** 2)
+
+    def gaussian_of(center: float, width: float) -> metrics.Array:
+        return np.exp(-item.alpha * (time - center) ** 2 / max(width, item.min_width) ** 2)
+
+    for index, other in enumerate(item.others):
+        label = None if index else "other proposals"
+        axes.plot(time * scale, gaussian_of(*other), color=GREY, linewidth=0.8, alpha=0.6, label=label)
+    gaussian = gaussian_of(item.center, item.width)
     axes.plot(time * scale, gaussian, color=BLUE, label="Gaussian")
     axes.fill_between(time * scale, gaussian, color=BLUE, alpha=0.12, linewidth=0)
     start, end = metrics.moments_from_gaussian(item.center, item.width) * scale

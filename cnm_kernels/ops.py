@@ -111,7 +111,7 @@ def gaussian_mask(
 
 
 def negative_gaussian_masks(
-    center: Tensor, width: Tensor, length: int, *, sigma: float, growth: float
+    center: Tensor, width: Tensor, length: int, *, sigma: float, growth: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """CPL's easy negatives: Gaussians in what a proposal leaves free on its left and on its right.
 
@@ -121,7 +121,8 @@ def negative_gaussian_masks(
 
     Args:
         center, width, length, sigma: as in ``gaussian_mask``, of the positive.
-        growth: how far the negatives have grown, in [0, 1] (published: min(epoch / max_epoch, 1) ** gamma).
+        growth: how far the negatives have grown, in [0, 1] (published: min(epoch / max_epoch, 1) ** gamma); or a
+            tensor [] of that, for a CUDA graph to read anew.
 
     Returns:
         (left, right), [..., length] each in the dtype of ``center``.
@@ -129,7 +130,8 @@ def negative_gaussian_masks(
     check = Arguments("negative_gaussian_masks")
     check.floating("center", center, "...")
     check.floating("width", width, "...")
-    check.number("growth", growth, 0, 1)
+    if not isinstance(growth, Tensor):
+        check.number("growth", growth, 0, 1)
     left = (center - width / 2).clamp(min=0) * (growth / 2)
     right = (1 - center - width / 2).clamp(min=0) * (growth / 2)
     return (
@@ -564,6 +566,7 @@ def dropout_add_layer_norm(
     seed: int | Tensor,
     offset: int = 0,
     eps: float = LAYER_NORM_EPS,
+    sample_indices: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x)) over the last dimension, the end of every transformer sublayer.
 
@@ -574,6 +577,8 @@ def dropout_add_layer_norm(
         weight, bias: [D], the dtype of x or float32.
         p, seed, offset: as in ``dropout``; p = 0 draws nothing.
         eps: added to the variance.
+        sample_indices: [B] int64, >= 0, for x [B, ..., D]: sample i drops what sample ``sample_indices[i]`` of a
+            larger batch, of the same shape otherwise, would. None: each its own.
 
     Returns:
         [..., D] in the dtype of x (the wider one, where x and residual differ).
@@ -590,7 +595,16 @@ def dropout_add_layer_norm(
     check.number("p", p, 0, 1)
     check.whole("offset", offset, -(1 << 63), (1 << 63) - 1)
     check.number("eps", eps, 0, sys.float_info.max)
-    return _run("dropout_add_layer_norm", x, x, residual, weight, bias, p, _seed(check, seed, x), offset, eps)
+    arguments = (x, residual, weight, bias, p, _seed(check, seed, x), offset, eps, sample_indices)
+    if sample_indices is None:
+        return _run("dropout_add_layer_norm", x, *arguments)
+    check.integer("sample_indices", sample_indices, "B")
+    if x.dim() < 2 or x.size(0) != sample_indices.size(0):
+        raise ValueError(
+            f"dropout_add_layer_norm: sample_indices must hold an index for each sample of x {list(x.shape)}, got "
+            f"{list(sample_indices.shape)}"
+        )
+    return _run("dropout_add_layer_norm", x, *arguments)
 
 
 def _check_attention(

@@ -241,10 +241,29 @@ def dropout(x: Tensor, p: float, seed: Tensor, offset: int) -> Tensor:
 
 
 def dropout_add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, p: float, seed: Tensor, offset: int, eps: float
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    p: float,
+    seed: Tensor,
+    offset: int,
+    eps: float,
+    sample_indices: Tensor | None = None,
 ) -> Tensor:
-    """LayerNorm(residual + dropout(x)) over the last dimension."""
-    total = _wide(residual) + dropout(_wide(x), p, seed, offset)
+    """LayerNorm(residual + dropout(x)) over the last dimension; sample i has the mask of sample_indices[i]."""
+    if sample_indices is None or p == 0 or x.numel() == 0:
+        dropped = dropout(_wide(x), p, seed, offset)
+    else:
+        size = x[0].numel()
+        element = sample_indices[:, None] * size + torch.arange(size, device=x.device)  # [B, size]
+        threshold = dropout_threshold(p)
+        words = philox(element // 8, seed.reshape(()), offset)  # [B, size, 4]
+        word = words.gather(-1, (element % 8 // 2)[..., None])[..., 0]
+        keep = (word >> (element % 2 * 16) & 0xFFFF) >= threshold
+        scale = DROPOUT_LEVELS / max(DROPOUT_LEVELS - threshold, 1)
+        dropped = torch.where(keep.view(x.shape), _wide(x) * scale, 0)
+    total = _wide(residual) + dropped
     normalized = F.layer_norm(total, total.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps)
     return normalized.to(x.dtype)
 
@@ -267,7 +286,7 @@ def keep_mask(numel: int, threshold: int, seed: Tensor, offset: int) -> Tensor:
 
 
 def philox(index: Tensor, seed: Tensor, offset: int) -> Tensor:
-    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words per counter, as int64. [N] -> [N, 4]"""
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words per counter, as int64. [...] -> [..., 4]"""
     low = 0xFFFFFFFF
     c0, c1 = index & low, (index >> 32) & low
     c2, c3 = torch.full_like(c0, offset & low), torch.full_like(c0, (offset >> 32) & low)

@@ -21,6 +21,8 @@ struct DropoutAddLayerNormParams {
     const int64_t* seed;  // [] where the tensors are
     int64_t offset;
     float eps;
+    const int64_t* sample_indices;  // [rows / sample_rows]: whose masks a sample has; null: its own
+    int64_t sample_rows;
 };
 
 struct DropoutAddLayerNormBackwardParams {
@@ -39,6 +41,8 @@ struct DropoutAddLayerNormBackwardParams {
     double p;
     const int64_t* seed;  // [] where the tensors are
     int64_t offset;
+    const int64_t* sample_indices;  // [rows / sample_rows] or null, as in the forward
+    int64_t sample_rows;
 };
 
 CNM_KERNEL(dropout_add_layer_norm, DropoutAddLayerNormParams)

@@ -56,9 +56,9 @@ STABLE_TORCH_LIBRARY(CNM_LIBRARY, m) {
     m.def("dropout(Tensor x, float p, Tensor seed, int offset) -> Tensor");
     m.def(
         "dropout_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float p, Tensor seed, "
-        "int offset, float eps) -> (Tensor, Tensor)");
+        "int offset, float eps, Tensor? sample_indices) -> (Tensor, Tensor)");
     m.def(
         "dropout_add_layer_norm_backward(Tensor d_out, Tensor x, Tensor residual, Tensor weight, Tensor stats, "
-        "float p, Tensor seed, int offset, bool need_x, bool need_residual, bool need_weights) "
-        "-> (Tensor, Tensor, Tensor, Tensor)");
+        "float p, Tensor seed, int offset, Tensor? sample_indices, bool need_x, bool need_residual, "
+        "bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -218,9 +218,14 @@ def dropout_add_layer_norm(
     seed: int | Tensor,
     offset: int = 0,
     eps: float = 1e-5,
+    sample_indices: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Mean and variance spelt out."""
-    total = residual + dropout(x, p, seed, offset)[0]
+    """Mean and variance spelt out; of a larger batch the samples asked for."""
+    if sample_indices is None or len(sample_indices) == 0:
+        total = residual + dropout(x, p, seed, offset)[0]
+    else:
+        scale = torch.ones(int(sample_indices.max()) + 1, *x.shape[1:], dtype=x.dtype, device=x.device)
+        total = residual + x * dropout(scale, p, seed, offset)[0][sample_indices]
     centered = total - total.mean(-1, keepdim=True)
     deviation = (centered.square().mean(-1, keepdim=True) + eps).sqrt()
     return (centered / deviation * weight.to(x.dtype) + bias.to(x.dtype),)

@@ -483,8 +483,17 @@ SAMPLES: dict[str, dict[str, Builder]] = {
         ),
         "strided": lambda draw: strided(add_and_norm(draw, 3, 5, 12)),
         "misaligned": lambda draw: misaligned(add_and_norm(draw, 3, 5, 13)),
+        "chosen-samples": lambda draw: chosen(draw, add_and_norm(draw, 4, 3, 24, p=0.4)),
+        "chosen-odd": lambda draw: chosen(draw, add_and_norm(draw, 4, 2, 3, 37, p=0.4)),
+        "chosen-without-dropout": lambda draw: chosen(draw, add_and_norm(draw, 4, 5, p=0.0)),
+        "chosen-none": lambda draw: chosen(draw, add_and_norm(draw, 0, 2, 8), ()),
     },
 }
+
+
+def chosen(draw: Draw, inputs: Inputs, samples: tuple[int, ...] = (6, 0, 3, 6)) -> Inputs:
+    """Samples of a larger batch, in any order and more than once."""
+    return inputs | {"sample_indices": draw.lengths(*samples)}
 
 
 def _mask(draw: Draw, shape: tuple[int, ...], length: int, *, alpha: float = 5.5, **options: Any) -> Inputs:

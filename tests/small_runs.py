@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cnm import configs
-from cnm.config import CNMConfig
+from cnm.config import Config
 from cnm.data import Vocabulary, plant
 
 SMALL = {
@@ -39,10 +39,29 @@ def assignments(changes: dict[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
 
 
-def synthetic_config(**changes: Any) -> CNMConfig:
+def synthetic_config(**changes: Any) -> Any:
     """The synthetic experiment at a size of seconds; ``__`` in a name stands for a dot."""
     named = {key.replace("__", "."): value for key, value in changes.items()}
     return configs.resolve("synthetic", assignments(SMALL | named))
+
+
+def cpl_config(**changes: Any) -> Config:
+    """The same with CPL: three proposals."""
+    content = synthetic_config(**changes).to_dict()
+    return Config.from_json(content | with_cpl(content))
+
+
+def with_cpl(content: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a small experiment that make it CPL's."""
+    train, model = dict(content["train"]), content["model"]["config"]
+    train["optimizer"] = train.pop("reconstructor")
+    del train["generator"]
+    network = {name: value for name, value in model.items() if name not in ("alpha", "max_width")}
+    return {
+        "train": train,
+        "model": {"name": "CPL", "config": network | {"num_props": 3, "sigma": 9.0, "gamma": 0.5}},
+        "loss": {"lambda": 0.146, "alpha_1": 1.0, "alpha_2": 5.0},
+    }
 
 
 def write_files(folder: Path, videos: int = 10) -> Path:

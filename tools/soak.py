@@ -24,7 +24,7 @@ from small_runs import synthetic_config
 import cnm_kernels
 from cnm import CNM
 from cnm.data import BatchLoader, open_split
-from cnm.models.cnm import PRECISIONS
+from cnm.models.base import PRECISIONS
 from cnm.training.memory import keep_freed_memory
 from cnm.training.step import STEPS
 

@@ -13,12 +13,12 @@ import torch
 import typer
 
 from cnm import checkpoint, metrics
-from cnm.config import CNMConfig
+from cnm.config import Config
 from cnm.data import Vocabulary, load_vocabulary
 from cnm.errors import InputError
 from cnm.evaluation import check_vocabulary
-from cnm.localization import Found
-from cnm.models.cnm import CNM
+from cnm.localization import Found, Moment
+from cnm.models import Model, load_checkpoint
 from cnm.training.run_folder import RunFolder
 
 DATA_PATHS = ("feature_path", "vocab_path", "train_data", "val_data", "test_data")  # of the dataset section
@@ -89,6 +89,10 @@ ChangesOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Changes a field of the configuration; may be repeated."),
 ]
+MasksOption = Annotated[
+    int,
+    typer.Option(min=1, help="Draws of masked words that score a proposal, averaged; for models that score several."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -105,7 +109,7 @@ def print_notes(notes: list[str]) -> None:
         typer.echo(f"note: {note}", err=True)
 
 
-def with_data_dir(config: CNMConfig, folder: Path | None) -> CNMConfig:
+def with_data_dir(config: Config, folder: Path | None) -> Config:
     """The configuration with the data's relative paths made to start from ``folder``."""
     if folder is None:
         return config
@@ -117,13 +121,21 @@ def with_data_dir(config: CNMConfig, folder: Path | None) -> CNMConfig:
 
 
 def print_scores(title: str, rows: dict[str, dict[str, float]]) -> None:
+    """R@1 and mIoU of each row; below, of the rows that have it, the same of the best of five moments."""
+    _print_table(title, rows, metrics.SCORES)
+    of_five = {name: scores for name, scores in rows.items() if metrics.TOP_SCORES[0] in scores}
+    if of_five:
+        _print_table(f"best of {metrics.TOP} moments", of_five, metrics.TOP_SCORES)
+
+
+def _print_table(title: str, rows: dict[str, dict[str, float]], names: tuple[str, ...]) -> None:
     width = max(map(len, (title, *rows)))
-    typer.echo(f"{title:<{width}}" + "".join(f"{name.removeprefix('R@1 '):>9}" for name in metrics.SCORES))
+    typer.echo(f"{title:<{width}}" + "".join(f"{name.split(' ')[-1]:>9}" for name in names))
     for name, scores in rows.items():
-        typer.echo(f"{name:<{width}}" + "".join(f"{scores[score]:>9.4f}" for score in metrics.SCORES))
+        typer.echo(f"{name:<{width}}" + "".join(f"{scores[score]:>9.4f}" for score in names))
 
 
-def moment_text(found: Found, duration: float | None) -> str:
+def moment_text(found: Found | Moment, duration: float | None) -> str:
     scale, unit = (1.0, "of the video") if duration is None else (duration, "s")
     digits = 3 if duration is None else 1
     return f"{found.start * scale:.{digits}f} to {found.end * scale:.{digits}f} {unit}"
@@ -150,9 +162,9 @@ def stored_vocabulary(path: Path) -> Vocabulary | None:
     return None if state is None else Vocabulary.from_state(state)
 
 
-def load_model(path: Path, device: torch.device, *, vocab: Path | None = None) -> tuple[CNM, Vocabulary]:
+def load_model(path: Path, device: torch.device, *, vocab: Path | None = None) -> tuple[Model, Vocabulary]:
     """A checkpoint's model, and its vocabulary: stored with it, or else in ``vocab`` or its configuration."""
-    model = CNM.from_checkpoint(path, device)
+    model = load_checkpoint(path, device)
     stored = stored_vocabulary(path) if vocab is None else None
     if stored is not None:
         vocabulary = stored

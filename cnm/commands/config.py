@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,11 @@ import typer
 
 from cnm import configs
 from cnm.commands.common import ChangesOption
-from cnm.config import CNMConfig
+from cnm.config import CONFIGS, Config
 from cnm.config_fields import ConfigField, did_you_mean, every_field, suggestion
 from cnm.errors import InputError
+
+SECTIONS = ("dataset", "train", "model", "loss")
 
 
 def config_command(
@@ -33,7 +36,7 @@ def config_command(
       cnm config train.generator
       cnm config charades_i3d --set dataset.frame_dim=512 > mine.json
     """
-    fields = list(every_field(CNMConfig))
+    fields = _every_models_fields()
     if what is None:
         _list(fields)
     elif what in configs.names() or Path(what).exists():
@@ -42,11 +45,29 @@ def config_command(
     else:
         found = [field for field in fields if field.name == what or field.name.startswith(f"{what}.")]
         if not found:
-            near = did_you_mean(what, configs.names()) or f"; {suggestion(what, CNMConfig) or 'see `cnm config`'}"
+            near = did_you_mean(what, configs.names()) or f"; {_field_like(what) or 'see `cnm config`'}"
             raise InputError(f"{what}: no packaged configuration, no file and no field{near}")
         typer.echo("\n".join(map(_explanation, found)))
     if changes:
         raise InputError("--set: changes a configuration that is printed; name one")
+
+
+def _every_models_fields() -> list[ConfigField]:
+    """The fields of all models, each once; one that not every model has says whose it is."""
+    owners: dict[ConfigField, list[str]] = {}
+    for model, config in CONFIGS.items():
+        for field in every_field(config):
+            owners.setdefault(field, []).append(model)
+    return [
+        field
+        if len(models) == len(CONFIGS)
+        else replace(field, description=f"{', '.join(models)}: {field.description}")
+        for field, models in sorted(owners.items(), key=lambda item: SECTIONS.index(item[0].name.partition(".")[0]))
+    ]
+
+
+def _field_like(name: str) -> str:
+    return next((near for config in CONFIGS.values() if (near := suggestion(name, config))), "")
 
 
 def _list(fields: list[ConfigField]) -> None:
@@ -58,7 +79,7 @@ def _list(fields: list[ConfigField]) -> None:
     typer.echo("\n".join(map(_explanation, fields)))
 
 
-def _summary(config: CNMConfig) -> str:
+def _summary(config: Config) -> str:
     dataset, train = config.dataset, config.train
     source = f"features {dataset.feature_path}, " if dataset.feature_path else "no files, features "
     return (
@@ -74,7 +95,7 @@ def _explanation(field: ConfigField) -> str:
     return f"  {field.name}  ({field.kind}; {default})\n      {field.description}"
 
 
-def _print(config: CNMConfig) -> None:
+def _print(config: Config) -> None:
     content = config.to_dict()
     if config.model.config.vocab_size == config.dataset.vocab_size + 1:  # as it is derived
         del content["model"]["config"]["vocab_size"]

@@ -24,7 +24,7 @@ from cnm.commands.common import (
     print_scores,
     with_data_dir,
 )
-from cnm.config import CNMConfig
+from cnm.config import Config
 from cnm.distributed import Group
 from cnm.errors import InputError
 from cnm.training.run_folder import RunFolder
@@ -108,7 +108,7 @@ def train(
         train_and_report(trainer)
 
 
-def _resumed(folder: Path, config: str | None, changes: list[str]) -> CNMConfig | None:
+def _resumed(folder: Path, config: str | None, changes: list[str]) -> Config | None:
     """The configuration asked for in a resumed run, or None: as it was."""
     if config is not None:
         return configs.resolve(config, changes)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnm.config import MOST_VALUES, CNMConfig
+from cnm.config import MOST_VALUES, Config
 from cnm.config_fields import did_you_mean
 from cnm.errors import InputError
 from cnm.files import NoJson, check_plain, parse_json, read_json
@@ -21,7 +21,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
-def resolve(source: str | Path, changes: Sequence[str] = ()) -> CNMConfig:
+def resolve(source: str | Path, changes: Sequence[str] = ()) -> Config:
     """The configuration in a file, or else of a packaged name, with ``key=value`` changes.
 
     Args:
@@ -39,14 +39,14 @@ def resolve(source: str | Path, changes: Sequence[str] = ()) -> CNMConfig:
         near = did_you_mean(str(source), names())
         raise InputError(f"{source}: no such file, nor a packaged configuration ({', '.join(names())}){near}")
     if not changes:
-        return CNMConfig.from_json(path)
+        return Config.from_json(path)
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: must hold a JSON object, found {type(content).__name__}")
     return change(content, changes, str(source))
 
 
-def change(content: dict[str, Any], changes: Sequence[str], source: str) -> CNMConfig:
+def change(content: dict[str, Any], changes: Sequence[str], source: str) -> Config:
     """A configuration with some fields set anew.
 
     Args:
@@ -75,7 +75,7 @@ def change(content: dict[str, Any], changes: Sequence[str], source: str) -> CNMC
                 raise InputError(f"--set {item}: unknown key, {name} has no fields of its own")
         section[last] = value
     try:
-        return CNMConfig.from_json(content)
+        return Config.from_json(content)
     except InputError as error:
         message = str(error).removeprefix("config: ")
         raise InputError(f"{source} with --set {' --set '.join(changes)}: {message}") from None

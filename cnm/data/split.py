@@ -17,8 +17,9 @@ from cnm.data.batch import Batch
 from cnm.data.buffers import BufferPool
 from cnm.data.features import FeatureFile, pool
 from cnm.data.tagging import tagger_name
-from cnm.data.vocabulary import Vocabulary, mask_weights
+from cnm.data.vocabulary import Vocabulary
 from cnm.errors import InputError
+from cnm.masking import mask_weights
 
 SplitName = Literal["train", "val", "test"]
 

@@ -16,7 +16,6 @@ from cnm.data.tagging import tag
 from cnm.errors import InputError
 
 PADDING = "<pad>"
-CONTENT_WEIGHT, FUNCTION_WEIGHT = 2.0, 1.0  # a word's chance to be masked goes with exp(weight)
 
 
 @dataclass(frozen=True)
@@ -125,19 +124,3 @@ def _problem(content: Any) -> str | None:
     ):
         return "'counter' does not count words"
     return None if content["counter"] else "'counter' is empty"
-
-
-def mask_weights(content: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Each word's probability of being the first one masked: softmax of 2 for content words and 1 for the others.
-
-    Args:
-        content: [B, L] bool.
-        lengths: [B], words per sentence.
-
-    Returns:
-        [B, L] float32, 0 at padding.
-    """
-    real = np.arange(content.shape[1]) < lengths[:, None]
-    weight = np.exp(np.where(content, CONTENT_WEIGHT, FUNCTION_WEIGHT)) * real
-    total = weight.sum(1, keepdims=True)
-    return (weight / np.where(total == 0, 1, total)).astype(np.float32)

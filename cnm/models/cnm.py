@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import cnm_kernels as kernels
-from cnm import checkpoint
 from cnm.config import CNMConfig
-from cnm.data.features import pool_batch
-from cnm.errors import InputError
-from cnm.models.layers import DualTransformer, ForwardPass, Gaussian, Source, apply_linear, sinusoidal_positions
-from cnm_kernels.checks import Arguments
+from cnm.data.batch import Batch
+from cnm.masking import sample_masked_words
+from cnm.models.base import Model, Proposals, Scoring, VideoEncoding, downsample, vocabulary_size
+from cnm.models.layers import ForwardPass, Gaussian, Source
+from cnm_kernels.constants import MIN_WIDTH
 
 
 @dataclass(frozen=True)
@@ -35,78 +34,35 @@ class Reconstruction:
     nll: Tensor
 
 
-@dataclass(frozen=True)
-class VideoEncoding:
-    """What of N videos' localization does not depend on the sentence: see ``CNM.encode_video``.
+class CNM(Model):
+    """The published model: one Gaussian per sentence."""
 
-    Attributes:
-        states: [N, T, D], after the first self-attention (projected frames where decoder1 has a single layer).
-        lengths: [N] int64, clips that are real.
-    """
-
-    states: Tensor
-    lengths: Tensor
-
-    def select(self, index: Tensor) -> VideoEncoding:
-        """The videos of these places [M] int64, in this order and as often."""
-        return VideoEncoding(self.states[index], self.lengths[index])
-
-
-# Where products are what costs. GPUs wait for memory, and what is spared in products is moved all the same.
-FRUGAL_DEVICES = {"cpu"}
-
-PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16}  # name: CNM.compute_dtype
-
-
-class CNM(nn.Module):
-    """The published model, batch first; nothing it is given is mutated.
-
-    Shapes used throughout: frames [B, T, frame_dim] with ``frame_lengths`` [B]; words [B, L + 1, word_dim], whose row 0
-    is the start token's place (not read), with ``word_lengths`` [B] counting words 1 to L.
-    """
+    config: CNMConfig
+    num_proposals = 1
+    min_width = MIN_WIDTH
 
     def __init__(self, config: CNMConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         network = config.model.config
-        transformer = network.DualTransformer
-        sizes = (network.frames_input_size, network.words_input_size, network.vocab_size, network.max_num_words)
-        frame_dim, word_dim, vocab_size, max_num_words = (size or 0 for size in sizes)  # filled in by CNMConfig
-        D = network.hidden_size
-        self.config = config
         self.alpha = network.alpha
         self.max_width = network.max_width
-        self.input_dropout = network.dropout
-        self.dropout = transformer.dropout
+        self.fc_rec = nn.Linear(network.hidden_size, vocabulary_size(config))
+        self.fc_mask_gen = nn.Linear(network.hidden_size, 2)
 
-        self.frame_fc = nn.Linear(frame_dim, D)
-        self.word_fc = nn.Linear(word_dim, D)
-        self.mask_vec = nn.Parameter(torch.zeros(word_dim))
-        self.start_vec = nn.Parameter(torch.zeros(word_dim))
-        self.trans = DualTransformer(
-            D, transformer.num_heads, transformer.num_decoder_layers1, transformer.num_decoder_layers2
-        )
-        self.fc_rec = nn.Linear(D, vocab_size)
-        self.fc_mask_gen = nn.Linear(D, 2)
-        self.compute_dtype: torch.dtype | None = None  # of activations, see PRECISIONS; None: as the inputs are
-        self.seed_shift = 0  # added to the seeds drawn for dropout: processes that share their draws drop differently
-        self.positions: Tensor
-        self.register_buffer("positions", sinusoidal_positions(max_num_words + 1, D), persistent=False)
+    @property
+    def word_head(self) -> nn.Linear:
+        return self.fc_rec
 
-    @classmethod
-    def from_checkpoint(cls, path: str | Path, device: torch.device | str = "cpu") -> CNM:
-        """The model of a checkpoint, ours or a published one, in evaluation mode. Nothing in the file is executed.
-
-        Raises:
-            InputError: the file is missing, no checkpoint, or its parameters do not fit its configuration.
-        """
-        content = checkpoint.load(path)
-        model = cls(CNMConfig.from_json(content["config"], f"{path}: config"))
-        try:
-            model.load_state_dict(content["model_parameters"])
-        except RuntimeError as error:
-            detail = " ".join(str(error).split("\n", 1)[-1].split())
-            raise InputError(f"{path}: parameters do not fit the configuration stored with them: {detail}") from None
-        return model.to(device).eval()
+    def proposals(
+        self, batch: Batch, *, video: VideoEncoding | None = None, scoring: Scoring | None = None
+    ) -> Proposals:
+        """The one moment of each sentence, of score 0; nothing is scored."""
+        words, word_lengths = batch.words, batch.word_lengths
+        if video is None:
+            center, width = self.localize(batch.frames, batch.frame_lengths, words, word_lengths)
+        else:
+            center, width = self.localize_encoded(video, words, word_lengths)
+        return Proposals(center[:, None], width[:, None], torch.zeros_like(center)[:, None])
 
     @torch.no_grad()
     def localize(
@@ -122,8 +78,7 @@ class CNM(nn.Module):
         """Computes once, for ``localize_encoded``, what all sentences about a video share: projection and the first
         self-attention. frames [N, T, frame_dim], frame_lengths [N]; a video of more than ``dataset.max_num_frames``
         frames is averaged to as many clips, as in training."""
-        frames, frame_lengths = pool_batch(frames, frame_lengths, self.config.dataset.max_num_frames)
-        frames = self._narrowed(frames)
+        frames, frame_lengths = self._pooled(frames, frame_lengths)
         run = self.forward_pass(frugal=True)
         states = self._project_frames(frames, run)
         first, *others = self.trans.decoder1.layers
@@ -134,10 +89,7 @@ class CNM(nn.Module):
     @torch.no_grad()
     def localize_encoded(self, video: VideoEncoding, words: Tensor, word_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """``localize`` in encoded videos, one per sentence (``VideoEncoding.select`` repeats them)."""
-        if len(video.states) != len(words):
-            raise ValueError(
-                f"CNM: {len(video.states)} encoded videos for {len(words)} sentences; select() one for each sentence"
-            )
+        self._check_encoded(video, words)
         words = self._narrowed(words)
         run = self.forward_pass(frugal=True)
         source = self._sentence_source(self._project_words(words, word_lengths, run), word_lengths, run)
@@ -215,11 +167,6 @@ class CNM(nn.Module):
         source = self._sentence_source(words, word_lengths, run)
         return self._gaussian(self.trans.decoder1(frames, frame_lengths, run, source=source, last_only=last_only))
 
-    def _sentence_source(self, words: Tensor, word_lengths: Tensor, run: ForwardPass) -> Source:
-        """Projected words, encoded for the frames to attend to."""
-        rows = word_lengths + 1
-        return Source(self.trans.decoder2(words + self._positions(words), rows, run), rows)
-
     def _gaussian(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """center and width [B] from the last frame's state."""
         last = states[:, -1].to(self.fc_mask_gen.weight.dtype)
@@ -238,95 +185,3 @@ class CNM(nn.Module):
         """Decoding 2: masked words attend to the Gaussian-weighted frames. [B, L, D]"""
         frames = self.trans.decoder1(frames, frame_lengths, run, gaussian)
         return self.trans.decoder2(words, row_lengths, run, source=Source(frames, frame_lengths, gaussian))
-
-    def project_inputs(
-        self, frames: Tensor, words: Tensor, word_lengths: Tensor, run: ForwardPass
-    ) -> tuple[Tensor, Tensor]:
-        """Input dropout and projection: frames [B, T, D] and words [B, L + 1, D], row 0 being the start token."""
-        return self._project_frames(frames, run), self._project_words(words, word_lengths, run)
-
-    def _project_frames(self, frames: Tensor, run: ForwardPass) -> Tensor:
-        return apply_linear(self.frame_fc, run.on_input(self._cast(frames)))
-
-    def _project_words(self, words: Tensor, word_lengths: Tensor, run: ForwardPass) -> Tensor:
-        words = self._cast(words)
-        start = self.start_vec.to(words.dtype).expand(words.size(0), 1, -1)
-        words = run.on_input(torch.cat([start, words[:, 1:]], dim=1))
-        return apply_linear(self.word_fc, words, word_lengths + 1 if run.frugal else None)
-
-    def _cast(self, x: Tensor) -> Tensor:
-        return x if self.compute_dtype is None else x.to(self.compute_dtype)
-
-    def reconstructor_words(self, words: Tensor, masked_words: Tensor, word_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected words with the masked ones replaced, positions added and the last row dropped; and their lengths.
-
-        Row t predicts word t + 1, and the row after the last word predicts padding (as published).
-        """
-        mask = apply_linear(self.word_fc, self.mask_vec.to(words.dtype))
-        words = torch.where(masked_words.unsqueeze(-1), mask, words) + self._positions(words)
-        words = words[:, :-1]  # [B, L, D]
-        return words, (word_lengths + 1).clamp(max=words.size(1))
-
-    def forward_pass(self, seed: Tensor | None = None, *, recompute: bool = False, frugal: bool = False) -> ForwardPass:
-        """One pass with its dropout masks, none in evaluation mode; without a seed one is drawn.
-
-        ``frugal`` counts where products are what costs, on ``FRUGAL_DEVICES``.
-        """
-        frugal = frugal and self.mask_vec.device.type in FRUGAL_DEVICES
-        if not self.training or self.input_dropout == self.dropout == 0:
-            seed = torch.zeros((), dtype=torch.int64, device=self.mask_vec.device)
-            return ForwardPass(0.0, 0.0, seed, recompute=recompute, frugal=frugal)
-        if seed is None:
-            seed = torch.randint(2**63 - 1, (), device=self.mask_vec.device)
-        seed = seed + self.seed_shift
-        return ForwardPass(self.input_dropout, self.dropout, seed, recompute=recompute, frugal=frugal)
-
-    def _positions(self, words: Tensor) -> Tensor:
-        if words.size(1) > self.positions.size(0):  # sentences longer than the configuration foresaw
-            positions = sinusoidal_positions(words.size(1), self.positions.size(1))
-            self.positions = positions.to(self.positions.device, self.positions.dtype)
-        return self.positions[: words.size(1)].to(words.dtype)
-
-    def _narrowed(self, inputs: Tensor) -> Tensor:
-        """float64, which NumPy makes where nobody asked for it, as the parameters are."""
-        return inputs.to(self.frame_fc.weight.dtype) if inputs.dtype == torch.float64 else inputs
-
-    def _check(self, frames: Tensor, frame_lengths: Tensor, words: Tensor, word_lengths: Tensor) -> None:
-        check = Arguments("CNM")
-        check.sizes = {"frame_dim": self.frame_fc.in_features, "word_dim": self.word_fc.in_features}
-        check.floating("frames", frames, "B T frame_dim")
-        check.integer("frame_lengths", frame_lengths, "B")
-        check.floating("words", words, "B rows word_dim", own_dtype=self.compute_dtype is not None)
-        check.integer("word_lengths", word_lengths, "B")
-        if words.size(1) < 2:
-            raise ValueError(
-                f"CNM: words must hold the start token's row and at least one word, got {list(words.shape)}"
-            )
-
-
-def downsample(frames: Tensor, frame_lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The T // 4 frames the reconstructor sees, equally spaced, and how many of them are real: [B, P, D], [B]."""
-    T = frames.size(1)
-    index = torch.linspace(0, T - 1, T // 4, device=frames.device).long()
-    return frames.index_select(1, index), (index < frame_lengths[:, None]).sum(1)
-
-
-def sample_masked_words(mask_weights: Tensor, word_lengths: Tensor, race: Tensor | None = None) -> Tensor:
-    """Draws max(l // 3, 1) of each sentence's l words without replacement, in one vectorised race.
-
-    Each word finishes at an exponential time of rate ``mask_weights``; the earliest are masked. That is the law of
-    drawing one word after the other with probability proportional to its weight among those left.
-
-    Args:
-        mask_weights: [B, L] >= 0, 0 at padding.
-        word_lengths: [B] int64.
-        race: exponential draws [B, L]; None draws them.
-
-    Returns:
-        [B, L + 1] bool: row 0, the start token, is never masked.
-    """
-    race = torch.empty_like(mask_weights).exponential_() if race is None else race
-    finish = race / mask_weights
-    rank = finish.argsort(dim=1).argsort(dim=1)
-    count = (word_lengths // 3).clamp_min(1).minimum(word_lengths)
-    return nn.functional.pad(rank < count[:, None], (1, 0))

@@ -57,6 +57,14 @@ class ForwardPass:
         self.recompute = recompute
         self.frugal = frugal
         self.offset = 0
+        self.rows: Tensor | None = None
+
+    def of_rows(self, rows: Tensor | None) -> ForwardPass:
+        """This pass from here on for a choice of samples, which drop what they would among all: row i of a residual
+        branch has the masks of row ``rows[i]`` [M] int64; None: as they are. Its offsets are counted apart."""
+        chosen = copy.copy(self)
+        chosen.rows = rows
+        return chosen
 
     def on_input(self, x: Tensor) -> Tensor:
         return kernels.dropout(x, self.input_p, seed=self.seed, offset=self._next_offset())
@@ -64,7 +72,15 @@ class ForwardPass:
     def add_and_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
         """LayerNorm(residual + dropout(x))."""
         return kernels.dropout_add_layer_norm(
-            x, residual, norm.weight, norm.bias, self.p, seed=self.seed, offset=self._next_offset(), eps=norm.eps
+            x,
+            residual,
+            norm.weight,
+            norm.bias,
+            self.p,
+            seed=self.seed,
+            offset=self._next_offset(),
+            eps=norm.eps,
+            sample_indices=self.rows if self.p > 0 else None,
         )
 
     def layer(self, compute: Callable[[ForwardPass], Tensor]) -> Tensor:

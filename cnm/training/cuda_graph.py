@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from cnm.data.batch import Batch
-from cnm.training.step import TrainingStep
+from cnm.training.base import ModelStep
 
 WARM_UP_STEPS = 2  # of each batch shape, run as they are: they train too, and make what a graph must find in place
 
 
 class GraphedStep:
-    """Runs a ``TrainingStep`` from a CUDA graph per batch shape; where none can be captured, says so and runs it as is.
+    """Runs a ``ModelStep`` from a CUDA graph per batch shape; where none can be captured, says so and runs it as is.
 
     Gradients, optimizer states and the learning rate have fixed places in memory; dropout and word masks are drawn anew
     at every replay, since PyTorch's generator advances with it.
     """
 
-    def __init__(self, step: TrainingStep) -> None:
+    def __init__(self, step: ModelStep) -> None:
         self.step = step
         step.fixed_gradients = True
         self.seen: dict[tuple[torch.Size, ...], int] = {}
@@ -31,7 +31,7 @@ class GraphedStep:
         self.gave_up = False
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Trains on one batch on the GPU; see ``TrainingStep``."""
+        """Trains on one batch on the GPU; see ``ModelStep``."""
         shapes = tuple(getattr(batch, field.name).shape for field in fields(batch))
         if self.gave_up:
             return self.step(batch)

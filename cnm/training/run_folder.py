@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cnm.config import CNMConfig
+from cnm.config import Config
 from cnm.errors import InputError
 from cnm.files import NoJson, append_line, cannot_write, parse_json, read_text, replace_file, shortened
 
@@ -68,7 +68,7 @@ class RunFolder:
         if not self.last.is_file():
             raise InputError(f"{self.path}: no run to resume, it has no {self.last.name}; give the folder of a run")
 
-    def create(self, config: CNMConfig) -> None:
+    def create(self, config: Config) -> None:
         """Makes the folder and writes the configuration."""
         try:
             self.pictures.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class RunFolder:
             raise cannot_write(self.path, error) from None
         self.write_config(config)
 
-    def write_config(self, config: CNMConfig) -> None:
+    def write_config(self, config: Config) -> None:
         replace_file(self.config, json.dumps(config.to_dict(), indent=2).encode() + b"\n")
 
     def append(self, row: dict[str, Any]) -> None:

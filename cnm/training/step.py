@@ -6,8 +6,7 @@ without the work whose result is never used; the trainer uses it by default.
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,17 +16,15 @@ from torch import Tensor
 import cnm_kernels as kernels
 from cnm.config import CNMConfig
 from cnm.data.batch import Batch
-from cnm.distributed import Group
-from cnm.models.cnm import CNM, Reconstruction, downsample, sample_masked_words
-from cnm.models.layers import ForwardPass, Source
-from cnm.training.optim import MAX_GRADIENT_NORM, ScheduledAdam
+from cnm.models.base import downsample
+from cnm.models.cnm import CNM, Reconstruction
+from cnm.models.layers import ForwardPass
+from cnm.models.reconstructor import MaskedSentences, WeightedClips
+from cnm.training.base import ModelStep
+from cnm.training.optim import ScheduledAdam
 
 
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    return bool(torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all())
-
-
-class TrainingStep(ABC):
+class TrainingStep(ModelStep):
     """Both published updates of one batch.
 
     1. All parameters but ``fc_mask_gen`` learn to reconstruct: mean(nll_positive) + mean(nll_hard), back-propagated
@@ -38,68 +35,30 @@ class TrainingStep(ABC):
     last update count in it.
     """
 
+    model: CNM
+    draws = 2
+    figures = {"loss": "loss/reconstruction", "contrastive": "loss/contrastive"}  # noqa: RUF012
+
     def __init__(self, model: CNM, config: CNMConfig) -> None:
         generator = list(model.fc_mask_gen.parameters())
         of_generator = {id(parameter) for parameter in generator}
         reconstructor = [parameter for parameter in model.parameters() if id(parameter) not in of_generator]
-        self.model = model
-        self.loss = config.loss
         self.generator = ScheduledAdam(generator, config.train.generator)
         self.reconstructor = ScheduledAdam(reconstructor, config.train.reconstructor)
-        self.group: Group | None = None  # processes that share each batch
-        self.share = 1.0  # of the batch that is this process's
-        self.skip_nonfinite = False  # whether an update whose loss or gradients are not finite is left out
-        self.fixed_gradients = False  # whether gradients keep their places in memory, as a CUDA graph needs
+        super().__init__(model, {"reconstructor": self.reconstructor, "generator": self.generator})
+        self.loss = config.loss
 
-    @property
-    def num_updates(self) -> int:
-        """Batches trained on so far."""
-        return self.reconstructor.updates
-
-    @property
-    def learning_rate(self) -> float:
-        """The reconstructor's rate in the next update."""
-        return self.reconstructor.learning_rate
-
-    def __call__(
-        self, batch: Batch, *, masked_words: tuple[Tensor | None, Tensor | None] = (None, None)
-    ) -> dict[str, Tensor]:
-        """Trains on one batch, which stays as it is.
-
-        Args:
-            batch: on the model's device.
-            masked_words: the words to hide in update 1 and 2, [B, L + 1] bool each; None draws them.
-
-        Returns:
-            Losses, per-branch nll and gradient norms, as 0-dim tensors on the device (nothing waits for the host).
-        """
-        self.advance()
-        return self.run(batch, masked_words=masked_words)
-
-    def advance(self) -> None:
-        """The host's part of a step: counts the updates and sets their rates."""
-        self.reconstructor.advance()
-        self.generator.advance()
-
-    def run(
-        self, batch: Batch, *, masked_words: tuple[Tensor | None, Tensor | None] = (None, None)
-    ) -> dict[str, Tensor]:
-        """The device's part of a step: it waits for nothing and its shapes depend on the batch's alone."""
-        masks = [
-            sample_masked_words(batch.mask_weights, batch.word_lengths) if given is None else given
-            for given in masked_words
-        ]
-        reconstruction_loss = self.reconstruction_loss(batch, masks[0])
+    def run(self, batch: Batch, *, masked_words: Sequence[Tensor | None] | None = None) -> dict[str, Tensor]:
+        first, second = self._masks(batch, masked_words)
+        reconstruction_loss = self.reconstruction_loss(batch, first)
         reconstructor_norm = self._update(self.reconstructor, reconstruction_loss)
 
         self._reconstructor_requires_grad(False)
-        contrastive_loss, nll = self.contrastive_loss(batch, masks[1])
+        contrastive_loss, nll = self.contrastive_loss(batch, second)
         generator_norm = self._update(self.generator, contrastive_loss)
         self._reconstructor_requires_grad(True)
 
-        means = [reconstruction_loss.detach(), contrastive_loss.detach(), *nll.detach().mean(1)]
-        if self.group is not None:
-            means = self.group.sum(means, self.share)
+        means = self._means([reconstruction_loss.detach(), contrastive_loss.detach(), *nll.detach().mean(1)])
         names = ("loss/reconstruction", "loss/contrastive", "nll/positive", "nll/hard", "nll/easy")
         return {
             **dict(zip(names, means, strict=True)),
@@ -119,37 +78,14 @@ class TrainingStep(ABC):
         for parameter in self.reconstructor.parameters:
             parameter.requires_grad_(required)
 
-    def _update(self, optimizer: ScheduledAdam, loss: Tensor) -> Tensor:
-        """Gradients for this group alone, clip over all, update. Returns the norm before the clip."""
-        gradients: Sequence[Tensor] = torch.autograd.grad(loss, optimizer.parameters)
-        if self.group is not None:
-            gradients = self.group.sum(gradients, self.share)
-        if self.skip_nonfinite and not _all_finite([loss, *gradients]):  # waits for the device
-            return loss.new_full((), math.nan)
-        for parameter, gradient in zip(optimizer.parameters, gradients, strict=True):
-            if self.fixed_gradients and parameter.grad is not None:
-                parameter.grad.copy_(gradient)
-            else:
-                parameter.grad = gradient
-        everybody = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(everybody)
-        # What the clip would make of the other group's gradients nobody reads: its next update brings new ones.
-        torch.nn.utils.clip_grads_with_norm_(optimizer.parameters, MAX_GRADIENT_NORM, norm)
-        optimizer.apply()
-        return norm
-
     def state_dict(self) -> dict[str, Any]:
         """Both optimizers, and the generator's last gradients, which the next clip counts: an exact resume."""
-        return {
-            "generator": self.generator.state_dict(),
-            "reconstructor": self.reconstructor.state_dict(),
-            "generator_gradients": [parameter.grad for parameter in self.generator.parameters],
-        }
+        gradients = [parameter.grad for parameter in self.generator.parameters]
+        return super().state_dict() | {"generator_gradients": gradients}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what ``state_dict`` gave."""
-        self.generator.load_state_dict(state["generator"])
-        self.reconstructor.load_state_dict(state["reconstructor"])
+        super().load_state_dict(state)
         for parameter, gradient in zip(self.generator.parameters, state["generator_gradients"], strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.device, parameter.dtype).clone()
 
@@ -223,46 +159,17 @@ class _ReconstructorInputs:
     def __init__(
         self, model: CNM, batch: Batch, frames: Tensor, words: Tensor, masked_words: Tensor, run: ForwardPass
     ) -> None:
-        self.model = model
-        self.frames, self.frame_lengths = downsample(frames, batch.frame_lengths)
-        self.words, self.row_lengths = model.reconstructor_words(words, masked_words, batch.word_lengths)
-        self.word_ids = batch.word_ids
-        frame_attention = model.trans.decoder1.layers[0].self_attn
-        self.frame_projections = frame_attention.project(self.frames)
-        first_of_words = model.trans.decoder2.layers[0]
-        attention, rows = first_of_words.self_attn, first_of_words.rows(self.row_lengths, run)
-        packed_words = attention.project(self.words, rows)
-        self.attended_words = attention.attend(packed_words, None, self.row_lengths, None, causal=True, rows=rows)
+        self.alpha = model.alpha
+        self.clips = WeightedClips(model, *downsample(frames, batch.frame_lengths))
+        self.sentences = MaskedSentences(model, words, masked_words, batch.word_ids, batch.word_lengths, run)
 
     def gaussian(self, center: Tensor, width: Tensor) -> Tensor:
         """The positive's key weights. [B, P]"""
-        return kernels.gaussian_mask(center, width, self.frames.size(1), alpha=self.model.alpha)
+        return kernels.gaussian_mask(center, width, self.clips.clips.size(1), alpha=self.alpha)
 
     def nll(self, key_weights: list[Tensor], run: ForwardPass) -> Tensor:
         """Reconstruction error of each branch, given its key weights [B, P]: [len(key_weights), B]."""
-        model, n = self.model, len(key_weights)
-        frame_lengths, row_lengths = self.frame_lengths.repeat(n), self.row_lengths.repeat(n)
-        weighting = torch.cat(key_weights)  # [n B, P]
-
-        first, *later = model.trans.decoder1.layers
-        attended = first.self_attn.attend_branches(
-            self.frame_projections, self.frame_lengths, weighting.unflatten(0, (n, -1))
-        )
-        entered = run.add_and_norm(attended, self.frames.repeat(n, 1, 1), first.self_attn_layer_norm)
-        frames = run.layer(lambda run: first.after_self_attention(entered, frame_lengths, run, None))
-        for layer in later:
-            frames = layer(frames, frame_lengths, run, weighting)
-        source = Source(frames, frame_lengths, weighting)
-
-        first_of_words, *later = model.trans.decoder2.layers
-        entered_words = run.add_and_norm(
-            self.attended_words.repeat(n, 1, 1), self.words.repeat(n, 1, 1), first_of_words.self_attn_layer_norm
-        )
-        words = run.layer(lambda run: first_of_words.after_self_attention(entered_words, row_lengths, run, source))
-        for layer in later:
-            words = layer(words, row_lengths, run, source=source)
-        nll = kernels.linear_nll(words, model.fc_rec.weight, model.fc_rec.bias, self.word_ids.repeat(n, 1), row_lengths)
-        return nll.view(n, -1)
+        return self.sentences.nll(self.clips.under(torch.stack(key_weights), run), run)
 
 
 class RecomputingStep(LeanStep):

@@ -17,18 +17,20 @@ import torch
 from filelock import FileLock, Timeout
 
 from cnm import checkpoint, metrics, plot
-from cnm.config import CNMConfig
+from cnm.config import Config
 from cnm.data import Batch, BatchLoader, Split, open_split
 from cnm.distributed import Group
 from cnm.errors import InputError
 from cnm.evaluation import Evaluation, check_vocabulary, evaluate
 from cnm.files import replace_file
-from cnm.models.cnm import CNM, PRECISIONS, sample_masked_words
+from cnm.masking import sample_masked_words
+from cnm.models import build
+from cnm.models.base import PRECISIONS
 from cnm.training.cuda_graph import GraphedStep
 from cnm.training.memory import keep_freed_memory
 from cnm.training.progress import Progress
 from cnm.training.run_folder import RunFolder
-from cnm.training.step import STEPS
+from cnm.training.steps import STEP_NAMES, make_step
 
 LOG_EVERY = 20  # updates per metrics row; only then does the host wait for the device
 SAVE_SECONDS = 300.0  # between two checkpoints within an epoch
@@ -73,7 +75,7 @@ class Trainer:
         device: where to train.
         precision: of activations, "float32" or "bf16"; parameters, their gradients, optimizer states, losses and
             statistics are float32 either way. None: as the resumed run; a new one computes in float32.
-        step: one of ``cnm.training.step.STEPS``. None: as the resumed run, or lean.
+        step: one of ``cnm.training.steps.STEP_NAMES``. None: as the resumed run, or lean.
         skip_nonfinite: leave out updates whose loss or gradients are not finite, and count them in the metrics, instead
             of ending the run. On GPUs this waits for every update and uses no CUDA graph.
         log_every: updates per metrics row.
@@ -86,7 +88,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: CNMConfig | None,
+        config: Config | None,
         folder: str | Path,
         *,
         resume: bool = False,
@@ -111,7 +113,7 @@ class Trainer:
             self.saved = checkpoint.load(self.run.last)
             if self.saved.get("training") is None or self.saved.get("vocabulary") is None:
                 raise InputError(f"{self.run.last}: holds a model alone, not the state of a run; it cannot be resumed")
-            stored = CNMConfig.from_json(self.saved["config"], f"{self.run.last}: config")
+            stored = Config.from_json(self.saved["config"], f"{self.run.last}: config")
             config = stored if config is None else _resumed_config(stored, config)
         elif config is None:
             raise TypeError("Trainer: config is needed for a new run")
@@ -120,7 +122,7 @@ class Trainer:
 
         self.options = {
             "precision": self._choice("precision", precision, "float32", PRECISIONS),
-            "step": self._choice("step", step, "lean", STEPS),
+            "step": self._choice("step", step, "lean", STEP_NAMES),
         }
 
         progress = not quiet
@@ -134,9 +136,9 @@ class Trainer:
         self.config = config if resume else _with_vocabulary_size(config, len(self.train_split.vocabulary))
         train = self.config.train
         torch.manual_seed(train.seed)
-        self.model = CNM(self.config).to(self.device)
+        self.model = build(self.config).to(self.device)
         self.model.compute_dtype = compute_dtype
-        self.step = STEPS[self.options["step"]](self.model, self.config)
+        self.step = make_step(self.options["step"], self.model, self.config)
         self.step.group = group
         self.model.seed_shift = 0 if group is None else group.rank
         self.step.skip_nonfinite = skip_nonfinite
@@ -213,6 +215,7 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         self.model.train()
+        self.step.begin_epoch(self.epoch + 1)
         if self.batch == 0:
             self.epoch_began = self.seconds
         name = f"epoch {self.epoch + 1}/{self.config.train.max_num_epochs}"
@@ -233,16 +236,16 @@ class Trainer:
             self._check_stop(logged=figures is not None)
 
     def _update(self, indices: np.ndarray, batch: Batch) -> dict[str, torch.Tensor]:
-        """Both updates on one batch, or on this process's part of it."""
+        """One step on one batch, or on this process's part of it."""
         if self.group is None:
             return self.run_step(batch)
         # Words are drawn for the whole batch, as one process would.
         size, L = len(indices), batch.mask_weights.size(1)
         rows = torch.from_numpy(self.group.rows(size)).to(self.device)
-        races = [torch.empty(size, L, device=self.device).exponential_()[rows] for _ in range(2)]
-        first, second = (sample_masked_words(batch.mask_weights, batch.word_lengths, race) for race in races)
+        races = [torch.empty(size, L, device=self.device).exponential_()[rows] for _ in range(self.step.draws)]
+        masks = [sample_masked_words(batch.mask_weights, batch.word_lengths, race) for race in races]
         self.step.share = self.group.share(size)
-        return self.step(batch, masked_words=(first, second))
+        return self.step(batch, masked_words=masks)
 
     def _log(self, rate: float) -> dict[str, str]:
         """One metrics row: means over the updates since the last one. Returns the figures for the progress display."""
@@ -261,8 +264,7 @@ class Trainer:
             "train", losses | {"learning_rate": rate, "samples_per_second": round(speed, 2)}, time=self.seconds
         )
         return {
-            "loss": f"{losses['loss/reconstruction']:.3f}",
-            "contrastive": f"{losses['loss/contrastive']:.3f}",
+            **{name: f"{losses[metric]:.3f}" for name, metric in self.step.figures.items()},
             "lr": f"{rate:.1e}",
             "samples/s": f"{speed:.0f}",
         }
@@ -279,10 +281,11 @@ class Trainer:
         if len(broken) and not (self.step.skip_nonfinite and len(finite)):
             row, column = broken[0].tolist()
             ago = len(values) - 1 - row
+            rates = " and ".join(f"train.{name}.lr" for name in self.step.optimizers)
             raise InputError(
                 f"{self.run.path}: {self.metric_names[column]} became {values[row, column].item()} in update "
-                f"{self.step.num_updates - ago} (epoch {self.epoch + 1}, batch {self.batch - ago}); lower "
-                f"train.reconstructor.lr and train.generator.lr, or lengthen their warmup_updates"
+                f"{self.step.num_updates - ago} (epoch {self.epoch + 1}, batch {self.batch - ago}); lower {rates}, or "
+                f"lengthen the warmup_updates there"
             )
         return finite
 
@@ -321,7 +324,7 @@ class Trainer:
         scores = self._evaluate(self.test_split).scores
         self._append("result", {"checkpoint": path.name, **scores}, split=self.test_split.name, epoch=epoch)
         self._draw()
-        return Result(path, epoch, scores, metrics.baselines(self.test_split.moments))
+        return Result(path, epoch, scores, metrics.baselines(self.test_split.moments, top=self.model.num_proposals > 1))
 
     def _evaluate(self, split: Split) -> Evaluation:
         check = self._check_stop if self.group is None else None
@@ -348,11 +351,9 @@ class Trainer:
         indices = np.linspace(0, len(split) - 1, count).astype(int)
         batch = split.batch(indices).to(self.device)
         self.model.eval()
-        center, width = self.model.localize(batch.frames, batch.frame_lengths, batch.words, batch.word_lengths)
+        found = self.model.proposals(batch)
         items = [
-            plot.Localization(
-                sample.sentence, float(center[row]), float(width[row]), self.model.alpha, sample.duration, sample.moment
-            )
+            plot.Localization.of(self.model, found, row, sample.sentence, sample.duration, sample.moment)
             for row, sample in enumerate(split.samples[int(index)] for index in indices)
         ]
         replace_file(self.run.pictures / "localizations.png", plot.localizations(items))
@@ -414,7 +415,7 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], self.device)
 
-    def _open_val(self, config: CNMConfig, progress: bool) -> Split | None:
+    def _open_val(self, config: Config, progress: bool) -> Split | None:
         dataset = config.dataset
         if dataset.dataset != "synthetic":
             if dataset.val_data is None:
@@ -473,14 +474,14 @@ class Trainer:
             ) from None
 
 
-def _with_vocabulary_size(config: CNMConfig, size: int) -> CNMConfig:
+def _with_vocabulary_size(config: Config, size: int) -> Config:
     """As published, the model's vocabulary is what the data has, which may be less than dataset.vocab_size."""
     content = config.to_dict()
     content["model"]["config"]["vocab_size"] = size
-    return CNMConfig.from_json(content)
+    return Config.from_json(content)
 
 
-def _resumed_config(stored: CNMConfig, given: CNMConfig) -> CNMConfig:
+def _resumed_config(stored: Config, given: Config) -> Config:
     """The configuration given for a resumed run; it may differ from the stored one in ``RESUMABLE_CHANGES`` alone."""
     given = _with_vocabulary_size(given, stored.model.config.vocab_size or 0)
     old, new = _flat(stored.to_dict()), _flat(given.to_dict())

@@ -24,6 +24,7 @@ def _fake_backward(
     p: float,
     seed: Tensor,
     offset: int,
+    sample_indices: Tensor | None,
     need_x: bool,
     need_residual: bool,
     need_weights: bool,
@@ -33,8 +34,8 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, residual, weight, _, ctx.p, seed, ctx.offset, _ = inputs
-    ctx.save_for_backward(x, residual, weight, output[1], seed)
+    x, residual, weight, _, ctx.p, seed, ctx.offset, _, sample_indices = inputs
+    ctx.save_for_backward(x, residual, weight, output[1], seed, sample_indices)
 
 
 def bind(namespace: str) -> Callable[..., Any]:
@@ -42,14 +43,22 @@ def bind(namespace: str) -> Callable[..., Any]:
     operator = Operator(namespace, "dropout_add_layer_norm")
 
     def dropout_add_layer_norm(
-        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, p: float, seed: Tensor, offset: int, eps: float
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        p: float,
+        seed: Tensor,
+        offset: int,
+        eps: float,
+        sample_indices: Tensor | None = None,
     ) -> Tensor:
-        return operator.forward(x, residual, weight, bias, p, seed, offset, eps)[0]
+        return operator.forward(x, residual, weight, bias, p, seed, offset, eps, sample_indices)[0]
 
     def differentiate(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if d_out is None:
-            return (None,) * 8
-        x, residual, weight, stats, seed = ctx.saved_tensors
+            return (None,) * 9
+        x, residual, weight, stats, seed, sample_indices = ctx.saved_tensors
         need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
         shared = ctx.p == 0  # both inputs then have the same gradient
         d_x, d_residual, d_weight, d_bias = operator.backward(
@@ -61,13 +70,14 @@ def bind(namespace: str) -> Callable[..., Any]:
             ctx.p,
             seed,
             ctx.offset,
+            sample_indices,
             need_x and not shared,
             need_residual or (need_x and shared),
             need_weight or need_bias,
         )
         gradients = (d_residual if shared else d_x, d_residual, d_weight, d_bias)
         wanted = (d if needed else None for d, needed in zip(gradients, ctx.needs_input_grad[:4], strict=True))
-        return (*wanted, None, None, None, None)
+        return (*wanted, *[None] * 5)
 
     operator.register_fake(_fake, _fake_backward)
     operator.register_autograd(_save, differentiate, not_differentiable=[1])

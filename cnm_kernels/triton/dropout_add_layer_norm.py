@@ -18,11 +18,16 @@ MOST_PARTS = 512  # partial sums of the parameters' gradients
 
 @triton.jit
 def _keep(
-    rows, D, threshold, seed_ptr, offset, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr
+    rows, N, D, threshold, seed_ptr, samples_ptr, sample_rows, offset,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     """Which elements of a tile dropout keeps. [ROWS, BLOCK_D]"""
     seed = tl.load(seed_ptr)
-    first = rows.to(tl.int64)[:, None] * D
+    drawn = rows.to(tl.int64)  # the rows whose masks these have
+    if INDEXED:
+        sample = tl.load(samples_ptr + drawn // sample_rows, mask=rows < N, other=0)
+        drawn = sample * sample_rows + drawn % sample_rows
+    first = drawn[:, None] * D
     if ALIGNED:  # rows are whole groups of eight
         group = first // 8 + tl.arange(0, BLOCK_D // 8)[None, :]
         return tl.reshape(keep_groups(group, threshold, seed, offset), [ROWS, BLOCK_D])
@@ -32,8 +37,8 @@ def _keep(
 
 @triton.jit
 def _total(
-    x_ptr, residual_ptr, seed_ptr, rows, N, D, threshold, kept_scale, offset,
-    DROPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
+    x_ptr, residual_ptr, seed_ptr, samples_ptr, rows, N, D, sample_rows, threshold, kept_scale, offset,
+    DROPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     """residual + dropout(x) of a tile, and what was kept."""
     columns = tl.arange(0, BLOCK_D)
@@ -43,22 +48,24 @@ def _total(
     residual = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
     keep = inside
     if DROPS:
-        keep = _keep(rows, D, threshold, seed_ptr, offset, ROWS, BLOCK_D, ALIGNED)
+        keep = _keep(
+            rows, N, D, threshold, seed_ptr, samples_ptr, sample_rows, offset, ROWS, BLOCK_D, ALIGNED, INDEXED
+        )  # fmt: skip
         x = tl.where(keep, x * kept_scale, 0.0)
     return residual + x, keep
 
 
 @triton.jit(do_not_specialize=["threshold", "offset"])
 def _forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, out_ptr, stats_ptr,
-    N, D, threshold, kept_scale, offset, eps,
-    DROPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, samples_ptr, out_ptr, stats_ptr,
+    N, D, sample_rows, threshold, kept_scale, offset, eps,
+    DROPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     total, _ = _total(
-        x_ptr, residual_ptr, seed_ptr, rows, N, D, threshold, kept_scale, offset.to(tl.int64),
-        DROPS, ROWS, BLOCK_D, ALIGNED,
+        x_ptr, residual_ptr, seed_ptr, samples_ptr, rows, N, D, sample_rows, threshold, kept_scale,
+        offset.to(tl.int64), DROPS, ROWS, BLOCK_D, ALIGNED, INDEXED,
     )  # fmt: skip
     within = (columns < D)[None, :]
     mean = tl.sum(total, 1) / D
@@ -75,10 +82,10 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["threshold", "offset"])
 def _backward_kernel(
-    d_out_ptr, x_ptr, residual_ptr, weight_ptr, stats_ptr, seed_ptr, d_x_ptr, d_residual_ptr, parts_ptr,
-    N, D, parts, threshold, kept_scale, offset,
+    d_out_ptr, x_ptr, residual_ptr, weight_ptr, stats_ptr, seed_ptr, samples_ptr, d_x_ptr, d_residual_ptr, parts_ptr,
+    N, D, parts, sample_rows, threshold, kept_scale, offset,
     DROPS: tl.constexpr, NEED_X: tl.constexpr, NEED_RESIDUAL: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     """dx = dropout'(dt), dresidual = dt = r (g - mean g - n mean(g n)), g = dout w, n = normalised; parts of dw, db."""
     columns = tl.arange(0, BLOCK_D)
@@ -88,8 +95,8 @@ def _backward_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), parts):
         rows = tile * ROWS + tl.arange(0, ROWS)
         total, keep = _total(
-            x_ptr, residual_ptr, seed_ptr, rows, N, D, threshold, kept_scale, offset.to(tl.int64),
-            DROPS, ROWS, BLOCK_D, ALIGNED,
+            x_ptr, residual_ptr, seed_ptr, samples_ptr, rows, N, D, sample_rows, threshold, kept_scale,
+            offset.to(tl.int64), DROPS, ROWS, BLOCK_D, ALIGNED, INDEXED,
         )  # fmt: skip
         place = rows.to(tl.int64)[:, None] * D + columns[None, :]
         inside = (rows < N)[:, None] & (columns < D)[None, :]
@@ -133,9 +140,9 @@ def _sum_parts_kernel(
 
 SCHEMAS = {
     "dropout_add_layer_norm": "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float p, Tensor seed, "
-    "int offset, float eps) -> (Tensor, Tensor)",
+    "int offset, float eps, Tensor? sample_indices) -> (Tensor, Tensor)",
     "dropout_add_layer_norm_backward": "(Tensor d_out, Tensor x, Tensor residual, Tensor weight, Tensor stats, "
-    "float p, Tensor seed, int offset, bool need_x, bool need_residual, bool need_weights) "
+    "float p, Tensor seed, int offset, Tensor? sample_indices, bool need_x, bool need_residual, bool need_weights) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 }
 
@@ -154,16 +161,32 @@ def _tiles(x: Tensor) -> tuple[int, int, int, int, dict[str, int]]:
     )
 
 
+def _samples(sample_indices: Tensor | None, N: int) -> tuple[Tensor | None, int]:
+    """The indices as the kernels read them, and the rows of a sample."""
+    if sample_indices is None or sample_indices.numel() == 0:
+        return None, 1
+    return sample_indices.contiguous(), N // sample_indices.numel()
+
+
 def forward(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, p: float, seed: Tensor, offset: int, eps: float
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    p: float,
+    seed: Tensor,
+    offset: int,
+    eps: float,
+    sample_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     N, D, rows, BLOCK_D, launch = _tiles(x)
     out, stats = x.new_empty(x.shape), floats(x, *x.shape[:-1], 2)
     if out.numel():
         tensors = (tensor.contiguous() for tensor in (x, residual, weight, bias))
+        samples, sample_rows = _samples(sample_indices, N)
         _forward_kernel[(triton.cdiv(N, rows),)](
-            *tensors, seed, out, stats, N, D, dropout_threshold(p), kept_scale(p), offset, eps,
-            p > 0, rows, BLOCK_D, D % 8 == 0, **launch,
+            *tensors, seed, samples, out, stats, N, D, sample_rows, dropout_threshold(p), kept_scale(p), offset, eps,
+            p > 0, rows, BLOCK_D, D % 8 == 0, sample_indices is not None, **launch,
         )  # fmt: skip
     return out, stats
 
@@ -177,6 +200,7 @@ def backward(
     p: float,
     seed: Tensor,
     offset: int,
+    sample_indices: Tensor | None,
     need_x: bool,
     need_residual: bool,
     need_weights: bool,
@@ -188,10 +212,12 @@ def backward(
         return d_x, d_residual, d_weight.zero_(), d_bias.zero_()
     count = min(triton.cdiv(N, rows), MOST_PARTS)
     parts = floats(x, count, 2, D) if need_weights else None
+    samples, sample_rows = _samples(sample_indices, N)
     tensors = (tensor.contiguous() for tensor in (d_out, x, residual, weight, stats))
     _backward_kernel[(count,)](
-        *tensors, seed, d_x, d_residual, parts, N, D, count, dropout_threshold(p), kept_scale(p), offset,
-        p > 0, need_x, need_residual, need_weights, rows, BLOCK_D, D % 8 == 0, **launch,
+        *tensors, seed, samples, d_x, d_residual, parts, N, D, count, sample_rows, dropout_threshold(p), kept_scale(p),
+        offset, p > 0, need_x, need_residual, need_weights, rows, BLOCK_D, D % 8 == 0, sample_indices is not None,
+        **launch,
     )  # fmt: skip
     if need_weights:
         _sum_parts_kernel[(triton.cdiv(2 * D, 32),)](

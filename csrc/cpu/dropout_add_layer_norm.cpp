@@ -4,7 +4,8 @@
 // the mask, d_weight = sum d_out n, d_bias = sum d_out. The backward computes t again from x and residual: that reads
 // as many bytes as a stored t would cost to write and read, and needs no memory. The mask is drawn again too.
 //
-// A chunk is a number of rows that depends on D alone; its masks are drawn in one go. Each chunk sums its own d_weight
+// A chunk is a number of rows that depends on D alone; its masks are drawn in one go, or row by row where samples have
+// those of others. Each chunk sums its own d_weight
 // and d_bias over its rows in order, and the chunks' sums are added in order at the end.
 #include "dropout_add_layer_norm.h"
 
@@ -51,7 +52,36 @@ struct Scratch {
     }
 };
 
-// Element j of a row of t = residual + dropout(x); `keep` counts from the chunk's first row.
+// The masks of a chunk's rows, drawn when it begins; or where samples have those of others, when a row does.
+template <class Params>
+class Masks {
+   public:
+    Masks(const Params& p, const Dropout& dropout, int64_t first, int64_t end, uint8_t* memory)
+        : p_(p),
+          dropout_(dropout),
+          first_(first),
+          memory_(memory),
+          keep_(dropout, first * p.D, p.p > 0 && p.sample_indices == nullptr ? (end - first) * p.D : 0, memory) {}
+
+    // Begins a row; its elements are those of `keep` from the returned one on.
+    int64_t begin(int64_t row) {
+        if (p_.sample_indices == nullptr) return (row - first_) * p_.D;
+        const int64_t drawn = p_.sample_indices[row / p_.sample_rows] * p_.sample_rows + row % p_.sample_rows;
+        keep_ = KeepBits(dropout_, drawn * p_.D, p_.D, memory_);
+        return 0;
+    }
+
+    const KeepBits& keep() const { return keep_; }
+
+   private:
+    const Params& p_;
+    const Dropout& dropout_;
+    int64_t first_;
+    uint8_t* memory_;
+    KeepBits keep_;
+};
+
+// Element j of a row of t = residual + dropout(x); in `keep` the row begins at `base`.
 template <bool DROP, class T>
 inline Vec sum_of(const T* x, const T* residual, const KeepBits& keep, Vec scale, int64_t base, int64_t j, int64_t n) {
     Vec dropped = load_tail(x + j, n);
@@ -70,13 +100,15 @@ void forward(const DropoutAddLayerNormParams& p) {
         const int64_t first = chunk * chunk_rows, end = std::min(p.rows, first + chunk_rows);
         const Scratch scratch(chunk_rows, D);
         float* t = scratch.rows[0];
-        const KeepBits keep(dropout, first * D, DROP ? (end - first) * D : 0, scratch.bits);
+        Masks masks(p, dropout, first, end, scratch.bits);
+        const KeepBits& keep = masks.keep();
         for (int64_t row = first; row < end; ++row) {
+            const int64_t base = DROP ? masks.begin(row) : 0;
             const T* x = static_cast<const T*>(p.x) + row * D;
             const T* residual = static_cast<const T*>(p.residual) + row * D;
             Sum sum, squares;
             for_each_vector(D, [&](int64_t j, int64_t n, int slot) {
-                const Vec v = sum_of<DROP>(x, residual, keep, scale, (row - first) * D, j, n);
+                const Vec v = sum_of<DROP>(x, residual, keep, scale, base, j, n);
                 store_tail(t + j, v, n);
                 sum.parts[slot] += within(v, n);
             });
@@ -109,18 +141,20 @@ void backward(const DropoutAddLayerNormBackwardParams& p) {
         const int64_t first = chunk * chunk_rows, end = std::min(p.rows, first + chunk_rows);
         const Scratch scratch(chunk_rows, D);
         float *normal = scratch.rows[0], *g = scratch.rows[1];
-        const KeepBits keep(dropout, first * D, DROP ? (end - first) * D : 0, scratch.bits);
+        Masks masks(p, dropout, first, end, scratch.bits);
+        const KeepBits& keep = masks.keep();
         float* d_weight = p.partial == nullptr ? nullptr : p.partial + chunk * 2 * D;
         float* d_bias = d_weight + D;
         if (d_weight != nullptr) std::fill(d_weight, d_weight + 2 * D, 0.0f);
         for (int64_t row = first; row < end; ++row) {
+            const int64_t base = DROP ? masks.begin(row) : 0;
             const T* x = static_cast<const T*>(p.x) + row * D;
             const T* residual = static_cast<const T*>(p.residual) + row * D;
             const T* d_out = static_cast<const T*>(p.d_out) + row * D;
             const Vec mean = set1(p.stats[2 * row]), inverse = set1(p.stats[2 * row + 1]);
             Sum sum_g, sum_gn;
             for_each_vector(D, [&](int64_t j, int64_t n, int slot) {
-                const Vec t = sum_of<DROP>(x, residual, keep, scale, (row - first) * D, j, n);
+                const Vec t = sum_of<DROP>(x, residual, keep, scale, base, j, n);
                 const Vec normalized = (t - mean) * inverse;
                 const Vec upstream = load_tail(d_out + j, n);
                 const Vec product = upstream * load_tail(p.weight + j, n);  // 0 beyond the row
@@ -139,7 +173,7 @@ void backward(const DropoutAddLayerNormBackwardParams& p) {
                 const Vec d = fnma(load_tail(normal + j, n), mean_gn, centered) * inverse;
                 if (p.d_residual != nullptr) write(static_cast<T*>(p.d_residual) + row * D + j, d, n);
                 if (p.d_x == nullptr) return;
-                const Vec kept = DROP ? select(keep.lanes((row - first) * D + j), d * scale, set1(0)) : d;
+                const Vec kept = DROP ? select(keep.lanes(base + j), d * scale, set1(0)) : d;
                 write(static_cast<T*>(p.d_x) + row * D + j, kept, n);
             });
         }

@@ -17,7 +17,7 @@ constexpr int WARPS = 4;
 template <class T, int HELD>
 struct Total {
     const T *x, *residual;
-    int64_t first;  // element of the row
+    int64_t first;  // element of the row, as dropout counts
     int D;
     uint64_t seed;
     const Dropout& dropout;
@@ -25,11 +25,11 @@ struct Total {
     float held[HELD > 0 ? HELD : 1][GROUP];
     uint32_t kept[HELD > 0 ? HELD : 1];
 
-    __device__ Total(const void* x, const void* residual, int64_t row, int64_t D, uint64_t seed, const Dropout& dropout,
-                     bool aligned)
+    __device__ Total(const void* x, const void* residual, int64_t row, int64_t drawn, int64_t D, uint64_t seed,
+                     const Dropout& dropout, bool aligned)
         : x(static_cast<const T*>(x) + row * D),
           residual(static_cast<const T*>(residual) + row * D),
-          first(row * D),
+          first(drawn * D),
           D(static_cast<int>(D)),
           seed(seed),
           dropout(dropout),
@@ -87,6 +87,13 @@ __device__ __forceinline__ void for_groups(int D, Body body) {
     }
 }
 
+// The row whose mask this row has.
+template <class Params>
+__device__ __forceinline__ int64_t drawn_row(const Params& p, int64_t row) {
+    if (p.sample_indices == nullptr) return row;
+    return load(p.sample_indices + row / p.sample_rows) * p.sample_rows + row % p.sample_rows;
+}
+
 template <class T, int HELD>
 __global__ void __launch_bounds__(WARPS* WARP)
     dropout_add_layer_norm_kernel(DropoutAddLayerNormParams p, Dropout dropout, bool aligned) {
@@ -94,7 +101,7 @@ __global__ void __launch_bounds__(WARPS* WARP)
     if (row >= p.rows) return;
     const int D = static_cast<int>(p.D);
     const uint64_t seed = dropout.threshold == 0 ? 0 : static_cast<uint64_t>(load(p.seed));
-    const Total<T, HELD> total(p.x, p.residual, row, p.D, seed, dropout, aligned);
+    const Total<T, HELD> total(p.x, p.residual, row, drawn_row(p, row), p.D, seed, dropout, aligned);
     float sum = 0, squares = 0;
     for_groups<HELD>(D, [&](int k, int column) {
         float y[GROUP];
@@ -142,7 +149,7 @@ __global__ void __launch_bounds__(WARPS* WARP)
     }
     const int64_t per_chunk = layer_norm_rows(p.D), begin = static_cast<int64_t>(blockIdx.x) * per_chunk;
     for (int64_t row = begin + warp(); row < begin + per_chunk && row < p.rows; row += warps) {
-        const Total<T, HELD> total(p.x, p.residual, row, p.D, seed, dropout, aligned);
+        const Total<T, HELD> total(p.x, p.residual, row, drawn_row(p, row), p.D, seed, dropout, aligned);
         const float mean = load(p.stats + 2 * row), inverse = load(p.stats + 2 * row + 1);
         const T* const upstream = static_cast<const T*>(p.d_out) + row * p.D;
         float g_sum = 0, along = 0;

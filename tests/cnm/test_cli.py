@@ -265,7 +265,7 @@ def test_too_little_memory_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("cnm.training.trainer.CNM", fail)
+    monkeypatch.setattr("cnm.training.trainer.build", fail)
     message = error_line(run("train", "--config", "synthetic", "--run", tmp_path / "run"))
     assert message.startswith(line)
     assert not (tmp_path / "run").exists()

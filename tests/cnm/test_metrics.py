@@ -97,3 +97,37 @@ def test_baselines_of_the_real_charades_test_file(shared_data: Path) -> None:
     assert constant["mIoU"] == pytest.approx(0.3600, abs=5e-5)
     assert found["whole video"]["mIoU"] == pytest.approx(0.2720, abs=5e-5)
     assert metrics.iou([0, 0.4375], true).mean() == constant["mIoU"]
+
+
+def test_votes_by_hand() -> None:
+    """Three proposals: the first is alone, the others overlap by half of their hull."""
+    moments = np.array([[[0.0, 0.2], [0.5, 0.8], [0.6, 0.9]]])
+    # equal: 1, 1 + 1/2, 1 + 1/2; weighted by the overlap with the first, which is 1, 0, 0: 1, 0, 0
+    assert metrics.vote(moments, weighted=False).tolist() == [1]
+    assert metrics.vote(moments, weighted=True).tolist() == [0]
+    scores = metrics.by_selection(moments, np.array([[0.5, 0.8]]))
+    assert [scores[name]["mIoU"] for name in ("nll", "weighted vote", "equal vote")] == pytest.approx([0, 0, 1])
+    assert scores["nll"]["mIoU@5"] == pytest.approx(1)
+    assert metrics.by_selection(moments[:, :1], np.array([[0.1, 0.2]])).keys() == {"nll"}
+
+
+def test_only_the_first_five_count() -> None:
+    ious = np.zeros((2, 7))
+    ious[0, 4], ious[1, 5] = 0.8, 1.0
+    assert metrics.top_summary(ious)["R@5 IoU=0.7"] == 0.5
+
+
+def test_five_constants_are_never_worse_than_one() -> None:
+    true = np.sort(np.random.default_rng(0).random((50, 2)), axis=1)
+    moments = metrics.best_constant_moments(true, 5)
+    assert np.array_equal(moments[0], metrics.best_constant_moment(true))
+    best = [metrics.iou(moments[:count, None], true).max(0).mean() for count in range(1, 6)]
+    assert best == sorted(best)
+    assert best[4] > best[0] + 0.1
+    rows = metrics.baselines(true, top=True)
+    plain = metrics.baselines(true)
+    for name, scores in plain.items():
+        assert {score: rows[name][score] for score in metrics.SCORES} == scores
+    assert next(iter(rows.values()))["mIoU@5"] == pytest.approx(best[4])
+    assert rows["whole video"]["mIoU@5"] == rows["whole video"]["mIoU"]
+    assert rows["random moment"]["mIoU@5"] > rows["random moment"]["mIoU"]

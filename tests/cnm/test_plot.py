@@ -65,3 +65,20 @@ def test_any_query_can_be_a_title(query: str) -> None:
 
 def test_pyplot_is_not_touched() -> None:
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_all_proposals_are_drawn() -> None:
+    """The others thin and grey, which blends with the paper: what differs from the picture without them."""
+    alone, together = (pixels(plot.localizations([item(others=others)])) for others in ((), ((0.75, 0.1), (0.1, 0.3))))
+    assert alone.shape == together.shape
+    assert (np.abs(alone - together).max(-1) > 0.05).sum() > 1000
+
+
+def test_the_branches_of_any_model_are_drawn() -> None:
+    row = {"kind": "train", "epoch": 1, "update": 20, "loss/contrastive": 0.3}
+    names = ("positive", "reference", "left", "right")
+    four = [row | {f"nll/{name}": 3.0 + 0.1 * i for i, name in enumerate(names)}]
+    several = [four[0] | {"update": update} for update in (20, 40)]
+    picture = pixels(plot.learning_curves(several))
+    for colour in (plot.BLUE, plot.ORANGE, plot.GREEN, plot.GREY):
+        assert amount(picture, colour) > 50, colour

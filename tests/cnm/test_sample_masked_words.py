@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from cnm.models.cnm import sample_masked_words
+from cnm.masking import sample_masked_words
 
 
 def test_a_third_of_the_words_at_least_one_never_start_or_padding() -> None:

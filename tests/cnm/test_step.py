@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cnm import CNM
 from cnm.data.batch import Batch
-from cnm.models.cnm import PRECISIONS
+from cnm.models.base import PRECISIONS
 from cnm.training.cuda_graph import WARM_UP_STEPS, GraphedStep
 from cnm.training.step import STEPS, LeanStep, RecomputingStep
 

@@ -12,8 +12,8 @@ import pytest
 
 from cnm.data import Vocabulary
 from cnm.data.tagging import FUNCTION_WORDS, tag, tagger_name, tokenize
-from cnm.data.vocabulary import mask_weights
 from cnm.errors import InputError
+from cnm.masking import mask_weights
 
 
 def write(path: Path, **changes: Any) -> Path:

@@ -43,6 +43,29 @@ def test_dropped_elements_get_no_gradient(backend: str, device: str, dtype: torc
 
 
 @on_every_float32
+@pytest.mark.parametrize("D", [24, 37])
+def test_chosen_samples_drop_what_they_drop_among_all(backend: str, device: str, dtype: torch.dtype, D: int) -> None:
+    draw = Draw("larger batch", dtype, device)
+    whole = add_and_norm(draw, 7, 3, D, p=0.4)
+    chosen = draw.lengths(5, 0, 5, 2)
+    part = whole | {name: whole[name][chosen] for name in ("x", "residual")}
+    d_out = draw.normal(7, 3, D)
+    results = []
+    for inputs, upstream in ((whole, d_out), (part | {"sample_indices": chosen}, d_out[chosen])):
+        leaves = {name: inputs[name].clone().requires_grad_() for name in ("x", "residual")}
+        (out,) = run(OP, inputs | leaves, backend)
+        results.append((out, *torch.autograd.grad(out, list(leaves.values()), upstream)))
+    for of_all, of_part in zip(*results, strict=True):
+        assert torch.equal(of_all[chosen], of_part)
+
+
+def test_an_index_for_each_sample_is_asked_for() -> None:
+    inputs = sample(OP, "published-12x256", torch.float32)
+    with pytest.raises(ValueError, match=r"sample_indices must hold an index for each sample of x \[3, 4, 256\], got"):
+        run(OP, inputs | {"sample_indices": torch.zeros(2, dtype=torch.int64)}, "torch")
+
+
+@on_every_float32
 @pytest.mark.parametrize("narrow", ["x", "residual"])
 def test_mixed_dtypes_run_in_the_wider_one(backend: str, device: str, dtype: torch.dtype, narrow: str) -> None:
     """As under autocast, where the sublayer's output is bfloat16 and the residual stream float32."""

@@ -32,7 +32,7 @@ TYPICAL = {  # small ones with every input differentiable and something of each 
     "intra_video_contrastive_loss": ["odd-7"],
     "contrastive_reconstruction_loss": ["plain"],
     "dropout": ["plain"],
-    "dropout_add_layer_norm": ["odd-5x37"],
+    "dropout_add_layer_norm": ["odd-5x37", "chosen-samples"],
 }
 LARGE = {  # large enough for threads to share the work
     "gaussian_mask": ["published-50"],
