@@ -10,12 +10,9 @@ from typing import Annotated
 import torch
 import typer
 
-from cnm import checkpoint, metrics
-from cnm.data import Vocabulary, load_vocabulary
+from cnm import metrics, plot
 from cnm.errors import InputError
-from cnm.evaluation import check_vocabulary
-from cnm.localization import Found
-from cnm.models.cnm import CNM
+from cnm.localizer import Found
 
 
 class Device(str, Enum):
@@ -73,9 +70,13 @@ def print_scores(title: str, rows: dict[str, dict[str, float]]) -> None:
 
 
 def moment_text(found: Found, duration: float | None) -> str:
-    scale, unit = (1.0, "of the video") if duration is None else (duration, "s")
-    digits = 3 if duration is None else 1
-    return f"{found.start * scale:.{digits}f} to {found.end * scale:.{digits}f} {unit}"
+    digits, unit = (3, "of the video") if duration is None else (1, "s")
+    return f"{found.start:.{digits}f} to {found.end:.{digits}f} {unit}"
+
+
+def picture(found: Found, alpha: float, duration: float | None, true: tuple[float, float] | None = None) -> bytes:
+    """A PNG of the Gaussian and the moment over time; ``duration`` and the ``true`` moment in seconds."""
+    return plot.localizations([plot.Localization(found.query, found.center, found.width, alpha, duration, true)])
 
 
 def chosen_device(device: Device) -> torch.device:
@@ -91,21 +92,3 @@ def chosen_precision(precision: Precision, device: Device) -> str:
     if precision is not Precision.auto:
         return precision.value
     return "bf16" if chosen_device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-
-
-def load_model(path: Path, device: torch.device, *, vocab: Path | None = None) -> tuple[CNM, Vocabulary]:
-    """A checkpoint's model, and its vocabulary: stored with it, or else in ``vocab`` or its configuration."""
-    model = CNM.from_checkpoint(path, device)
-    content = checkpoint.load(path)
-    if vocab is None and "vocabulary" in content:
-        try:
-            vocabulary = Vocabulary.from_state(content["vocabulary"])
-        except (KeyError, TypeError, AttributeError):
-            raise InputError(f"{path}: its vocabulary cannot be read; write the checkpoint anew") from None
-    else:
-        dataset = model.config.dataset
-        if vocab is not None:
-            dataset = dataset.model_copy(update={"vocab_path": str(vocab)})
-        vocabulary = load_vocabulary(dataset)
-    check_vocabulary(model, vocabulary.words)
-    return model, vocabulary

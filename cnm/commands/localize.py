@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,13 +14,13 @@ from cnm.commands.common import (
     DeviceOption,
     JsonOption,
     chosen_device,
-    load_model,
     moment_text,
+    picture,
 )
-from cnm.data import load_features
 from cnm.errors import InputError
 from cnm.files import replace_file
-from cnm.localization import localize_query, picture
+from cnm.localizer import Found, Localizer
+from cnm.metrics import moments_from_gaussian
 
 
 def localize(
@@ -47,17 +46,28 @@ def localize(
     """
     if duration is not None and not 0 < duration < float("inf"):
         raise InputError(f"--duration: must be more than 0 seconds, got {duration:g}")
-    model, vocabulary = load_model(checkpoint_path, chosen_device(device), vocab=vocab)
-    dataset = model.config.dataset
-    found = localize_query(model, vocabulary, load_features(features, dataset.frame_dim, dataset.max_num_frames), query)
+    localizer = Localizer.from_checkpoint(checkpoint_path, chosen_device(device), vocab=vocab)
+    video = localizer.encode(features, duration=duration)
+    [found] = localizer.find(video, [query])
     if plot is not None:
-        replace_file(plot, picture(found, model.alpha, duration))
+        replace_file(plot, picture(found, localizer.model.alpha, video.duration))
     if as_json:
-        seconds = (
-            {} if duration is None else {"start_seconds": found.start * duration, "end_seconds": found.end * duration}
-        )
-        typer.echo(json.dumps(asdict(found) | seconds))
+        typer.echo(json.dumps(_as_json(found, video.duration)))
         return
     if found.unknown:
         typer.echo(f"note: words the model does not know are ignored: {', '.join(found.unknown)}", err=True)
-    typer.echo(moment_text(found, duration))
+    typer.echo(moment_text(found, video.duration))
+
+
+def _as_json(found: Found, duration: float | None) -> dict[str, Any]:
+    """The best proposal in fractions of the video, and in seconds where they are known."""
+    start, end = moments_from_gaussian(found.center, found.width).tolist()
+    content = {
+        "query": found.query,
+        "center": found.center,
+        "width": found.width,
+        "start": start,
+        "end": end,
+        "unknown": list(found.unknown),
+    }
+    return content | ({} if duration is None else {"start_seconds": found.start, "end_seconds": found.end})

@@ -362,8 +362,8 @@ def test_what_training_mends_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"--query": "xylophone zither"}, ("--query", "xylophone zither", "no word")),
-        ({"--query": "   "}, ("--query", "empty")),
+        ({"--query": "xylophone zither"}, ("query", "xylophone zither", "no word")),
+        ({"--query": "   "}, ("query", "empty")),
         ({"--duration": 0}, ("--duration", "0")),
         ({"--duration": -3}, ("--duration", "-3")),
         ({"--duration": "nan"}, ("--duration", "nan")),

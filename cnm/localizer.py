@@ -1,0 +1,238 @@
+"""From a checkpoint, a video and sentences to moments: what a program needs, in three calls.
+
+localizer = cnm.Localizer.from_checkpoint("runs/first/best.pt")
+video = localizer.encode("features.hdf5:3MSZA", duration=30.96)
+for found in localizer.find(video, ["a person opens the door"]):
+    print(found.query, found.start, found.end, found.score)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cnm_kernels as kernels
+from cnm import checkpoint, metrics
+from cnm.data import Vocabulary, load_features, load_vocabulary
+from cnm.data.features import pool
+from cnm.errors import InputError
+from cnm.evaluation import check_vocabulary
+from cnm.models.cnm import CNM, VideoEncoding
+
+BATCH = 64  # sentences localized at once; more of them gain no speed and cost memory
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video that ``Localizer.encode`` has read; sentences are looked for in it.
+
+    Attributes:
+        encoding: what all sentences about it share.
+        duration: in seconds; None where nobody said.
+    """
+
+    encoding: VideoEncoding
+    duration: float | None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One moment proposed for a sentence.
+
+    Attributes:
+        start, end: in seconds; in fractions of the video where its duration is not known.
+        score: higher is better, to be compared among the proposals of one sentence. CNM makes one proposal and does
+            not rate it: 1.
+        center, width: of the Gaussian, fractions of the video.
+    """
+
+    start: float
+    end: float
+    score: float
+    center: float
+    width: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a sentence happens: its best proposal's fields, and all of them.
+
+    Attributes:
+        query: the sentence.
+        proposals: best first, one at least.
+        unknown: the sentence's words that the model does not know and so ignored.
+    """
+
+    query: str
+    proposals: tuple[Proposal, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def best(self) -> Proposal:
+        return self.proposals[0]
+
+    @property
+    def start(self) -> float:
+        return self.best.start
+
+    @property
+    def end(self) -> float:
+        return self.best.end
+
+    @property
+    def score(self) -> float:
+        return self.best.score
+
+    @property
+    def center(self) -> float:
+        return self.best.center
+
+    @property
+    def width(self) -> float:
+        return self.best.width
+
+
+class Localizer:
+    """Finds sentences in videos with a trained model.
+
+    Args:
+        model: in evaluation mode.
+        vocabulary: the words it was trained with.
+
+    Raises:
+        InputError: the vocabulary is not the model's.
+    """
+
+    def __init__(self, model: CNM, vocabulary: Vocabulary) -> None:
+        check_vocabulary(model, vocabulary.words)
+        self.model = model
+        self.vocabulary = vocabulary
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, device: torch.device | str = "cpu", *, vocab: str | Path | None = None
+    ) -> Localizer:
+        """The model of a checkpoint, with the vocabulary stored in it, or else in ``vocab`` or its configuration.
+
+        Raises:
+            InputError: the checkpoint or the vocabulary is missing, unreadable, or does not fit.
+        """
+        content = checkpoint.load(path)
+        model = CNM.from_checkpoint(path, device)
+        if vocab is None and "vocabulary" in content:
+            try:
+                vocabulary = Vocabulary.from_state(content["vocabulary"])
+            except (KeyError, TypeError, AttributeError):
+                raise InputError(f"{path}: its vocabulary cannot be read; write the checkpoint anew") from None
+        else:
+            dataset = model.config.dataset
+            if vocab is not None:
+                dataset = dataset.model_copy(update={"vocab_path": str(vocab)})
+            vocabulary = load_vocabulary(dataset)
+        return cls(model, vocabulary)
+
+    def encode(self, source: np.ndarray | Tensor | str | Path, *, duration: float | None = None) -> Video:
+        """Reads and encodes a video, once for all sentences about it.
+
+        Args:
+            source: features [n, frame_dim], n >= 1, or where they are: ``F.npy`` or ``F.hdf5:VIDEO``.
+            duration: of the video in seconds; without it moments come as fractions of the video.
+
+        Raises:
+            InputError: the features are missing, unreadable, of another width, or hold NaN or infinity; the duration
+                is not positive.
+        """
+        if duration is not None and not 0 < duration < float("inf"):
+            raise InputError(f"duration: must be more than 0 seconds, got {duration:g}")
+        dataset = self.model.config.dataset
+        if isinstance(source, (str, Path)):
+            clips = load_features(str(source), dataset.frame_dim, dataset.max_num_frames)
+        else:
+            clips = pool(_checked(source, dataset.frame_dim), dataset.max_num_frames)
+        frames = torch.from_numpy(clips).to(self._device)[None]
+        return Video(self.model.encode_video(frames, torch.tensor([len(clips)], device=self._device)), duration)
+
+    def find(self, video: Video, sentences: Sequence[str]) -> list[Found]:
+        """Where each sentence happens in an encoded video, in the order given.
+
+        What is beyond the model's ``max_num_words`` known words of a sentence is ignored.
+
+        Raises:
+            InputError: a sentence is empty or has no word of the vocabulary.
+        """
+        sentences = [sentences] if isinstance(sentences, str) else list(sentences)
+        encoded = [self._encode_sentence(sentence) for sentence in sentences]
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]))  # alike in length: less padding
+        found: list[Found | None] = [None] * len(encoded)
+        for start in range(0, len(order), BATCH):
+            places = order[start : start + BATCH]
+            rows = zip(*self._propose(video, [encoded[place][0] for place in places]), strict=True)
+            for place, (centers, widths, scores) in zip(places, rows, strict=True):
+                proposals = self._ranked(centers, widths, scores, video.duration)
+                found[place] = Found(sentences[place], proposals, tuple(encoded[place][1]))
+        return [item for item in found if item is not None]
+
+    def curve(self, proposal: Proposal, points: int) -> np.ndarray:
+        """A proposal's Gaussian at ``points`` equal steps from the video's start to its end: float64, 0 to 1."""
+        center, width = (torch.tensor([value], dtype=torch.float64) for value in (proposal.center, proposal.width))
+        values: np.ndarray = kernels.gaussian_mask(center, width, points, alpha=self.model.alpha)[0].numpy()
+        return values
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.fc_rec.weight.device
+
+    def _encode_sentence(self, sentence: str) -> tuple[np.ndarray, list[str]]:
+        if not sentence.strip():
+            raise InputError("query: is empty; give a sentence")
+        encoded = self.vocabulary.encode(sentence, self.model.config.dataset.max_num_words)
+        if len(encoded.ids) == 0:
+            raise InputError(
+                f"query {sentence!r}: has no word the model knows ({len(self.vocabulary) - 1} words); say it in other "
+                f"words"
+            )
+        return encoded.ids, encoded.unknown
+
+    def _propose(self, video: Video, ids: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """centers, widths and scores of K proposals for each of B sentences: [B, K] float64 each."""
+        lengths = torch.tensor([len(sentence) for sentence in ids])
+        vectors = torch.zeros(len(ids), int(lengths.max()) + 1, self.vocabulary.vectors.shape[1])  # row 0: the start
+        for row, sentence in enumerate(ids):
+            vectors[row, 1 : len(sentence) + 1] = torch.from_numpy(self.vocabulary.vectors[sentence])
+        encoding = video.encoding.select(torch.zeros(len(ids), dtype=torch.int64, device=self._device))
+        center, width = self.model.localize_encoded(encoding, vectors.to(self._device), lengths.to(self._device))
+        centers, widths = (x.double().cpu().numpy()[:, None] for x in (center, width))
+        return centers, widths, np.ones_like(centers)
+
+    def _ranked(
+        self, centers: np.ndarray, widths: np.ndarray, scores: np.ndarray, duration: float | None
+    ) -> tuple[Proposal, ...]:
+        """One sentence's K proposals, best first."""
+        moments = metrics.moments_from_gaussian(centers, widths) * (duration or 1.0)
+        return tuple(
+            Proposal(
+                *(float(value) for value in (*moments[place], scores[place], centers[place], widths[place])),
+            )
+            for place in np.argsort(-scores, kind="stable")
+        )
+
+
+def _checked(features: np.ndarray | Tensor, frame_dim: int) -> np.ndarray:
+    """Features given as an array: [n, frame_dim] float32."""
+    array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else np.asarray(features)
+    if array.ndim != 2 or len(array) == 0 or array.dtype.kind not in "fiu":
+        raise InputError(f"features: hold {array.dtype} of shape {list(array.shape)}, not numbers [n, {frame_dim}]")
+    if array.shape[1] != frame_dim:
+        raise InputError(
+            f"features: are {array.shape[1]} wide, but the model was trained on {frame_dim}; take features of the same "
+            f"kind as in training"
+        )
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise InputError("features: hold NaN or infinity; extract them again")
+    return array
