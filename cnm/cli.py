@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from cnm.commands.demo import demo
 from cnm.commands.evaluate import evaluate_command
+from cnm.commands.extract import extract_command
 from cnm.commands.localize import localize
 from cnm.commands.plant import plant_command
 from cnm.commands.train import train
@@ -83,6 +84,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "train": train,
     "evaluate": evaluate_command,
     "localize": localize,
+    "extract": extract_command,
     "plant": plant_command,
 }
 for name, command in COMMANDS.items():
