@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,9 +21,14 @@ import cnm_kernels as kernels
 from cnm import checkpoint, metrics
 from cnm.data import Vocabulary, load_features, load_vocabulary
 from cnm.data.features import pool
+from cnm.data.origin import Origin, recorded_duration, split_source
 from cnm.errors import InputError
 from cnm.evaluation import check_vocabulary
 from cnm.models.cnm import CNM, VideoEncoding
+
+if TYPE_CHECKING:  # the extra [video]
+    from cnm.video.encoders import Encoder
+    from cnm.video.extract import Sampling
 
 BATCH = 64  # sentences localized at once; more of them gain no speed and cost memory
 
@@ -104,14 +110,23 @@ class Localizer:
         model: in evaluation mode.
         vocabulary: the words it was trained with.
 
+        origin: of the features it was trained on, where it is known.
+
+    Attributes:
+        encoder, sampling: how video files become features; found in ``origin`` when the first one comes, or set by the
+            caller before.
+
     Raises:
         InputError: the vocabulary is not the model's.
     """
 
-    def __init__(self, model: CNM, vocabulary: Vocabulary) -> None:
+    def __init__(self, model: CNM, vocabulary: Vocabulary, origin: Origin | None = None) -> None:
         check_vocabulary(model, vocabulary.words)
         self.model = model
         self.vocabulary = vocabulary
+        self.origin = origin
+        self.encoder: Encoder | None = None
+        self.sampling: Sampling | None = None
 
     @classmethod
     def from_checkpoint(
@@ -134,28 +149,52 @@ class Localizer:
             if vocab is not None:
                 dataset = dataset.model_copy(update={"vocab_path": str(vocab)})
             vocabulary = load_vocabulary(dataset)
-        return cls(model, vocabulary)
+        return cls(model, vocabulary, Origin.from_record(content.get("features")))
 
     def encode(self, source: np.ndarray | Tensor | str | Path, *, duration: float | None = None) -> Video:
         """Reads and encodes a video, once for all sentences about it.
 
         Args:
-            source: features [n, frame_dim], n >= 1, or where they are: ``F.npy`` or ``F.hdf5:VIDEO``.
-            duration: of the video in seconds; without it moments come as fractions of the video.
+            source: features [n, frame_dim], n >= 1; or where they are, ``F.npy`` or ``F.hdf5:VIDEO``; or a video file.
+            duration: of the video in seconds. Otherwise a video file's own, or as recorded beside the features; where
+                neither is known, moments come as fractions of the video.
 
         Raises:
-            InputError: the features are missing, unreadable, of another width, or hold NaN or infinity; the duration
-                is not positive.
+            InputError: as ``encode_features`` and ``encode_video``.
         """
-        if duration is not None and not 0 < duration < float("inf"):
-            raise InputError(f"duration: must be more than 0 seconds, got {duration:g}")
-        dataset = self.model.config.dataset
-        if isinstance(source, (str, Path)):
-            clips = load_features(str(source), dataset.frame_dim, dataset.max_num_frames)
-        else:
-            clips = pool(_checked(source, dataset.frame_dim), dataset.max_num_frames)
-        frames = torch.from_numpy(clips).to(self._device)[None]
-        return Video(self.model.encode_video(frames, torch.tensor([len(clips)], device=self._device)), duration)
+        if not isinstance(source, (str, Path)):
+            return self._encoded(pool(_checked(source, self._frame_dim), self._num_clips), duration)
+        if split_source(str(source)) is not None:
+            return self.encode_features(source, duration=duration)
+        return self.encode_video(source)
+
+    def encode_features(self, source: str | Path, *, duration: float | None = None) -> Video:
+        """``encode`` of a file of features.
+
+        Raises:
+            InputError: the features are missing, unreadable, of another width or encoder, or hold NaN or infinity; the
+                duration is not positive.
+        """
+        source = str(source)
+        clips = load_features(source, self._frame_dim, self._num_clips)
+        split = split_source(source)
+        if split is not None and self.origin is not None:
+            self.origin.check(Origin.of(split[0]), source)
+        return self._encoded(clips, recorded_duration(source) if duration is None else duration)
+
+    def encode_video(self, path: str | Path) -> Video:
+        """``encode`` of a video file, whose features are extracted as the training's were.
+
+        Raises:
+            InputError: the video cannot be read, the training's encoder is not known or cannot be loaded, or its
+                features are of another width.
+        """
+        from cnm.video.extract import video_features
+
+        encoder, sampling = self._extraction(path)
+        found = video_features(path, encoder, sampling)
+        clips = pool(_checked(found.features, self._frame_dim), self._num_clips)
+        return self._encoded(clips, found.duration)
 
     def find(self, video: Video, sentences: Sequence[str]) -> list[Found]:
         """Where each sentence happens in an encoded video, in the order given.
@@ -183,8 +222,46 @@ class Localizer:
         values: np.ndarray = kernels.gaussian_mask(center, width, points, alpha=self.model.alpha)[0].numpy()
         return values
 
+    def _extraction(self, path: str | Path) -> tuple[Encoder, Sampling]:
+        """The encoder and the sampling of video files, loaded once."""
+        from cnm.video.encoders import Encoder
+        from cnm.video.extract import Sampling
+
+        if self.encoder is None:
+            if self.origin is None:
+                raise InputError(
+                    f"{path}: the checkpoint does not say which encoder made its features; name it (--encoder), or "
+                    f"extract the features first"
+                )
+            self.encoder = Encoder(self.origin.encoder, self.device)
+        if self.origin is not None:
+            made = Origin(self.encoder.name, self.encoder.weights_sha256, None, None)
+            self.origin.check(made, str(path))
+        if self.encoder.width != self._frame_dim:
+            raise InputError(
+                f"{path}: the features of {self.encoder.name} are {self.encoder.width} wide, but the model was trained "
+                f"on {self._frame_dim}; name its own encoder"
+            )
+        if self.sampling is None:
+            self.sampling = Sampling.default() if self.origin is None else Sampling.of(self.origin)
+        return self.encoder, self.sampling
+
+    def _encoded(self, clips: np.ndarray, duration: float | None) -> Video:
+        if duration is not None and not 0 < duration < float("inf"):
+            raise InputError(f"duration: must be more than 0 seconds, got {duration:g}")
+        frames = torch.from_numpy(clips).to(self.device)[None]
+        return Video(self.model.encode_video(frames, torch.tensor([len(clips)], device=self.device)), duration)
+
     @property
-    def _device(self) -> torch.device:
+    def _frame_dim(self) -> int:
+        return self.model.config.dataset.frame_dim
+
+    @property
+    def _num_clips(self) -> int:
+        return self.model.config.dataset.max_num_frames
+
+    @property
+    def device(self) -> torch.device:
         return self.model.fc_rec.weight.device
 
     def _encode_sentence(self, sentence: str) -> tuple[np.ndarray, list[str]]:
@@ -204,8 +281,8 @@ class Localizer:
         vectors = torch.zeros(len(ids), int(lengths.max()) + 1, self.vocabulary.vectors.shape[1])  # row 0: the start
         for row, sentence in enumerate(ids):
             vectors[row, 1 : len(sentence) + 1] = torch.from_numpy(self.vocabulary.vectors[sentence])
-        encoding = video.encoding.select(torch.zeros(len(ids), dtype=torch.int64, device=self._device))
-        center, width = self.model.localize_encoded(encoding, vectors.to(self._device), lengths.to(self._device))
+        encoding = video.encoding.select(torch.zeros(len(ids), dtype=torch.int64, device=self.device))
+        center, width = self.model.localize_encoded(encoding, vectors.to(self.device), lengths.to(self.device))
         centers, widths = (x.double().cpu().numpy()[:, None] for x in (center, width))
         return centers, widths, np.ones_like(centers)
 

@@ -10,29 +10,27 @@ import typer
 from cnm.commands.common import Device, DeviceOption, chosen_device
 from cnm.errors import InputError
 
-STRIDE = 8  # frames, as CNM's CLIP features were made
-
-EncoderOption = Annotated[
-    str,
-    typer.Option(
-        help="clip-vit-b32 (OpenAI's weights), efficientnet-lite0 (weights come with pip), timm/NAME or "
-        "torchvision/NAME where installed."
-    ),
-]
+ENCODER_HELP = (
+    "clip-vit-b32 (OpenAI's weights), efficientnet-lite0 (weights come with pip), timm/NAME or torchvision/NAME where "
+    "installed."
+)
 WeightsOption = Annotated[
     Path | None, typer.Option(help="A file of the encoder's weights (.safetensors), where they cannot be downloaded.")
 ]
+
+StrideOption = Annotated[
+    int | None, typer.Option(help="One feature every so many frames; 8 where neither this nor --rate is given.")
+]
+RateOption = Annotated[float | None, typer.Option(help="Features a second, whatever the frame rate.")]
 
 
 def extract_command(
     videos: Annotated[list[Path], typer.Argument(help="Video files, and folders of them.")],
     output: Annotated[Path, typer.Option(help="F.hdf5, or a folder of one .npy per video; goes on where it was.")],
-    encoder: EncoderOption = "clip-vit-b32",
+    encoder: Annotated[str, typer.Option(help=ENCODER_HELP)] = "clip-vit-b32",
     weights: WeightsOption = None,
-    stride: Annotated[
-        int | None, typer.Option(help=f"Every so many frames one feature; {STRIDE} if not --rate.")
-    ] = None,
-    rate: Annotated[float | None, typer.Option(help="Features a second, whatever the frame rate.")] = None,
+    stride: StrideOption = None,
+    rate: RateOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once; no more are kept in memory.")] = 32,
     device: DeviceOption = Device.auto,
 ) -> None:
@@ -49,7 +47,7 @@ def extract_command(
     from cnm.video.encoders import Encoder
     from cnm.video.extract import Sampling, extract
 
-    sampling = Sampling(STRIDE if stride is None and rate is None else stride, rate)
+    sampling = Sampling.default(stride, rate)
     paths = [path for given in videos for path in _files(given)]
     loaded = Encoder(encoder, chosen_device(device), weights=weights)
     result = extract(paths, output, loaded, sampling, batch=batch_size, progress=True)

@@ -17,23 +17,31 @@ from cnm.commands.common import (
     moment_text,
     picture,
 )
+from cnm.commands.extract import ENCODER_HELP, RateOption, StrideOption, WeightsOption
 from cnm.errors import InputError
 from cnm.files import replace_file
-from cnm.localizer import Found, Localizer
+from cnm.localizer import Found, Localizer, Video
 from cnm.metrics import moments_from_gaussian
 
 
 def localize(
     checkpoint_path: CheckpointOption,
-    features: Annotated[
-        str, typer.Option(metavar="F.npy|F.hdf5:ID", help="The video's features, [frames, frame_dim].")
-    ],
     query: Annotated[str, typer.Option(help="The sentence to find.")],
-    duration: Annotated[float | None, typer.Option(help="Length of the video in seconds: answers in seconds.")] = None,
+    features: Annotated[
+        str | None, typer.Option(metavar="F.npy|F.hdf5:ID", help="The video's features, [frames, frame_dim].")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="Or the video itself; needs the extra [video].")] = None,
+    duration: Annotated[
+        float | None, typer.Option(help="Of the video whose --features are given, in seconds: answers in seconds.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the Gaussian over time, to this PNG file.")] = None,
     vocab: Annotated[
         Path | None, typer.Option(help="Word vectors, for a published checkpoint, which does not hold them.")
     ] = None,
+    encoder: Annotated[str | None, typer.Option(help=ENCODER_HELP)] = None,
+    weights: WeightsOption = None,
+    stride: StrideOption = None,
+    rate: RateOption = None,
     device: DeviceOption = Device.auto,
     as_json: JsonOption = False,
 ) -> None:
@@ -43,20 +51,46 @@ def localize(
     Example:
       cnm localize --checkpoint runs/first/best.pt --features i3d_features.hdf5:3MSZA \\
           --query "a person turns on the light" --duration 30.96 --plot found.png
+      cnm localize --checkpoint runs/first/best.pt --video 3MSZA.mp4 --query "a person turns on the light"
+
+    A --video becomes features as those of the training did (the checkpoint says how, where `cnm extract` made them);
+    --encoder, --weights, --stride and --rate say otherwise.
     """
+    if (features is None) == (video is None):
+        raise InputError("give either --features or --video, not both")
+    if video is not None and duration is not None:
+        raise InputError("--duration: a --video has its own; leave it out")
     if duration is not None and not 0 < duration < float("inf"):
         raise InputError(f"--duration: must be more than 0 seconds, got {duration:g}")
     localizer = Localizer.from_checkpoint(checkpoint_path, chosen_device(device), vocab=vocab)
-    video = localizer.encode(features, duration=duration)
-    [found] = localizer.find(video, [query])
+    if video is not None:
+        encoded = _encode_video(localizer, video, encoder, weights, stride, rate)
+    else:
+        encoded = localizer.encode_features(str(features), duration=duration)
+    [found] = localizer.find(encoded, [query])
     if plot is not None:
-        replace_file(plot, picture(found, localizer.model.alpha, video.duration))
+        replace_file(plot, picture(found, localizer.model.alpha, encoded.duration))
     if as_json:
-        typer.echo(json.dumps(_as_json(found, video.duration)))
+        typer.echo(json.dumps(_as_json(found, encoded.duration)))
         return
     if found.unknown:
         typer.echo(f"note: words the model does not know are ignored: {', '.join(found.unknown)}", err=True)
-    typer.echo(moment_text(found, video.duration))
+    typer.echo(moment_text(found, encoded.duration))
+
+
+def _encode_video(
+    localizer: Localizer, path: Path, encoder: str | None, weights: Path | None, stride: int | None, rate: float | None
+) -> Video:
+    from cnm.video.encoders import Encoder
+    from cnm.video.extract import Sampling
+
+    if encoder is None and weights is not None and localizer.origin is not None:
+        encoder = localizer.origin.encoder
+    if encoder is not None:
+        localizer.encoder = Encoder(encoder, localizer.device, weights=weights)
+    if stride is not None or rate is not None:
+        localizer.sampling = Sampling(stride, rate)
+    return localizer.encode_video(path)
 
 
 def _as_json(found: Found, duration: float | None) -> dict[str, Any]:

@@ -17,12 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from cnm.config import read_json
+from cnm.data.origin import HDF5_SUFFIXES, Origin, record_path
 from cnm.errors import InputError
 from cnm.files import cannot_write, replace_file
 from cnm.video.decode import VideoFile, require_av
 from cnm.video.encoders import Encoder
 
-HDF5_SUFFIXES = (".hdf5", ".h5", ".hdf")
+STRIDE = 8  # frames between features, where nobody says
 BATCH = 32  # pictures that are encoded at once; no more of a video is ever in memory
 
 
@@ -36,6 +37,16 @@ class Sampling:
 
     stride: int | None = None
     rate: float | None = None
+
+    @classmethod
+    def default(cls, stride: int | None = None, rate: float | None = None) -> Sampling:
+        """As asked for; where nothing is, as CNM's CLIP features were made."""
+        return cls(STRIDE if stride is None and rate is None else stride, rate)
+
+    @classmethod
+    def of(cls, origin: Origin) -> Sampling:
+        """As features of this origin were sampled."""
+        return cls.default(origin.stride, origin.rate)
 
     def __post_init__(self) -> None:
         if (self.stride is None) == (self.rate is None):
@@ -77,12 +88,6 @@ def video_features(path: str | Path, encoder: Encoder, sampling: Sampling, batch
         while taken := list(islice(images, batch)):
             parts.append(encoder(taken))
         return VideoFeatures(np.concatenate(parts), video.duration, video.frames, float(video.rate))
-
-
-def record_path(output: str | Path) -> Path:
-    """Where the record of a feature file or folder lies."""
-    output = Path(output)
-    return output.with_name(f"{output.name}.json")
 
 
 def extract(
