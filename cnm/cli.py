@@ -15,6 +15,7 @@ from cnm.commands.evaluate import evaluate_command
 from cnm.commands.extract import extract_command
 from cnm.commands.localize import localize
 from cnm.commands.plant import plant_command
+from cnm.commands.report import report_command
 from cnm.commands.train import train
 from cnm.errors import InputError
 from cnm.training.trainer import Interrupted
@@ -85,6 +86,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "evaluate": evaluate_command,
     "localize": localize,
     "extract": extract_command,
+    "report": report_command,
     "plant": plant_command,
 }
 for name, command in COMMANDS.items():
