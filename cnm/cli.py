@@ -10,6 +10,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
+from cnm.commands.app import app_command
 from cnm.commands.demo import demo
 from cnm.commands.evaluate import evaluate_command
 from cnm.commands.extract import extract_command
@@ -87,6 +88,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "localize": localize,
     "extract": extract_command,
     "report": report_command,
+    "app": app_command,
     "plant": plant_command,
 }
 for name, command in COMMANDS.items():
