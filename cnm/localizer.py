@@ -1,9 +1,13 @@
-"""From a checkpoint, a video and sentences to moments: what a program needs, in three calls.
+"""From a checkpoint, a video and sentences to moments.
 
-localizer = cnm.Localizer.from_checkpoint("runs/first/best.pt")
-video = localizer.encode("features.hdf5:3MSZA", duration=30.96)
-for found in localizer.find(video, ["a person opens the door"]):
-    print(found.query, found.start, found.end, found.score)
+What a program needs::
+
+    import cnm
+
+    localizer = cnm.Localizer.from_checkpoint("runs/first/best.pt")
+    video = localizer.encode("video.mp4")  # or features: an array, "F.npy" or "F.hdf5:VIDEO"
+    for found in localizer.find(video, ["a person opens the door", "a dog runs"]):
+        print(f"{found.start:.1f} to {found.end:.1f} s, score {found.score:.2f}: {found.query}")
 """
 
 from __future__ import annotations
