@@ -4,6 +4,7 @@ import cnm_kernels  # isort: skip  # noqa: F401  # before torch, whose threads i
 
 from cnm.config import CNMConfig, Config, CPLConfig
 from cnm.errors import InputError
+from cnm.localizer import Localizer
 from cnm.models import load_checkpoint
 from cnm.models.cnm import CNM
 from cnm.models.cpl import CPL
@@ -17,6 +18,7 @@ __all__ = [
     "Config",
     "InputError",
     "LeanStep",
+    "Localizer",
     "PublishedStep",
     "load_checkpoint",
 ]

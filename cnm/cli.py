@@ -15,11 +15,14 @@ import torch
 import typer
 from typer.core import TyperGroup
 
+from cnm.commands.app import app_command
 from cnm.commands.config import config_command
 from cnm.commands.demo import demo
 from cnm.commands.evaluate import evaluate_command
+from cnm.commands.extract import extract_command
 from cnm.commands.localize import localize
 from cnm.commands.plant import plant_command
+from cnm.commands.report import report_command
 from cnm.commands.train import train
 from cnm.errors import InputError
 from cnm.files import printable
@@ -118,6 +121,9 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "train": train,
     "evaluate": evaluate_command,
     "localize": localize,
+    "extract": extract_command,
+    "report": report_command,
+    "app": app_command,
     "plant": plant_command,
     "config": config_command,
 }

@@ -12,13 +12,12 @@ from typing import Annotated
 import torch
 import typer
 
-from cnm import checkpoint, metrics
+from cnm import checkpoint, metrics, plot
 from cnm.config import Config
-from cnm.data import Vocabulary, load_vocabulary
+from cnm.data import Vocabulary
 from cnm.errors import InputError
-from cnm.evaluation import check_vocabulary
-from cnm.localization import Found, Moment
-from cnm.models import Model, load_checkpoint
+from cnm.localizer import Found, Proposal
+from cnm.models import Model
 from cnm.training.run_folder import RunFolder
 
 DATA_PATHS = ("feature_path", "vocab_path", "train_data", "val_data", "test_data")  # of the dataset section
@@ -135,10 +134,18 @@ def _print_table(title: str, rows: dict[str, dict[str, float]], names: tuple[str
         typer.echo(f"{name:<{width}}" + "".join(f"{scores[score]:>9.4f}" for score in names))
 
 
-def moment_text(found: Found | Moment, duration: float | None) -> str:
-    scale, unit = (1.0, "of the video") if duration is None else (duration, "s")
-    digits = 3 if duration is None else 1
-    return f"{found.start * scale:.{digits}f} to {found.end * scale:.{digits}f} {unit}"
+def moment_text(found: Found | Proposal, duration: float | None) -> str:
+    digits, unit = (3, "of the video") if duration is None else (1, "s")
+    return f"{found.start:.{digits}f} to {found.end:.{digits}f} {unit}"
+
+
+def picture(found: Found, model: Model, duration: float | None, true: tuple[float, float] | None = None) -> bytes:
+    """A PNG of the Gaussians and the moment over time; ``duration`` and the ``true`` moment in seconds."""
+    others = tuple((other.center, other.width) for other in found.proposals[1:])
+    item = plot.Localization(
+        found.query, found.center, found.width, model.alpha, duration, true, model.min_width, others
+    )
+    return plot.localizations([item])
 
 
 def chosen_device(device: Device) -> torch.device:
@@ -160,23 +167,3 @@ def stored_vocabulary(path: Path) -> Vocabulary | None:
     """The vocabulary in a checkpoint; published ones hold none."""
     state = checkpoint.load(path).get("vocabulary")
     return None if state is None else Vocabulary.from_state(state)
-
-
-def load_model(path: Path, device: torch.device, *, vocab: Path | None = None) -> tuple[Model, Vocabulary]:
-    """A checkpoint's model, and its vocabulary: stored with it, or else in ``vocab`` or its configuration."""
-    model = load_checkpoint(path, device)
-    stored = stored_vocabulary(path) if vocab is None else None
-    if stored is not None:
-        vocabulary = stored
-        width, expected = vocabulary.vectors.shape[1], model.config.dataset.word_dim
-        if width != expected:
-            raise InputError(
-                f"{path}: its word vectors are {width} wide, but its dataset.word_dim is {expected}; write it anew"
-            )
-    else:
-        dataset = model.config.dataset
-        if vocab is not None:
-            dataset = dataset.model_copy(update={"vocab_path": str(vocab)})
-        vocabulary = load_vocabulary(dataset)
-    check_vocabulary(model, vocabulary.words)
-    return model, vocabulary

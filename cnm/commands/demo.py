@@ -17,13 +17,13 @@ from cnm.commands.common import (
     PrecisionOption,
     chosen_device,
     chosen_precision,
-    load_model,
     moment_text,
+    picture,
     program,
 )
 from cnm.commands.train import train_and_report
 from cnm.files import replace_file
-from cnm.localization import localize_query, picture
+from cnm.localizer import Localizer
 from cnm.training.run_folder import RunFolder
 from cnm.training.trainer import Trainer
 
@@ -52,14 +52,14 @@ def demo(
     trainer = Trainer(config, out, device=chosen_device(device), precision=chosen_precision(precision, device))
     result = train_and_report(trainer)
 
-    model, vocabulary = load_model(result.checkpoint, chosen_device(device))
+    localizer = Localizer.from_checkpoint(result.checkpoint, chosen_device(device))
     split = trainer.test_split
     sample = split.samples[0]
     features = split.batch(np.arange(1)).frames[0].float().numpy()
     np.save(out / "example.npy", features)
-    found = localize_query(model, vocabulary, features, sample.sentence)
+    [found] = localizer.find(localizer.encode(features, duration=sample.duration), [sample.sentence])
     plot_path = out / "pictures" / "example.png"
-    replace_file(plot_path, picture(found, model, sample.duration, sample.moment))
+    replace_file(plot_path, picture(found, localizer.model, sample.duration, sample.moment))
     start, end = sample.moment
     typer.echo(
         f'\n"{sample.sentence}"\n  found: {moment_text(found, sample.duration)}\n  true:  {start:.1f} s to {end:.1f} s'

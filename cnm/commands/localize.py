@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,28 +15,36 @@ from cnm.commands.common import (
     JsonOption,
     MasksOption,
     chosen_device,
-    load_model,
     moment_text,
+    picture,
 )
-from cnm.data import load_features
+from cnm.commands.extract import ENCODER_HELP, RateOption, StrideOption, WeightsOption
 from cnm.data.annotations import LONGEST_SECONDS
 from cnm.errors import InputError
 from cnm.files import replace_file
-from cnm.localization import localize_query, picture
+from cnm.localizer import Found, Localizer, Proposal, Video
+from cnm.metrics import moments_from_gaussian
 from cnm.models import Scoring
 
 
 def localize(
     checkpoint_path: CheckpointOption,
-    features: Annotated[
-        str, typer.Option(metavar="F.npy|F.hdf5:ID", help="The video's features, [frames, frame_dim].")
-    ],
     query: Annotated[str, typer.Option(help="The sentence to find.")],
-    duration: Annotated[float | None, typer.Option(help="Length of the video in seconds: answers in seconds.")] = None,
+    features: Annotated[
+        str | None, typer.Option(metavar="F.npy|F.hdf5:ID", help="The video's features, [frames, frame_dim].")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="Or the video itself; needs the extra [video].")] = None,
+    duration: Annotated[
+        float | None, typer.Option(help="Of the video whose --features are given, in seconds: answers in seconds.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the Gaussian over time, to this PNG file.")] = None,
     vocab: Annotated[
         Path | None, typer.Option(help="Word vectors, for a published checkpoint, which does not hold them.")
     ] = None,
+    encoder: Annotated[str | None, typer.Option(help=ENCODER_HELP)] = None,
+    weights: WeightsOption = None,
+    stride: StrideOption = None,
+    rate: RateOption = None,
     device: DeviceOption = Device.auto,
     top: Annotated[
         int, typer.Option(min=1, help="How many of the model's proposals to print, best first, with their scores.")
@@ -51,25 +58,65 @@ def localize(
     Example:
       cnm localize --checkpoint runs/first/best.pt --features i3d_features.hdf5:3MSZA \\
           --query "a person turns on the light" --duration 30.96 --plot found.png
+      cnm localize --checkpoint runs/first/best.pt --video 3MSZA.mp4 --query "a person turns on the light"
+
+    A --video becomes features as those of the training did (the checkpoint says how, where `cnm extract` made them);
+    --encoder, --weights, --stride and --rate say otherwise.
     """
+    if (features is None) == (video is None):
+        raise InputError("give either --features or --video, not both")
+    if video is not None and duration is not None:
+        raise InputError("--duration: a --video has its own; leave it out")
     if duration is not None and not 0 < duration <= LONGEST_SECONDS:
         raise InputError(f"--duration: must be more than 0 seconds and at most {LONGEST_SECONDS:g}, got {duration:g}")
-    model, vocabulary = load_model(checkpoint_path, chosen_device(device), vocab=vocab)
-    dataset = model.config.dataset
-    clips = load_features(features, dataset.frame_dim, dataset.max_num_frames)
-    found = localize_query(model, vocabulary, clips, query, Scoring(masks))
+    localizer = Localizer.from_checkpoint(checkpoint_path, chosen_device(device), vocab=vocab)
+    if video is not None:
+        encoded = _encode_video(localizer, video, encoder, weights, stride, rate)
+    else:
+        encoded = localizer.encode_features(str(features), duration=duration)
+    [found] = localizer.find(encoded, [query], scoring=Scoring(masks))
     if plot is not None:
-        replace_file(plot, picture(found, model, duration))
-    found = replace(found, others=found.others[: top - 1])
+        replace_file(plot, picture(found, localizer.model, encoded.duration))
+    shown = found.proposals[:top]
     if as_json:
-        content = asdict(found)
-        if duration is not None:
-            for moment in (content, *content["others"]):
-                moment |= {f"{name}_seconds": moment[name] * duration for name in ("start", "end")}
-        typer.echo(json.dumps(content, allow_nan=False))
+        typer.echo(json.dumps(_as_json(found, shown, encoded.duration), allow_nan=False))
         return
     if found.unknown:
         typer.echo(f"note: words the model does not know are ignored: {', '.join(found.unknown)}", err=True)
-    typer.echo(moment_text(found, duration) + (f", score {found.score:.3f}" if top > 1 and found.others else ""))
-    for other in found.others:
-        typer.echo(f"{moment_text(other, duration)}, score {other.score:.3f}")
+    for proposal in shown:
+        score = f", score {proposal.score:.3f}" if len(shown) > 1 else ""
+        typer.echo(moment_text(proposal, encoded.duration) + score)
+
+
+def _encode_video(
+    localizer: Localizer, path: Path, encoder: str | None, weights: Path | None, stride: int | None, rate: float | None
+) -> Video:
+    from cnm.video.encoders import Encoder
+    from cnm.video.extract import Sampling
+
+    if encoder is None and weights is not None and localizer.origin is not None:
+        encoder = localizer.origin.encoder
+    if encoder is not None:
+        localizer.encoder = Encoder(encoder, localizer.device, weights=weights)
+    if stride is not None or rate is not None:
+        localizer.sampling = Sampling(stride, rate)
+    return localizer.encode_video(path)
+
+
+def _as_json(found: Found, shown: tuple[Proposal, ...], duration: float | None) -> dict[str, Any]:
+    """The best proposal's numbers, and those of the others that are shown."""
+    best, *others = (_proposal_as_json(proposal, duration) for proposal in shown)
+    return {"query": found.query} | best | {"unknown": list(found.unknown), "others": others}
+
+
+def _proposal_as_json(proposal: Proposal, duration: float | None) -> dict[str, float]:
+    """In fractions of the video, and in seconds where they are known."""
+    start, end = moments_from_gaussian(proposal.center, proposal.width).tolist()
+    content = {
+        "center": proposal.center,
+        "width": proposal.width,
+        "start": start,
+        "end": end,
+        "score": proposal.score,
+    }
+    return content | ({} if duration is None else {"start_seconds": proposal.start, "end_seconds": proposal.end})

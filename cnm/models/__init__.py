@@ -7,6 +7,7 @@ A model is a file here (a ``Model``), its training steps a file in ``cnm.trainin
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from cnm.models.base import Model, Proposals, Scoring, VideoEncoding
 from cnm.models.cnm import CNM
 from cnm.models.cpl import CPL
 
-__all__ = ["MODELS", "Model", "Proposals", "Scoring", "VideoEncoding", "build", "load_checkpoint"]
+__all__ = ["MODELS", "Model", "Proposals", "Scoring", "VideoEncoding", "build", "load_checkpoint", "load_content"]
 
 MODELS: dict[str, type[Model]] = {"CNM": CNM, "CPL": CPL}  # by model.name of the configuration
 
@@ -32,6 +33,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Mod
     Raises:
         InputError: the file is missing, no checkpoint, or its parameters do not fit its configuration.
     """
-    content = checkpoint.load(path)
+    return load_content(checkpoint.load(path), path, device)
+
+
+def load_content(content: dict[str, Any], path: str | Path, device: torch.device | str = "cpu") -> Model:
+    """``load_checkpoint`` of what ``cnm.checkpoint.load`` gave; ``path`` is for messages."""
     name = Config.from_json(content["config"], f"{path}: config").model.name
     return MODELS[name].from_content(content, path, device)

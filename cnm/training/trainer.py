@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from cnm import checkpoint, metrics, plot
 from cnm.config import Config
 from cnm.data import Batch, BatchLoader, Split, open_split
+from cnm.data.origin import Origin
 from cnm.distributed import Group
 from cnm.errors import InputError
 from cnm.evaluation import Evaluation, check_vocabulary, evaluate
@@ -359,7 +360,9 @@ class Trainer:
         replace_file(self.run.pictures / "localizations.png", plot.localizations(items))
 
     def _model_state(self) -> dict[str, Any]:
+        origin = Origin.of(self.config.dataset.feature_path)
         return {
+            **({} if origin is None else {"features": origin.to_dict()}),
             "num_updates": self.step.num_updates,
             "config": self.config.to_dict(),
             "model_parameters": self.model.state_dict(),

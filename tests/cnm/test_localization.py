@@ -10,7 +10,7 @@ from small_runs import synthetic_config
 from cnm import CNM, InputError
 from cnm.data import load_features, load_vocabulary
 from cnm.data.features import pool
-from cnm.localization import localize_query
+from cnm.localizer import Found, Localizer
 
 CONFIG = synthetic_config()
 T, FRAME_DIM = CONFIG.dataset.max_num_frames, CONFIG.dataset.frame_dim
@@ -28,15 +28,18 @@ def frames(n: int, dtype: type = np.float32) -> np.ndarray:
     return np.random.default_rng(n).standard_normal((n, FRAME_DIM)).astype(dtype)
 
 
+def find(model: CNM, features: np.ndarray, query: str) -> Found:
+    localizer = Localizer(model, VOCABULARY)
+    return localizer.find(localizer.encode(features), [query])[0]
+
+
 @pytest.mark.parametrize("n", [1, 5, T, 3 * T + 1])
 def test_unpooled_frames_are_averaged_as_in_training(model: CNM, tmp_path: object, n: int) -> None:
     path = f"{tmp_path}/video.npy"
     np.save(path, frames(n))
-    expected = localize_query(model, VOCABULARY, load_features(path, FRAME_DIM, T), QUERY)
-    assert localize_query(model, VOCABULARY, frames(n), QUERY) == expected
-    assert localize_query(model, VOCABULARY, frames(n).astype(np.float64), QUERY).center == pytest.approx(
-        expected.center, abs=1e-5
-    )
+    expected = find(model, load_features(path, FRAME_DIM, T), QUERY)
+    assert find(model, frames(n), QUERY) == expected
+    assert find(model, frames(n).astype(np.float64), QUERY).center == pytest.approx(expected.center, abs=1e-5)
 
 
 def test_a_batch_of_unpooled_frames_is_averaged_row_by_row(model: CNM) -> None:
@@ -73,4 +76,4 @@ def test_float64_inputs_work_beside_float32_ones(model: CNM, wide: str) -> None:
 @pytest.mark.parametrize("query", ["  ", "xylophone zither"])
 def test_messages_name_the_argument(model: CNM, query: str) -> None:
     with pytest.raises(InputError, match=r"^query"):
-        localize_query(model, VOCABULARY, frames(T), query)
+        find(model, frames(T), query)

@@ -1,0 +1,72 @@
+"""``cnm extract``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cnm.commands.common import Device, DeviceOption, chosen_device
+from cnm.errors import InputError
+
+ENCODER_HELP = (
+    "clip-vit-b32 (OpenAI's weights), efficientnet-lite0 (weights come with pip), timm/NAME or torchvision/NAME where "
+    "installed."
+)
+WeightsOption = Annotated[
+    Path | None, typer.Option(help="A file of the encoder's weights (.safetensors), where they cannot be downloaded.")
+]
+
+StrideOption = Annotated[
+    int | None, typer.Option(help="One feature every so many frames; 8 where neither this nor --rate is given.")
+]
+RateOption = Annotated[float | None, typer.Option(help="Features a second, whatever the frame rate.")]
+
+
+def extract_command(
+    videos: Annotated[list[Path], typer.Argument(help="Video files, and folders of them.")],
+    output: Annotated[Path, typer.Option(help="F.hdf5, or a folder of one .npy per video; goes on where it was.")],
+    encoder: Annotated[str, typer.Option(help=ENCODER_HELP)] = "clip-vit-b32",
+    weights: WeightsOption = None,
+    stride: StrideOption = None,
+    rate: RateOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once; no more are kept in memory.")] = 32,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Turns videos into features for training and localizing. Needs `pip install 'cnm-kernels[video]'`.
+
+    Pictures are scaled to the encoder's size on the short side (224) and cut to the center. Beside the output lies
+    OUTPUT.json: encoder, checksum of its weights, stride or rate, durations, and the files that could not be read.
+
+    \b
+    Example:
+      cnm extract videos/*.mp4 --output clip.hdf5
+      cnm extract videos --output features --encoder efficientnet-lite0 --rate 2
+    """
+    from cnm.video.encoders import Encoder
+    from cnm.video.extract import Sampling, extract
+
+    sampling = Sampling.default(stride, rate)
+    paths = [path for given in videos for path in _files(given)]
+    loaded = Encoder(encoder, chosen_device(device), weights=weights)
+    result = extract(paths, output, loaded, sampling, batch=batch_size, progress=True)
+    for reason in result.broken.values():
+        typer.echo(f"skipped: {reason}", err=True)
+    if not (result.done or result.already):
+        raise InputError(f"none of {len(paths)} videos could be read; see above")
+    before = f", {len(result.already)} were there before" if result.already else ""
+    typer.echo(
+        f"{output}: features of {len(result.done)} videos, {loaded.width} wide{before}; "
+        f"{len(result.broken)} could not be read"
+    )
+
+
+def _files(given: Path) -> list[Path]:
+    """The videos meant: a file itself, or all files right inside a folder."""
+    if not given.is_dir():
+        return [given]
+    found = sorted(path for path in given.iterdir() if path.is_file() and not path.name.startswith("."))
+    if not found:
+        raise InputError(f"{given}: is an empty folder; give videos")
+    return found

@@ -1,0 +1,35 @@
+"""``cnm report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cnm.commands.common import Device, DeviceOption, SplitName, chosen_device, print_notes
+from cnm.files import replace_file
+
+
+def report_command(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    output: Annotated[Path | None, typer.Option(help="The page to write; RUN/report.html where not given.")] = None,
+    split: Annotated[SplitName, typer.Option(help="Which sentences to show and score.")] = SplitName.test,
+    sentences: Annotated[int, typer.Option(min=1, help="At most so many, evenly from the best to the worst.")] = 200,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Writes a run as one HTML page: curves, scores beside baselines, sentences with their Gaussians, configuration.
+
+    \b
+    Example:
+      cnm report runs/first
+    """
+    from cnm.report import write_report
+    from cnm.training.finished import FinishedRun
+
+    finished = FinishedRun(run, chosen_device(device))
+    data = finished.split(split.value)
+    print_notes(data.notes)
+    path = output or run / "report.html"
+    replace_file(path, write_report(finished, data, sentences).encode())
+    typer.echo(f"{path}: open it in a browser")

@@ -1,0 +1,77 @@
+"""What a run left behind, read again: its localizer, its splits, its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cnm import metrics
+from cnm.data import Sample, Split, open_split
+from cnm.errors import InputError
+from cnm.localizer import Found, Localizer, Video
+from cnm.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sentence of a split, what was found for it, and how well: IoU with the true moment, 0 to 1."""
+
+    sample: Sample
+    found: Found
+    iou: float
+
+
+class FinishedRun:
+    """A folder that ``cnm train`` wrote.
+
+    Attributes:
+        checkpoint: the best one, or the last where none was chosen.
+        rows: of ``metrics.jsonl``.
+
+    Raises:
+        InputError: the folder holds no checkpoint.
+    """
+
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+        folder = RunFolder(path)
+        self.path = folder.path
+        self.checkpoint = folder.best if folder.best.is_file() else folder.last
+        if not self.checkpoint.is_file():
+            raise InputError(f"{path}: is no finished run, it has neither best.pt nor last.pt; give a run's folder")
+        self.rows = folder.rows()
+        self.localizer = Localizer.from_checkpoint(self.checkpoint, device)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.localizer.model.config.to_dict()
+
+    def split(self, name: str) -> Split:
+        """One of the run's splits; ``train``, ``val`` or ``test``."""
+        if name not in ("train", "val", "test"):
+            raise InputError(f"split {name}: choose train, val or test")
+        return open_split(self.localizer.model.config.dataset, name)  # type: ignore[arg-type]
+
+    def encode(self, split: Split, index: int) -> Video:
+        """The video of a split's sentence, encoded."""
+        features = split.batch(np.array([index])).frames[0].float()
+        return self.localizer.encode(features, duration=split.samples[index].duration)
+
+    def answers(self, split: Split) -> Iterator[Answer]:
+        """Every sentence of a split that has a known word, localized, video by video."""
+        places: dict[str, list[int]] = {}
+        for index, sample in enumerate(split.samples):
+            if len(self.localizer.vocabulary.encode(sample.sentence, 1).ids):
+                places.setdefault(sample.video, []).append(index)
+        for indices in places.values():
+            video = self.encode(split, indices[0])
+            samples = [split.samples[index] for index in indices]
+            for sample, found in zip(
+                samples, self.localizer.find(video, [sample.sentence for sample in samples]), strict=True
+            ):
+                iou = float(metrics.iou((found.start, found.end), sample.moment))
+                yield Answer(sample, found, iou)

@@ -1,0 +1,177 @@
+"""Frames of a video at regular times, one after the other, as a player would show them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cnm.errors import InputError
+
+MOST_PIXELS = 1 << 26  # of a frame, 8192 x 8192: what a file declares costs nothing to write and memory to decode
+TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
+CUT_SHORT = 0.9  # a file whose frames last less than this part of what it declares is broken
+
+
+def require_av() -> Any:
+    """The module ``av``.
+
+    Raises:
+        InputError: PyAV is not installed.
+    """
+    try:
+        import av
+        import av.logging
+    except ImportError as error:
+        raise InputError(f"reading videos needs PyAV ({error}): pip install 'cnm-kernels[video]'") from None
+    av.logging.set_level(av.logging.PANIC)  # what is wrong with a file is said by our errors
+    return av
+
+
+class VideoFile:
+    """An open video, read once from its start to its end.
+
+    Args:
+        path: any file that FFmpeg reads.
+
+    Attributes:
+        rate: frames per second on average, as declared.
+        duration: seconds, known once all frames were read: from the first frame's start to the last one's end.
+        frames: how many were decoded so far.
+
+    Raises:
+        InputError: the file is missing, is no video, has no video stream, or its frames are too large.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        self.duration = 0.0
+        self.frames = 0
+        if not Path(path).is_file():
+            raise InputError(f"{path}: there is no such video; check the path")
+        av = require_av()
+        self._errors: type[Exception] = av.error.FFmpegError
+        with self._readable():
+            self._container = av.open(str(path))
+        try:
+            if not self._container.streams.video:
+                raise InputError(f"{path}: has no video stream; give a file with pictures")
+            self._stream = self._container.streams.video[0]
+            self._stream.thread_type = "AUTO"
+            self._check_size(self._stream.width, self._stream.height)
+            self.rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
+        except BaseException:
+            self._container.close()
+            raise
+
+    def __enter__(self) -> VideoFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._container.close()
+
+    def images(self, size: int, *, stride: int | None = None, rate: float | None = None) -> Iterator[np.ndarray]:
+        """The pictures shown at the times 0, p, 2p, ... of the video: [size, size, 3] uint8 each, RGB.
+
+        The short side is scaled to ``size`` (bicubic) and the center cut out; a rotation the file asks for is done.
+        Times come from the frames' time stamps, so that pictures stay equally spaced where the frame rate varies.
+
+        Args:
+            stride: p is the time of so many frames at the average rate; exactly every such frame at a constant one.
+            rate: p is 1 / rate seconds. One of the two is given.
+
+        Raises:
+            InputError: the file holds no frame, cannot be decoded to its end, or ends before it says.
+        """
+        assert (stride is None) != (rate is None)
+        period = Fraction(stride) / self.rate if stride is not None else 1 / Fraction(rate or 0)
+        slack = 1 / (4 * self.rate)  # time stamps are rounded to the container's unit
+        count = 0
+        for frame, end in self._timed_frames():
+            image = None
+            while count * period + slack < end:
+                image = self._picture(frame, size) if image is None else image
+                yield image
+                count += 1
+        if self.frames == 0:
+            raise InputError(f"{self.path}: holds no frame that can be decoded; it is empty or broken, fetch it again")
+        declared = self._declared_duration()
+        if declared is not None and self.duration < CUT_SHORT * declared - 1 / float(self.rate):
+            raise InputError(
+                f"{self.path}: is cut short, {self.duration:.1f} of {declared:.1f} seconds can be read; fetch it again"
+            )
+
+    def _timed_frames(self) -> Iterator[tuple[Any, Fraction]]:
+        """Frames with the times in seconds until which they are shown; the first one's begins at 0."""
+        usual = 1 / self.rate
+        first: Fraction | None = None
+        held: Any = None
+        start = Fraction(0)
+        with self._readable():
+            for frame in self._container.decode(self._stream):
+                time = frame.pts * frame.time_base if frame.pts is not None else (first or 0) + self.frames * usual
+                first = time if first is None else first
+                if held is not None:
+                    if time - first <= start:  # out of order or doubled: a player shows the later one
+                        held = frame
+                        continue
+                    yield held, time - first
+                    start = time - first
+                held = frame
+                self.frames += 1
+        if held is not None:
+            end = start + (held.duration * held.time_base if held.duration else usual)
+            self.duration = float(end)
+            yield held, end
+
+    def _declared_duration(self) -> float | None:
+        if self._stream.duration is not None:
+            return float(self._stream.duration * self._stream.time_base)
+        return None  # a container's own duration may be its sound's
+
+    def _picture(self, frame: Any, size: int) -> np.ndarray:
+        self._check_size(frame.width, frame.height)
+        image = frame.to_image()
+        turn = round(frame.rotation / 90) % 4  # counterclockwise
+        if turn:
+            image = image.transpose(TURNS[turn])
+        return center_square(image, size)
+
+    def _check_size(self, width: int, height: int) -> None:
+        if not 0 < width * height <= MOST_PIXELS:
+            raise InputError(
+                f"{self.path}: frames are {width} x {height} pixels, {MOST_PIXELS} pixels are the most; scale it down "
+                f"first"
+            )
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise InputError(f"{self.path}: is no video that can be read ({reason}); fetch it again") from None
+
+
+def center_square(image: Image.Image, size: int) -> np.ndarray:
+    """Scales the short side to ``size`` and cuts the center out: [size, size, 3] uint8.
+
+    The same pixels as scaling all of the picture and cutting afterwards, which for long narrow pictures would need
+    much memory.
+    """
+    width, height = image.size
+    short = min(width, height)
+    scaled = [size * side // short for side in (width, height)]
+    offset = [round((side - size) / 2) for side in scaled]
+    left, top = (place * side / whole for place, side, whole in zip(offset, (width, height), scaled, strict=True))
+    box = (left, top, left + size * width / scaled[0], top + size * height / scaled[1])
+    box = (box[0], box[1], min(box[2], width), min(box[3], height))
+    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box))

