@@ -62,12 +62,17 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
         clear(e);
         add_products<D>(e, own, keys + tile % stages * SIZE, STRIDE);
         float higher[2] = {highest[0], highest[1]}, shrink[2];
+        int seen[2];  // keys of this tile, by each of the lane's rows
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int64_t end = own_row + row_of(2 * r) + 1;
+            seen[r] = static_cast<int>((p.causal && end < limit ? end : limit) - static_cast<int64_t>(tile) * TILE);
+        }
 #pragma unroll
         for (int n = 0; n < N; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int64_t row = own_row + row_of(i), key = static_cast<int64_t>(tile) * TILE + 8 * n + column_of(i);
-                const bool visible = key < limit && (!p.causal || key <= row);
+                const bool visible = 8 * n + column_of(i) < seen[i / 2];
                 e[n][i] = visible ? e[n][i] * p.scale : -INFINITY;
                 higher[i / 2] = fmaxf(higher[i / 2], e[n][i]);
             }
