@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -140,29 +141,28 @@ def symbols(library: str) -> dict[int, str]:
     return {place: names[name] for place, name in places.items()}
 
 
-def machine_code() -> Path:
-    """A folder of cubins for sm_90a, compiled once per content of the sources."""
+def machine_code() -> list[Path]:
+    """The cubins for sm_90a, compiled once per content of a source and the headers."""
     from cuda_resources import CUDA, tool
 
-    digest = hashlib.sha256()
-    for path in sorted([*CUDA.glob("*.cu*"), *CUDA.glob("*.h"), *CUDA.parent.glob("*.h")]):
-        digest.update(path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"cnm_kernels_sm90a_{digest.hexdigest()[:16]}"
+    headers = sorted([*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *CUDA.parent.glob("*.h")])
+    common = b"".join(path.read_bytes() for path in headers)
+    content = {path: hashlib.sha256(common + path.read_bytes()).hexdigest()[:16] for path in sorted(CUDA.glob("*.cu"))}
+    folder = Path(tempfile.gettempdir()) / f"cnm_kernels_cubins_{os.getuid()}"
     folder.mkdir(exist_ok=True)
 
-    def compile_one(source: Path) -> None:
-        target = folder / f"{source.stem}-90a.cubin"
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.stem}-{content[source]}-90a.cubin"
         if target.exists():
-            return
+            return target
         unfinished = target.with_suffix(".part")
         command = [str(tool("nvcc")), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DCNM_CUDA", f"-I{CUDA.parent}",
                    f"-I{CUDA}", "-arch=sm_90a", "-cubin", str(source), "-o", str(unfinished)]  # fmt: skip
         subprocess.run(command, check=True)
-        unfinished.replace(target)
+        return unfinished.replace(target)
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(compile_one, sorted(CUDA.glob("*.cu"))))
-    return folder
+        return list(pool.map(compile_one, content))
 
 
 class Model:
@@ -174,7 +174,7 @@ class Model:
 
         self.code: dict[str, list[Any]] = {}
         self.registers: dict[str, int] = {}
-        for file in sorted(machine_code().glob("*.cubin")):
+        for file in machine_code():
             self.code |= reader.kernels(file)
             self.registers |= {kernel.name: kernel.registers for kernel in cuda_resources.read(file)}
         self.execute = reader.execute

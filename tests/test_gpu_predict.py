@@ -33,8 +33,9 @@ def test_a_launch_is_counted() -> None:
     assert a_block["copies"] == 3 * 64 * 64 * 2 / 16 / 32  # sixteen bytes a lane
     assert a_block["matrix_wavefronts"] == 4 * a_block["matrix_loads"], "banks conflict in ldmatrix"
     assert a_block["copy_wavefronts"] == 4 * a_block["copies"], "banks conflict in cp.async"
-    assert a_block["bytes"] == a_block["block_bytes"] == 4 * 50 * 64 * 2 + 50 * 2 * 4  # q, k, v, out, statistics
-    assert counts["distinct_bytes"] == counts["block_bytes"]
+    assert a_block["bytes"] == 4 * 50 * 64 * 2 + 50 * 2 * 4  # q, k, v, out, statistics
+    assert 0 <= a_block["block_bytes"] - a_block["bytes"] <= 32  # the statistics are no whole number of sectors
+    assert 0 <= counts["block_bytes"] - counts["distinct_bytes"] <= 3 * 32  # blocks may share the sectors at their ends
 
 
 @needs_emulator
