@@ -4,8 +4,9 @@
     python tools/gpu_day.py --rehearse      # without a GPU: all that does not need one runs, the rest is named
 
 Builds for the card alone; runs the `gpu` tests, those most at risk first; compute-sanitizer over one pass of each
-kernel; the table of times against goals with the predictions beside; a training step with and without graphs. Goes on
-after a failure. Writes gpu_day.json and gpu_day.md, after each stage.
+kernel; the table of times against goals with the predictions beside; the table of training steps, which are of this
+machine's CPU (steps on the GPU, with and without graphs, are not timed yet). Goes on after a failure. Writes
+gpu_day.json and gpu_day.md, after each stage.
 """
 
 from __future__ import annotations
