@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cnm_kernels
-from benchmarks import rivals
+from benchmarks import gpu_predict, rivals
 from benchmarks.bench_attention import ALPHA
 from benchmarks.op_case import ROUNDINGS_OURS, ROUNDINGS_RIVAL, TIMES_REFERENCE, normal_like, relative_error, rounding
 from benchmarks.report import markdown
@@ -351,6 +351,12 @@ def launches(call: Callable[[], Any]) -> int:
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
 
 
+def measured_times(row: Row) -> list[float | None]:
+    """us of ours (native) forward and backward with a cold L2; None where it does not run."""
+    result = measure(row, "ours, native", row.ours, "native")
+    return [None if pair is None else pair[0] for pair in (result.forward, result.backward)]
+
+
 # ---- reporting ----
 
 
@@ -384,7 +390,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="WORDS", default="", help="rows whose name holds this")
     parser.add_argument("--quick", action="store_true", help="small batches: shows that everything works")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder (default %(default)s)")
+    parser.add_argument("--predict", action="store_true", help="by counting, without a GPU; measured beside, with one")
     options = parser.parse_args(arguments)
+    if options.predict:
+        chosen = [row for row in rows(options.quick) if row.goal and options.only in row.name]
+        return gpu_predict.main(chosen, options.output, measured_times)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: every row is skipped"
     print(f"GPU: {device}; torch {torch.__version__}, CUDA {torch.version.cuda}")
     records = []

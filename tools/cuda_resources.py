@@ -19,7 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
@@ -28,6 +28,8 @@ REGISTERS = 65536  # of a processor
 MOST_WARPS = {"sm_80": 64, "sm_86": 48, "sm_89": 48, "sm_90a": 64, "sm_100": 64}  # that a processor holds
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10}
 BYTES = {"float": 4, "bf16": 2, "f16": 2}
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+)?\s*([A-Z0-9_.]+)\s*([^;]*);")
+STARTS_DIVISION = ("I2F.RP", "I2F.U32.RP", "I2F.U64.RP")  # of an integer, by its reciprocal
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Kernel:
     registers: int
     stack: int
     tensor_instructions: int
+    code: Counter[str] = field(default_factory=Counter, compare=False)  # instructions with their modifiers
+    divisions_in_loops: int = 0  # of integers: what starts one
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose name starts with this."""
+        return sum(often for name, often in self.code.items() if re.match(pattern, name))
 
     @property
     def op(self) -> str:
@@ -150,7 +158,9 @@ def read(file: Path) -> Iterator[Kernel]:
             name = match.group(1)
         elif match := re.search(r"REG:(\d+) STACK:(\d+)", line):
             found.append((architecture, name, int(match.group(1)), int(match.group(2))))
-    counts: Counter[tuple[str, str]] = Counter()
+    codes: dict[tuple[str, str], Counter[str]] = {}
+    divisions: dict[tuple[str, str], list[int]] = {}
+    loops: dict[tuple[str, str], list[tuple[int, int]]] = {}
     architecture = of_file
     with subprocess.Popen([dumper, "-sass", str(file)], stdout=subprocess.PIPE, text=True) as code:
         assert code.stdout is not None
@@ -159,11 +169,24 @@ def read(file: Path) -> Iterator[Kernel]:
                 architecture = line.split("=")[1].strip()
             elif "Function : " in line:
                 name = line.split(":")[1].strip()
-            elif "HMMA" in line:
-                counts[architecture, name] += 1
+            elif match := INSTRUCTION.match(line):
+                key, at = (architecture, name), int(match[1], 16)
+                codes.setdefault(key, Counter())[match[2]] += 1
+                if match[2].startswith(STARTS_DIVISION):
+                    divisions.setdefault(key, []).append(at)
+                if (
+                    match[2].startswith("BRA")
+                    and (to := re.findall(r"0x([0-9a-f]+)", match[3]))
+                    and int(to[-1], 16) < at
+                ):
+                    loops.setdefault(key, []).append((int(to[-1], 16), at))
     names = short_names(sorted({name for _, name, _, _ in found}))
     for architecture, name, registers, stack in found:
-        yield Kernel(names[name], architecture, registers, stack, counts[architecture, name])
+        key = (architecture, name)
+        code = codes.get(key, Counter())
+        inside = [at for at in divisions.get(key, []) if any(a <= at <= b for a, b in loops.get(key, []))]
+        products = sum(often for one, often in code.items() if one.startswith("HMMA"))
+        yield Kernel(names[name], architecture, registers, stack, products, code, len(inside))
 
 
 def kernels() -> list[Kernel]:

@@ -18,21 +18,21 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
     attention_kernel(BranchedAttentionParams p, int stages, bool aligned) {
     constexpr int STRIDE = tile_stride<T>(D), SIZE = TILE * STRIDE;
     T* const query = dynamic_shared<T>();
-    T* const keys = query + SIZE;            // [stages]
+    T* const keys = query + SIZE;            // [stages], of which there are one or two: no division finds a tile
     T* const values = keys + stages * SIZE;  // [stages]
     float* const weights = reinterpret_cast<float*>(values + stages * SIZE);  // [branches of this block, TILE]
 
-    const int64_t b = blockIdx.x / p.H, h = blockIdx.x % p.H, first_row = static_cast<int64_t>(blockIdx.y) * TILE;
+    const int64_t b = blockIdx.x / p.H, h = blockIdx.x % p.H;
     const int64_t first_branch = blockIdx.z, branches = gridDim.z == 1 ? p.branches.n : 1;
-    const int64_t limit = real_keys(p, b);
-    const int64_t reach = p.causal && first_row + TILE < limit ? first_row + TILE : limit;
-    const int tiles = reach > 0 ? static_cast<int>((reach + TILE - 1) / TILE) : 1;  // without any key: zeros, all the same
+    const int first_row = static_cast<int>(blockIdx.y) * TILE, limit = static_cast<int>(real_keys(p, b));
+    const int reach = p.causal && first_row + TILE < limit ? first_row + TILE : limit;
+    const int tiles = reach > 0 ? (reach + TILE - 1) / TILE : 1;  // without any key: zeros, all the same
 
     const auto copy_keys = [&](int tile, T* to, const Heads& from) {
         copy_tile<TILE, D>(
-            to + tile % stages * SIZE, static_cast<int>(p.d), aligned,
+            to + (tile & (stages - 1)) * SIZE, static_cast<int>(p.d), aligned,
             [&](int r) -> const T* {
-                const int64_t j = static_cast<int64_t>(tile) * TILE + r;
+                const int j = tile * TILE + r;
                 return j < limit ? row_of_head<T>(from, b, h, j) : nullptr;
             },
             STRIDE);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
     copy_both(0);
 
     T* const own = query + warp() * 16 * STRIDE;
-    const int64_t own_row = first_row + warp() * 16;
+    const int own_row = first_row + warp() * 16;
     float out[D / 8][4], highest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
     clear(out);
     for (int tile = 0; tile < tiles; ++tile) {
@@ -60,14 +60,19 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
         sync_block();
         float e[N][4];
         clear(e);
-        add_products<D>(e, own, keys + tile % stages * SIZE, STRIDE);
+        add_products<D>(e, own, keys + (tile & (stages - 1)) * SIZE, STRIDE);
         float higher[2] = {highest[0], highest[1]}, shrink[2];
+        int seen[2];  // keys of this tile, by each of the lane's rows
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int end = own_row + row_of(2 * r) + 1;
+            seen[r] = (p.causal && end < limit ? end : limit) - tile * TILE;
+        }
 #pragma unroll
         for (int n = 0; n < N; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int64_t row = own_row + row_of(i), key = static_cast<int64_t>(tile) * TILE + 8 * n + column_of(i);
-                const bool visible = key < limit && (!p.causal || key <= row);
+                const bool visible = 8 * n + column_of(i) < seen[i / 2];
                 e[n][i] = visible ? rounded_product(e[n][i], p.scale) : -INFINITY;
                 higher[i / 2] = fmaxf(higher[i / 2], e[n][i]);
             }
@@ -114,7 +119,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) weighted[n][i] *= inverse[i / 2];
             }
-            add_weighted<T>(out, weighted, values + tile % stages * SIZE, STRIDE);
+            add_weighted<T>(out, weighted, values + (tile & (stages - 1)) * SIZE, STRIDE);
             if (tile + 1 < tiles) continue;
             const int64_t at = first_branch + branch;
             store_rows(out, 1.0f, own, STRIDE, static_cast<int>(p.d), aligned, [&](int r) -> T* {

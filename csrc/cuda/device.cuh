@@ -86,10 +86,13 @@ inline float float_of(uint32_t bits) {
     std::memcpy(&x, &bits, 4);
     return x;
 }
-inline float exponential(float x) { return std::exp(x); }
 inline float rounded_product(float a, float b) {
     volatile float product = a * b;  // no compiler fuses it
     return product;
+}
+inline float exponential(float x) {
+    emulator::note_exponential();
+    return std::exp(x);
 }
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 
@@ -303,7 +306,7 @@ struct Grid {
 
 template <class... Params, class... Arguments>
 void launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_bytes, const Arguments&... arguments) {
-    emulator::launch({static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
+    emulator::launch(reinterpret_cast<const void*>(kernel), {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
                      {static_cast<unsigned>(threads), 1, 1}, shared_bytes, [&] { kernel(arguments...); });
 }
 

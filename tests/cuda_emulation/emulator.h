@@ -21,6 +21,8 @@
 #include <string>
 #include <vector>
 
+#include "counts.h"
+
 namespace emulator {
 
 constexpr int WARP = 32;
@@ -46,7 +48,10 @@ inline void know_memory(const void* data, int64_t bytes) {
 }
 inline void poison(void* data, int64_t bytes) { std::memset(data, POISON, static_cast<size_t>(bytes)); }
 
+inline void note_global(const void* address, size_t bytes, const char* what);
+
 inline void check_global(const void* address, size_t bytes, const char* what) {
+    note_global(address, bytes, what);
     const char* const first = static_cast<const char*>(address);
     for (const Memory& memory : known) {
         if (first >= memory.begin && first + bytes <= memory.end) {
@@ -71,6 +76,7 @@ struct Fiber {
     int index = 0;  // in the block
     Index thread;
     std::vector<std::vector<Copy>> copies;  // committed groups, oldest first; the last is still open
+    LaneCounts counts;
 };
 
 struct Warp {
@@ -96,6 +102,7 @@ struct Machine {
     uint64_t random = 1;
     std::string error;
     int64_t blocks_run = 0;
+    Ledger ledger;
 
     uint32_t draw(uint32_t below) {  // splitmix64
         uint64_t z = random += 0x9E3779B97F4A7C15;
@@ -108,6 +115,24 @@ struct Machine {
 inline Machine& machine() {
     static Machine the;
     return the;
+}
+
+// The launch being counted, or null.
+inline LaunchCounts* counting() {
+    Ledger& ledger = machine().ledger;
+    return ledger.on && !ledger.launches.empty() ? &ledger.launches.back() : nullptr;
+}
+
+inline void note_global(const void* address, size_t bytes, const char* what) {
+    LaunchCounts* const counts = counting();
+    if (counts == nullptr) return;
+    LaneCounts& lane = machine().current->counts;
+    (what[0] == 'r' ? lane.loads : what[0] == 'w' ? lane.stores : lane.copies) += 1;
+    counts->touch(address, bytes);
+}
+
+inline void note_exponential() {
+    if (counting() != nullptr) ++machine().current->counts.exponentials;
 }
 
 inline void set_seed(uint64_t seed) { machine().random = seed; }
@@ -174,6 +199,7 @@ inline void run_block() {
         const unsigned x = static_cast<unsigned>(i);
         f.thread = {x % m.threads.x, x / m.threads.x % m.threads.y, x / m.threads.x / m.threads.y};
         f.copies.assign(1, {});
+        f.counts = {};
         wake(i);
     }
     volatile int left = m.count;
@@ -221,9 +247,14 @@ inline void run_block() {
         if (static_cast<unsigned char>(m.shared[i]) != POISON) m.error = "a write behind the block's shared memory";
     }
     ++m.blocks_run;
+    if (LaunchCounts* const counts = counting()) {
+        std::vector<LaneCounts*> lanes;
+        for (int i = 0; i < m.count; ++i) lanes.push_back(&fiber(i).counts);
+        counts->end_block(lanes);
+    }
 }
 
-inline void launch(Index grid, Index threads, size_t shared_bytes, std::function<void()> kernel) {
+inline void launch(const void* address, Index grid, Index threads, size_t shared_bytes, std::function<void()> kernel) {
     Machine& m = machine();
     if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("a grid's y and z go up to 65535");
     if (shared_bytes > m.most_shared_bytes) throw std::runtime_error("more shared memory than a block can have");
@@ -237,6 +268,12 @@ inline void launch(Index grid, Index threads, size_t shared_bytes, std::function
     m.error.clear();
     std::vector<uint32_t> blocks(size_t{grid.x} * grid.y * grid.z);
     std::iota(blocks.begin(), blocks.end(), 0u);
+    if (m.ledger.on) {
+        blocks = m.ledger.sample(grid, shared_bytes);
+        int64_t memory = 0;
+        for (const Memory& one : known) memory += one.end - one.begin;
+        m.ledger.launches.emplace_back(address, m.count, shared_bytes, int64_t{grid.x} * grid.y * grid.z, memory);
+    }
     for (size_t i = blocks.size(); i > 1; --i) std::swap(blocks[i - 1], blocks[m.draw(static_cast<uint32_t>(i))]);
     for (const uint32_t block : blocks) {
         m.block = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
@@ -249,6 +286,7 @@ inline void launch(Index grid, Index threads, size_t shared_bytes, std::function
 
 inline void sync_block() {
     Machine& m = machine();
+    if (counting() != nullptr) ++m.current->counts.barriers;
     if (++m.at_barrier == m.count) {
         m.at_barrier = 0;
         for (int i = 0; i < m.count; ++i) {
@@ -298,6 +336,7 @@ inline void sync_warp() {
 }
 
 inline float shuffle_xor(float value, int mask) {
+    if (counting() != nullptr) ++machine().current->counts.shuffles;
     return warp_instruction<float, float>("__shfl_xor_sync", value, [mask](const float** in, float** out) {
         for (int lane = 0; lane < WARP; ++lane) *out[lane] = *in[lane ^ mask];
     });
@@ -324,6 +363,11 @@ inline void land(const Copy& copy) {
 inline void copy_async(void* to, const void* from, bool inside) {
     check_shared(to, 16, "cp.async");
     if (inside) check_global(from, 16, "cp.async");
+    if (counting() != nullptr) {
+        Fiber& self = *machine().current;
+        self.counts.copies += inside ? 0 : 1;  // the others were noted above
+        counting()->copy_to(self.index, self.counts.copies, static_cast<const char*>(to) - machine().shared.data());
+    }
     const Copy copy{to, inside ? from : nullptr};
     if (machine().draw(2) == 0) {
         land(copy);
@@ -350,6 +394,14 @@ inline Words4 load_matrix(const void* row, bool transposed) {
     check_shared(row, 16, "ldmatrix");
     return warp_instruction<const void*, Words4>(
         transposed ? "ldmatrix.trans" : "ldmatrix", row, [transposed](const void* const** rows, Words4** out) {
+            if (LaunchCounts* const counts = counting()) {
+                std::vector<int64_t> offsets;
+                for (int lane = 0; lane < WARP; ++lane) {
+                    offsets.push_back(static_cast<const char*>(*rows[lane]) - machine().shared.data());
+                }
+                counts->matrix_loads += 1;
+                counts->matrix_wavefronts += wavefronts(offsets);
+            }
             for (int lane = 0; lane < WARP; ++lane) {
                 for (int matrix = 0; matrix < 4; ++matrix) {
                     uint16_t pair[2];
@@ -387,6 +439,7 @@ void multiply(const char* name, float (&c)[4], const uint32_t (&a)[4], const uin
     std::memcpy(in.c, c, sizeof c);
     constexpr int PER = K / 8;  // numbers in a register: 2 of 16 bits, 1 of tf32
     const Floats4 out = warp_instruction<In, Floats4>(name, in, [element](const In** ins, Floats4** outs) {
+        if (LaunchCounts* const counts = counting()) (K == 16 ? counts->products : counts->tf32_products) += 1;
         float A[16][K], B[K][8];
         for (int lane = 0; lane < WARP; ++lane) {
             const int g = lane / 4, t = lane % 4;

@@ -77,3 +77,53 @@ def test_a_processor_holds_at_least_a_block(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         if not any(kernel.architecture == arch and name in kernel.name for arch, name in TOO_LARGE):
             assert kernel.warps >= kernel.threads // 32, kernel
+
+
+def test_no_float_is_added_to_memory_by_several_at_once(kernels: list[Kernel]) -> None:
+    """Results are the same bits from run to run: no atomic instruction at all, of floats or integers."""
+    for kernel in kernels:
+        assert kernel.count("ATOM|RED") == 0, kernel
+
+
+def test_nothing_lies_in_local_memory(kernels: list[Kernel]) -> None:
+    """What is spilled would; so would an array whose index the compiler does not know."""
+    for kernel in kernels:
+        if kernel.stack == 0:
+            assert kernel.count("LDL|STL") == 0, kernel
+
+
+def test_tiles_move_sixteen_bytes_at_a_time(kernels: list[Kernel]) -> None:
+    """Into shared memory by asynchronous copies past L1, out of it by wide stores, and rows of LayerNorm both ways."""
+    for kernel in kernels:
+        if kernel.op in WITH_PRODUCTS:
+            assert kernel.count(r"LDGSTS.*BYPASS.*128") >= 2, kernel
+        if kernel.op in ("attention_kernel", "attention_backward_kernel"):
+            assert kernel.count(r"STG\.E.*128") >= 1, kernel
+        if kernel.op in ("dropout_add_layer_norm_kernel", "dropout_kernel"):
+            assert kernel.count(r"LDG\.E.*128") >= 1, kernel
+            assert kernel.count(r"STG\.E.*128") >= 1, kernel
+
+
+BARRIERS = {
+    "attention_kernel": 3,
+    "attention_weights_kernel": 2,
+    "attention_backward_kernel": 12,
+    "key_weight_gradient_kernel": 4,
+    "dropout_kernel": 0,
+    "dropout_add_layer_norm_kernel": 0,
+    "dropout_add_layer_norm_backward_kernel": 1,
+    "gaussian_mask_kernel": 0,
+}
+
+
+def test_barriers_are_as_many_as_in_the_source(kernels: list[Kernel]) -> None:
+    """One taken out, or one doubled where code was, shows here."""
+    for kernel in kernels:
+        if kernel.op in BARRIERS and kernel.architecture == "sm_90a":  # the others may unroll otherwise
+            assert kernel.count("BAR") == BARRIERS[kernel.op], kernel
+
+
+def test_no_integer_is_divided_in_a_loop_over_tiles(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        if kernel.op.startswith("attention"):
+            assert kernel.divisions_in_loops == 0, kernel

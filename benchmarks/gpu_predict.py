@@ -1,0 +1,312 @@
+"""``python -m benchmarks gpu --predict``: what an H100 would take for every op of the GPU table, without one.
+
+Every kernel of csrc/cuda is executed by the emulator of tests/cuda_emulation, which counts what a few of its blocks ask
+for; the counts are scaled to all blocks. How often instructions are executed follows from them and the machine code
+(tools/machine_code.py), registers and shared memory say how many warps are resident. A kernel takes as long as the
+busiest of memory, tensor cores, issue, shared memory and special functions, plus a launch and the last blocks' tail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cnm_kernels
+from benchmarks.report import markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+NUMBERS = [
+    "threads", "shared_bytes", "blocks", "memory", "blocks_run", "products", "tf32_products", "matrix_loads",
+    "matrix_wavefronts", "copy_wavefronts", "bytes", "block_bytes", "distinct_bytes", "loads", "stores", "copies",
+    "exponentials", "shuffles", "barriers",
+]  # as tests/cuda_emulation/counts.h gives them  # fmt: skip
+PER_LAUNCH = ("threads", "shared_bytes", "blocks", "memory", "blocks_run")
+
+# An H100 SXM. What is not from its data sheet is a guess, to be corrected by the first measurement.
+PROCESSORS, CLOCK = 132, 1.755e9
+MEMORY = 3.35e12 * 0.92  # bytes a second that copies reach
+L2 = 5.5e12
+PRODUCT_CYCLES = {"products": 1.5, "tf32_products": 1.5}  # a processor's, of mma.sync at two thirds of the peak
+ISSUED = 4.0  # instructions a cycle and processor
+CYCLES_PER_INSTRUCTION = 2.5  # between two of one warp, where others cannot fill the gap
+SPECIAL_CYCLES = 2.0  # 16 lanes a cycle
+FIRST_LAUNCH, NEXT_LAUNCH = 2.0e-6, 1.2e-6  # of a graph's first kernel, of each after it
+
+ASSUMPTIONS = " ".join(
+    """132 processors at 1.755 GHz; 92% of 3.35 TB/s, cold L2; L2 5.5 TB/s; mma.sync at two thirds of the tensor peak; 4
+    instructions a cycle, one warp at most every 2.5 cycles; one shared wavefront a cycle (plain loads and stores: one
+    each); 16 special functions a cycle; 2 us for the first launch, 1.2 us for each next; half a block's time of tail.
+    Guessed: 92%, two thirds, 2.5 cycles, launches, tail. Counted from three places along the grid's x, four along y and
+    all along z, times all blocks over those run; kernels with little shared memory and at most 2,000 blocks whole.
+    Branches without a counted instruction count as not taken.""".split()
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one launch. Times in us."""
+
+    kernel: str
+    blocks: int
+    warps: int  # resident on a processor
+    memory: float
+    tensor: float
+    issue: float
+    shared: float
+    special: float
+    tail: float
+    instructions: float  # of a warp
+    unexplained: float  # of its counts
+
+    @property
+    def bound(self) -> str:
+        return max(("memory", "tensor", "issue", "shared", "special"), key=lambda part: getattr(self, part))
+
+    @property
+    def time(self) -> float:
+        return float(getattr(self, self.bound)) + self.tail
+
+
+def find_tools() -> None:
+    """The emulator and the readers of machine code are the repository's, not the package's."""
+    for folder in ("tools", "tests", "tests/cuda_emulation"):
+        if str(ROOT / folder) not in sys.path:
+            sys.path.append(str(ROOT / folder))
+
+
+def why_not() -> str | None:
+    """Why nothing can be predicted here."""
+    find_tools()
+    import cuda_resources
+    import emulated_backend
+
+    if emulated_backend.LOAD_ERRORS:
+        return "the emulator wants a C++ compiler"
+    if cuda_resources.tool("nvcc") is None or cuda_resources.tool("cuobjdump") is None:
+        return "nvcc and cuobjdump are needed for the machine code"
+    with contextlib.suppress(ImportError):
+        import scipy  # noqa: F401
+
+        return None
+    return "scipy is needed: pip install scipy"
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[list[tuple[str, dict[str, float]]]]:
+    """Fills the list with kernels' names and counts, launch by launch, when left."""
+    import emulated_backend
+
+    from cnm_kernels import registry
+
+    if emulated_backend.NAME not in registry.BACKENDS:
+        registry.add(emulated_backend.NAME, emulated_backend)
+    library = emulated_backend.machine
+    library.emulator_counts.restype = ctypes.c_int64
+    library.emulator_launches.restype = ctypes.c_int64
+    found: list[tuple[str, dict[str, float]]] = []
+    library.emulator_count(1)
+    try:
+        with cnm_kernels.use_backend(emulated_backend.NAME):
+            yield found
+        names = symbols(str(emulated_backend.library))
+        numbers = (ctypes.c_double * len(NUMBERS))()
+        for i in range(library.emulator_launches()):
+            place = library.emulator_counts(ctypes.c_int64(i), numbers)
+            found.append((names[place], dict(zip(NUMBERS, numbers, strict=True))))
+    finally:
+        library.emulator_count(0)
+
+
+def symbols(library: str) -> dict[int, str]:
+    """Kernels by their place in the emulator's library."""
+    from cuda_resources import short_names
+
+    said = subprocess.run(["nm", library], capture_output=True, text=True, check=True).stdout
+    places = {int(parts[0], 16): parts[2] for line in said.splitlines() if len(parts := line.split()) == 3}
+    places = {place: name for place, name in places.items() if "_kernel" in name}
+    names = short_names(sorted(set(places.values())))
+    return {place: names[name] for place, name in places.items()}
+
+
+def machine_code() -> list[Path]:
+    """The cubins for sm_90a, compiled once per content of a source and the headers."""
+    from cuda_resources import CUDA, tool
+
+    headers = sorted([*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *CUDA.parent.glob("*.h")])
+    common = b"".join(path.read_bytes() for path in headers)
+    content = {path: hashlib.sha256(common + path.read_bytes()).hexdigest()[:16] for path in sorted(CUDA.glob("*.cu"))}
+    folder = Path(tempfile.gettempdir()) / f"cnm_kernels_cubins_{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.stem}-{content[source]}-90a.cubin"
+        if target.exists():
+            return target
+        unfinished = target.with_suffix(".part")
+        command = [str(tool("nvcc")), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DCNM_CUDA", f"-I{CUDA.parent}",
+                   f"-I{CUDA}", "-arch=sm_90a", "-cubin", str(source), "-o", str(unfinished)]  # fmt: skip
+        subprocess.run(command, check=True)
+        return unfinished.replace(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, content))
+
+
+class Model:
+    """Predicts launches from their counts."""
+
+    def __init__(self) -> None:
+        import cuda_resources
+        import machine_code as reader
+
+        self.code: dict[str, list[Any]] = {}
+        self.registers: dict[str, int] = {}
+        for file in machine_code():
+            self.code |= reader.kernels(file)
+            self.registers |= {kernel.name: kernel.registers for kernel in cuda_resources.read(file)}
+        self.execute = reader.execute
+        self.counted = tuple(reader.COUNTED)
+
+    def predict(self, name: str, counts: dict[str, float]) -> Prediction:
+        per_block = {k: v / counts["blocks_run"] for k, v in counts.items() if k not in PER_LAUNCH}
+        warps, blocks = -(-int(counts["threads"]) // 32), counts["blocks"]
+        did = self.execute(self.code[name], {kind: per_block[kind] / warps for kind in self.counted})
+        by_registers = 65536 // (-(-self.registers[name] // 8) * 8 * 32 * warps)
+        by_shared = (228 << 10) // (int(counts["shared_bytes"]) + 1024)
+        resident = max(1, min(by_registers, by_shared, 64 // warps, 32, -(-int(blocks) // PROCESSORS)))
+        share = max(blocks / PROCESSORS, 1.0)  # blocks of a processor
+        if blocks < PROCESSORS * resident:
+            share = -(-blocks // PROCESSORS)
+        rate = min(ISSUED, resident * warps / CYCLES_PER_INSTRUCTION)
+        cycles = {
+            "tensor": sum(per_block[kind] * taken for kind, taken in PRODUCT_CYCLES.items()),
+            "issue": did.instructions * warps / rate,
+            "shared": per_block["matrix_wavefronts"] + per_block["copy_wavefronts"] + per_block["shuffles"]
+            + did.shared * warps,
+            "special": did.special * warps * SPECIAL_CYCLES,
+        }  # fmt: skip
+        distinct = min(counts["distinct_bytes"] / counts["blocks_run"] * blocks, counts["memory"])
+        memory = max(distinct / MEMORY, per_block["block_bytes"] * blocks / L2)
+        busy = {part: 1e6 * share * taken / CLOCK for part, taken in cycles.items()}
+        longest = max(*busy.values(), 1e6 * memory)
+        tail = 0.5 * longest / share * resident if blocks > PROCESSORS * resident else 0.0
+        return Prediction(
+            name, int(blocks), resident * warps, 1e6 * memory, **busy, tail=tail, instructions=did.instructions,
+            unexplained=did.off,
+        )  # fmt: skip
+
+
+def predicted_call(row: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """The row's forward and backward. A loss's upstream gradient is ones, so that every row takes part."""
+    inputs = row.inputs("cpu")
+    for name in row.differentiable:
+        inputs[name] = inputs[name].detach().requires_grad_()
+    leaves = [inputs[name] for name in row.differentiable]
+
+    def forward() -> Any:
+        if "hidden" not in inputs:
+            return row.ours(**inputs)
+        hidden, words = inputs["hidden"], inputs["target"]
+        words = words.repeat(hidden.size(0), 1)
+        lengths = torch.full(words.shape[:1], words.size(1))
+        return cnm_kernels.linear_nll(hidden.flatten(0, 1), inputs["weight"], inputs["bias"], words, lengths)
+
+    return forward, lambda out: torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+def predict(row: Any, model: Model) -> list[list[Prediction]]:
+    """The launches of the row's forward and of its backward."""
+    forward, backward = predicted_call(row)
+    with counting() as first:
+        out = forward()
+    with counting() as second:
+        backward(out)
+    return [[model.predict(*launch) for launch in launches] for launches in (first, second)]
+
+
+def total(launches: list[Prediction]) -> float:
+    """us of a graph that holds them."""
+    waits = 1e6 * (FIRST_LAUNCH + NEXT_LAUNCH * (len(launches) - 1)) if launches else 0.0
+    return waits + sum(launch.time for launch in launches)
+
+
+HEADER = ["row", "part", "predicted us", "goal", "floor", "bound by", "launches", "measured us"]
+DETAILS = [
+    "kernel",
+    "blocks",
+    "warps",
+    "memory",
+    "tensor",
+    "issue",
+    "shared",
+    "special",
+    "tail",
+    "instructions",
+    "unexplained",
+]
+
+
+def lines_of(row: Any, parts: list[list[Prediction]], measured: list[float | None]) -> list[list[str]]:
+    together = len(row.goal) == 1
+    named = (
+        {"forward + backward": parts[0] + parts[1]}
+        if together
+        else dict(zip(("forward", "backward"), parts, strict=True))
+    )
+    lines = []
+    for i, (part, launches) in enumerate(named.items()):
+        slowest = max(launches, key=lambda launch: launch.time)
+        taken = total(parts[0]) + total(parts[1]) if together else total(launches)
+        real = (
+            [us for us in measured if us is not None]
+            if together
+            else [us for us in measured[i : i + 1] if us is not None]
+        )
+        goal, floor = (f"{numbers[i]:g}" if numbers else "" for numbers in (row.goal, row.floor))
+        lines.append([
+            row.name, part, f"{taken:.1f}", goal, floor, f"{slowest.bound} ({slowest.kernel})", str(len(launches)),
+            f"{sum(real):.1f}" if real else "no GPU here",
+        ])  # fmt: skip
+    return lines
+
+
+def main(rows: list[Any], output: Path, measured: Callable[[Any], list[float | None]]) -> int:
+    """Prints the table and every launch; writes predicted.json. 2: it cannot be done here."""
+    reason = why_not()
+    if reason is not None:
+        print(f"--predict: {reason}", file=sys.stderr)
+        return 2
+    model = Model()
+    lines, details, records = [HEADER], [], []
+    for row in rows:
+        print(f"counting: {row.name}", file=sys.stderr, flush=True)
+        parts = predict(row, model)
+        lines += lines_of(row, parts, measured(row))
+        table = [DETAILS]
+        for launch in parts[0] + parts[1]:
+            times = [f"{getattr(launch, name):.1f}" for name in DETAILS[3:9]]
+            table.append([launch.kernel, str(launch.blocks), str(launch.warps), *times, f"{launch.instructions:.0f}",
+                          f"{launch.unexplained:.0%}"])  # fmt: skip
+        details.append(f"#### {row.name}\n\n{markdown(table)}")
+        records.append({"row": row.name, "forward": total(parts[0]), "backward": total(parts[1]),
+                        "launches": [[asdict(launch) for launch in part] for part in parts]})  # fmt: skip
+    print(f"{markdown(lines)}\n\nOf an H100, by counting. {ASSUMPTIONS}\n")
+    print("\n\n".join(details))
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "predicted.json"
+    path.write_text(json.dumps({"assumptions": ASSUMPTIONS, "rows": records}, indent=1) + "\n", encoding="utf-8")
+    print(f"\nWritten: {path}", file=sys.stderr)
+    return 0
