@@ -9,7 +9,7 @@ setup:
 	$(BIN)/pip install -e '.[dev]'
 
 test:
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 lint:
 	$(BIN)/ruff check .

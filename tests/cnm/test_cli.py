@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from cnm import checkpoint, configs
 from cnm.cli import app
 from cnm.commands.common import DATA_PATHS, program
-from cnm.config import CNMConfig
+from cnm.config import CONFIGS
 from cnm.config_fields import every_field
 from cnm_kernels import native
 
@@ -274,7 +274,7 @@ def test_too_little_memory_is_one_line(
 def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
     message = error_line(run("train", "--config", "charades", "--run", tmp_path / "run"))
     assert "synthetic" in message
-    assert message.endswith("; did you mean charades_i3d?")
+    assert message.endswith("; did you mean charades_i3d or charades_cpl?")
     assert "--config is missing" in error_line(run("train", "--run", tmp_path / "run"))
     (tmp_path / "broken.json").write_text('{"dataset": ')
     assert "broken.json: line 1" in error_line(run("train", "--config", tmp_path / "broken.json"))
@@ -284,7 +284,7 @@ def test_config_lists_the_packaged_ones_and_explains_every_field() -> None:
     listed = run("config").stdout
     for name in configs.names():
         assert f"  {name} " in listed
-    for field in every_field(CNMConfig):
+    for field in (field for config in CONFIGS.values() for field in every_field(config)):
         assert field.description, f"{field.name} has no description"
         assert field.name in listed
     assert "model.config.max_width  (number above 0; default 1.0)" in listed
@@ -293,7 +293,7 @@ def test_config_lists_the_packaged_ones_and_explains_every_field() -> None:
     assert explained[0].startswith("train.generator: ")
     assert all("train.generator" in line or line.startswith("      ") for line in explained)
     assert "did you mean train.generator.lr or" in error_line(run("config", "train.lr"))
-    assert "did you mean charades_i3d?" in error_line(run("config", "charades"))
+    assert "did you mean charades_i3d" in error_line(run("config", "charades"))
     assert "--set" in error_line(run("config", "--set", "train.seed=1"))
 
 

@@ -10,8 +10,8 @@ import torch
 from small_runs import synthetic_config
 
 import cnm
-from cnm import checkpoint, metrics
-from cnm.data import load_vocabulary
+from cnm import checkpoint, configs, metrics
+from cnm.data import load_vocabulary, open_split
 from cnm.data.features import pool
 
 CONFIG = synthetic_config(**{"model.config.DualTransformer.num_decoder_layers1": 2})
@@ -87,15 +87,24 @@ def test_a_video_is_encoded_once(
     assert len(calls) == 1
 
 
-def test_proposals_come_best_first(
-    localizer: cnm.Localizer, features: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = (np.array([[0.2, 0.5, 0.9]]), np.array([[0.2, 0.2, 0.4]]), np.array([[0.1, 0.7, 0.3]]))
-    monkeypatch.setattr(cnm.Localizer, "_propose", lambda *_: rows)
-    [found] = localizer.find(localizer.encode(features, duration=10.0), SENTENCES[:1])
-    assert [proposal.center for proposal in found.proposals] == [0.5, 0.9, 0.2]
-    assert (found.start, found.end, found.score) == pytest.approx((4.0, 6.0, 0.7))
-    assert found.proposals[1].end == 10.0
+def test_all_proposals_of_a_model_come_best_first() -> None:
+    config = configs.resolve("synthetic_cpl", ["dataset.num_videos=12"])
+    torch.manual_seed(0)
+    localizer = cnm.Localizer(cnm.CPL(config).eval(), load_vocabulary(config.dataset))
+    split = open_split(config.dataset, "test")
+    batch = split.batch(np.arange(3))
+    expected = localizer.model.proposals(batch)
+    for row, sample in enumerate(split.samples[:3]):
+        [found] = localizer.find(localizer.encode(batch.frames[row], duration=10.0), [sample.sentence])
+        scores = [proposal.score for proposal in found.proposals]
+        assert scores == sorted(scores, reverse=True)
+        assert scores == pytest.approx(expected.score[row].tolist(), abs=1e-5)
+        assert [proposal.center for proposal in found.proposals] == pytest.approx(
+            expected.center[row].tolist(), abs=1e-5
+        )
+        assert found.proposals[1].end == pytest.approx(
+            10 * min(found.proposals[1].center + found.proposals[1].width / 2, 1)
+        )
 
 
 def test_without_a_duration_moments_are_fractions(localizer: cnm.Localizer, features: np.ndarray) -> None:
