@@ -22,7 +22,7 @@ from cnm.files import check_plain, replace_file
 
 WRAPPERS = ("module.", "_orig_mod.")
 _log = logging.getLogger("cnm")
-_REMEDY = "give a file written by `cnm train` or a published CNM checkpoint"
+_REMEDY = "give a file written by `cnm train` or a published CNM or CPL checkpoint"
 
 
 def save(path: str | Path, content: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         checked = Checkpoint.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: is no CNM checkpoint, {described(error)}; {_REMEDY}") from None
+        raise InputError(f"{path}: is no checkpoint of ours, {described(error)}; {_REMEDY}") from None
     content["model_parameters"], prefix = _unwrapped(checked.model_parameters)
     if prefix:
         _say_once(f"{path}: its parameters were saved from a wrapped model, {prefix!r} before their names is left out")

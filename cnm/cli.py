@@ -110,7 +110,7 @@ def cnm(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Finds when a sentence happens in a video, trained on pairs of videos and sentences alone (CNM, AAAI 2022).
+    """Finds when a sentence happens in a video, trained on pairs of videos and sentences alone (CNM and CPL).
 
     Start with `cnm demo`, which needs no data. `cnm COMMAND --help` explains each command.
     """

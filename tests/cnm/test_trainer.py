@@ -203,7 +203,7 @@ def test_an_existing_folder_is_not_written_over(straight: Path, tmp_path: Path) 
     with pytest.raises(InputError, match=rf"{straight}: exists and is not written over; .*--resume"):
         start(synthetic_config(), straight)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"choose another folder for the run$"):
+    with pytest.raises(InputError, match=r"choose another folder for the run \(--run\)$"):
         start(synthetic_config(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
