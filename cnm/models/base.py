@@ -147,6 +147,10 @@ class Model(nn.Module, ABC):
         """The layer that turns states into logits over the vocabulary."""
 
     @abstractmethod
+    def _gaussians(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Center and width of each proposal from the states of decoding 1, [B] or [B, K]."""
+
+    @abstractmethod
     def encode_video(self, frames: Tensor, frame_lengths: Tensor) -> VideoEncoding:
         """Computes once what all sentences about a video share. frames [N, T, frame_dim], frame_lengths [N]."""
 
@@ -218,6 +222,23 @@ class Model(nn.Module, ABC):
     def _narrowed(self, inputs: Tensor) -> Tensor:
         """float64, which NumPy makes where nobody asked for it, as the parameters are."""
         return inputs.to(self.frame_fc.weight.dtype) if inputs.dtype == torch.float64 else inputs
+
+    def generate(
+        self,
+        frames: Tensor,
+        frame_lengths: Tensor,
+        words: Tensor,
+        word_lengths: Tensor,
+        run: ForwardPass,
+        *,
+        last_only: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Decoding 1: projected frames attend to projected words; the last row's state gives centers and widths.
+
+        ``last_only`` leaves out, in the last layer, what no result depends on.
+        """
+        source = self._sentence_source(words, word_lengths, run)
+        return self._gaussians(self.trans.decoder1(frames, frame_lengths, run, source=source, last_only=last_only))
 
     def _sentence_source(self, words: Tensor, word_lengths: Tensor, run: ForwardPass) -> Source:
         """Projected words, encoded for the frames to attend to."""

@@ -98,7 +98,7 @@ class CNM(Model):
             states = decoder.last_of_encoded(video.states, video.lengths, run, source)
         else:
             states = decoder(video.states, video.lengths, run, source=source, last_only=True)
-        return self._gaussian(states)
+        return self._gaussians(states)
 
     def reconstruct(
         self,
@@ -150,24 +150,7 @@ class CNM(Model):
         )
         return Reconstruction(center, width, masked_words, hidden, nll.view(3, -1))
 
-    def generate(
-        self,
-        frames: Tensor,
-        frame_lengths: Tensor,
-        words: Tensor,
-        word_lengths: Tensor,
-        run: ForwardPass,
-        *,
-        last_only: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Decoding 1: projected frames attend to projected words; the last frame's state gives center and width.
-
-        ``last_only`` leaves out, in the last layer, what no result depends on.
-        """
-        source = self._sentence_source(words, word_lengths, run)
-        return self._gaussian(self.trans.decoder1(frames, frame_lengths, run, source=source, last_only=last_only))
-
-    def _gaussian(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def _gaussians(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """center and width [B] from the last frame's state."""
         last = states[:, -1].to(self.fc_mask_gen.weight.dtype)
         center, width = torch.sigmoid(self.fc_mask_gen(last)).unbind(-1)

@@ -156,23 +156,6 @@ class CPL(Model):
         """Frames [B, T, frame_dim] with ``pred_vec`` after the last; it is no clip, and no key to anybody."""
         return torch.cat([frames, self.pred_vec.to(frames.dtype).expand(frames.size(0), 1, -1)], dim=1)
 
-    def generate(
-        self,
-        frames: Tensor,
-        frame_lengths: Tensor,
-        words: Tensor,
-        word_lengths: Tensor,
-        run: ForwardPass,
-        *,
-        last_only: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Decoding 1: projected frames [B, T + 1, D] attend to projected words; center and width [B, K].
-
-        ``last_only`` leaves out, in the last layer, what no result depends on.
-        """
-        source = self._sentence_source(words, word_lengths, run)
-        return self._gaussians(self.trans.decoder1(frames, frame_lengths, run, source=source, last_only=last_only))
-
     def _gaussians(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """center and width [B, K] from the last row's state."""
         last = states[:, -1].to(self.fc_gauss.weight.dtype)
