@@ -13,13 +13,13 @@
 #include <algorithm>
 #include <limits>
 
+#include "constants.h"
 #include "gemm.h"
 #include "parallel.h"
 
 namespace cnm::CNM_ISA {
 namespace {
 
-constexpr float KEY_WEIGHT_EPS = 1e-10f;   // as in cnm_kernels/constants.py
 constexpr int64_t BLOCK_ROWS = 48;         // at most, of queries
 constexpr int64_t BLOCK_ELEMENTS = 16384;  // at most, of a block's scores: 64 KiB
 

@@ -10,11 +10,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "constants.h"
 #include "simd.h"
 
 namespace cnm {
-
-constexpr double DROPOUT_LEVELS = 65536;  // as in cnm_kernels/constants.py
 
 constexpr uint32_t PHILOX_M0 = 0xD2511F53, PHILOX_M1 = 0xCD9E8D57, PHILOX_W0 = 0x9E3779B9, PHILOX_W1 = 0xBB67AE85;
 constexpr int PHILOX_ROUNDS = 10;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "branched_attention.h"
+#include "constants.h"
 #include "gaussian.cuh"
 #include "tiles.cuh"
 
@@ -11,7 +12,6 @@ namespace cnm::cuda {
 
 constexpr int TILE = 64;  // queries, and keys, that a block holds at a time: a warp has 16 of them
 constexpr int ATTENTION_THREADS = TILE / 16 * WARP;
-constexpr float KEY_WEIGHT_EPS = 1e-10f;  // as in cnm_kernels/constants.py
 
 template <class T>
 __device__ __forceinline__ T* row_of_head(const Heads& heads, int64_t b, int64_t h, int64_t row) {

@@ -1,6 +1,7 @@
 // Dropout's masks, drawn in registers: the bits that csrc/cpu/philox.h states.
 #pragma once
 
+#include "constants.h"
 #include "device.cuh"
 
 namespace cnm::cuda {
@@ -13,10 +14,9 @@ struct Dropout {
     float scale;         // of what is kept
 
     static Dropout of(double p, int64_t offset) {
-        constexpr double LEVELS = 65536;
-        const double threshold = std::nearbyint(p * LEVELS);
+        const double threshold = std::nearbyint(p * DROPOUT_LEVELS);
         return {static_cast<uint64_t>(offset), static_cast<uint32_t>(threshold),
-                static_cast<float>(LEVELS / std::fmax(LEVELS - threshold, 1))};
+                static_cast<float>(DROPOUT_LEVELS / std::fmax(DROPOUT_LEVELS - threshold, 1))};
     }
 };
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from cnm_kernels import constants
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc" / "cpu"
@@ -52,6 +55,12 @@ def compile_and_run(isa: str, sources: list[Path], folder: Path) -> None:
     subprocess.run([str(part) for part in command], check=True)
     outcome = subprocess.run([program], capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+def test_constants_are_those_of_python() -> None:
+    found = re.findall(r"^constexpr \w+ (\w+) = ([^;]+?)f?;", (ROOT / "csrc" / "constants.h").read_text("utf-8"), re.M)
+    assert found
+    assert {name: float(value) for name, value in found} == {name: getattr(constants, name) for name, _ in found}
 
 
 @pytest.mark.parametrize("isa", list(INSTRUCTION_SETS)[:4])
