@@ -80,7 +80,7 @@ def evaluate(
             f"{split.name} split: the model's answer to sentence {row} is no number; its checkpoint, or features of "
             f"video {split.samples[row].video!r}, hold numbers too large"
         )
-    ious = metrics.iou(metrics.moments_from_gaussian(found_center, found_width), split.moments)
+    ious = metrics.best_iou(metrics.moments_from_gaussian(found_center, found_width), split.windows)
     return Evaluation(found_center, found_width, metrics.summary(ious))
 
 

@@ -47,6 +47,25 @@ def iou(predicted: ArrayLike, true: ArrayLike) -> Array:
     return np.maximum((intersection + _EPS) / (hull + _EPS), 0.0)
 
 
+def best_iou(predicted: ArrayLike, windows: ArrayLike) -> Array:
+    """The IoU with the best of several true moments.
+
+    Args:
+        predicted: [..., 2].
+        windows: [..., M, 2], one right answer per sentence and place, some perhaps twice.
+
+    Returns:
+        [...] float64, 0 to 1.
+    """
+    return np.asarray(iou(np.asarray(predicted, np.float64)[..., None, :], windows).max(-1))
+
+
+def _as_windows(true: ArrayLike) -> Array:
+    """[N, 2] or [N, M, 2] as the latter."""
+    true = np.asarray(true, np.float64)
+    return true[:, None] if true.ndim == 2 else true
+
+
 def summary(ious: ArrayLike) -> dict[str, float]:
     """R@1 at each IoU threshold (fraction of sentences at or above it) and mIoU, keyed by ``SCORES``.
 
@@ -62,13 +81,13 @@ def summary(ious: ArrayLike) -> dict[str, float]:
 
 def best_constant_moment(true: ArrayLike, grid: int = CONSTANT_GRID) -> Array:
     """The moment [s, e] with the highest mIoU when predicted for every sentence; s < e are multiples of 1/grid."""
-    true = np.asarray(true, np.float64)
+    true = _as_windows(true)
     edges = np.arange(grid + 1) / grid
     best, best_score = np.array([0.0, 1.0]), -1.0
     for index, start in enumerate(edges[:-1]):
         ends = edges[index + 1 :]
         candidates = np.stack([np.full_like(ends, start), ends], axis=-1)
-        scores = iou(candidates[:, None], true).mean(axis=1)
+        scores = best_iou(candidates[:, None], true).mean(axis=1)
         if scores.max() > best_score:
             best, best_score = candidates[scores.argmax()], scores.max()
     return best
@@ -77,15 +96,18 @@ def best_constant_moment(true: ArrayLike, grid: int = CONSTANT_GRID) -> Array:
 def baselines(true: ArrayLike, seed: int = 0) -> dict[str, dict[str, float]]:
     """Scores that need no video: what a model must beat, on the same moments.
 
+    Args:
+        true: [N, 2], or [N, M, 2] where each sentence has M right answers.
+
     Returns:
         Scores of the best constant moment (its name carries it), of the whole video, and of a random moment (the mean
         over moments drawn uniformly from all start < end).
     """
-    true = np.asarray(true, np.float64)
+    true = _as_windows(true)
     constant = best_constant_moment(true)
     ends = np.random.default_rng(seed).random((RANDOM_DRAWS, len(true), 2))
     return {
-        f"best constant [{constant[0]:g}, {constant[1]:g}]": summary(iou(constant, true)),
-        "whole video": summary(iou([0.0, 1.0], true)),
-        "random moment": summary(iou(np.sort(ends, axis=-1), true)),
+        f"best constant [{constant[0]:g}, {constant[1]:g}]": summary(best_iou(constant, true)),
+        "whole video": summary(best_iou([0.0, 1.0], true)),
+        "random moment": summary(best_iou(np.sort(ends, axis=-1), true)),
     }

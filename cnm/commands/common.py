@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,8 @@ import torch
 import typer
 
 from cnm import checkpoint, metrics
-from cnm.data import Vocabulary, load_vocabulary
+from cnm.data import Sample, Vocabulary, load_vocabulary
+from cnm.data.known_splits import known_split
 from cnm.errors import InputError
 from cnm.evaluation import check_vocabulary
 from cnm.localization import Found
@@ -63,6 +65,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 def print_notes(notes: list[str]) -> None:
     for note in notes:
         typer.echo(f"note: {note}", err=True)
+
+
+def split_title(name: str, samples: Sequence[Sample]) -> str:
+    known = known_split(samples)
+    return f"{name} split, {len(samples):,} sentences" + (f" ({known})" if known else "")
 
 
 def print_scores(title: str, rows: dict[str, dict[str, float]]) -> None:

@@ -22,8 +22,10 @@ from cnm.commands.common import (
     chosen_precision,
     print_notes,
     print_scores,
+    split_title,
 )
 from cnm.data import open_split
+from cnm.data.known_splits import known_split
 from cnm.evaluation import check_vocabulary, evaluate
 from cnm.models.cnm import CNM, PRECISIONS
 
@@ -56,12 +58,14 @@ def evaluate_command(
     stored = checkpoint.load(checkpoint_path).get("vocabulary")
     check_vocabulary(model, data.vocabulary.words, stored and stored["words"])
     found = evaluate(model, data, chosen.train.batch_size)
-    baselines = metrics.baselines(data.moments)
+    known = known_split(data.samples)
+    baselines = metrics.baselines(data.windows)
     if as_json:
         content = {
             "checkpoint": str(checkpoint_path),
             "split": split.value,
             "sentences": len(data),
+            "known_as": known,
             "scores": found.scores,
             "baselines": baselines,
             "notes": data.notes,
@@ -69,4 +73,4 @@ def evaluate_command(
         typer.echo(json.dumps(content, allow_nan=False))
         return
     print_notes(data.notes)
-    print_scores(f"{split.value} split, {len(data):,} sentences", {str(checkpoint_path): found.scores} | baselines)
+    print_scores(split_title(split.value, data.samples), {str(checkpoint_path): found.scores} | baselines)

@@ -20,6 +20,7 @@ from cnm.commands.common import (
     chosen_precision,
     print_notes,
     print_scores,
+    split_title,
 )
 from cnm.config import CNMConfig
 from cnm.distributed import Group
@@ -128,7 +129,7 @@ def train_and_report(trainer: Trainer) -> Result:
     elif not trainer.chooses_best:
         echo("validation and test are the same file: no epoch is chosen by it, the last one is the result")
     result = trainer.train()
-    title = f"test split, {len(trainer.test_split):,} sentences"
+    title = split_title("test", trainer.test_split.samples)
     print_scores(title, {f"{result.checkpoint} (epoch {result.epoch})": result.scores} | result.baselines)
     return result
 

@@ -62,8 +62,20 @@ class Split:
 
     @property
     def moments(self) -> np.ndarray:
-        """[N, 2] float64, start and end as fractions of the video. For evaluation; no batch holds them."""
+        """[N, 2] float64, start and end of the first as fractions of the video. For evaluation; no batch holds them."""
         return np.array([[time / sample.duration for time in sample.moment] for sample in self.samples])
+
+    @property
+    def windows(self) -> np.ndarray:
+        """[N, M, 2] float64 likewise, every right answer of each sentence; the first one fills the places left over."""
+        most = max((len(sample.others) for sample in self.samples), default=0)
+        return np.array(
+            [
+                [[time / sample.duration for time in moment] for moment in sample.windows]
+                + [[time / sample.duration for time in sample.moment]] * (most - len(sample.others))
+                for sample in self.samples
+            ]
+        )
 
     def longest(self, indices: np.ndarray) -> int:
         """Words in the longest of these sentences, 1 at least."""
