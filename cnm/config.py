@@ -44,10 +44,12 @@ class DatasetConfig(_Section):
     """Where the data is and how it is cut. Paths are relative to the working directory, as published.
 
     ``synthetic`` needs no path: the videos are generated (``cnm.data.synthetic``) from ``seed``.
+    ``custom`` is any other dataset: the files say what they are.
     """
 
-    dataset: Literal["CharadesSTA", "ActivityNet", "synthetic"]
-    feature_path: PathText | None = None
+    dataset: Literal["CharadesSTA", "ActivityNet", "synthetic", "custom"]
+    feature_path: PathText | Annotated[list[PathText], Field(min_length=1)] | None = None  # several: side by side
+    feature_pattern: Annotated[PathText, Field(pattern=r"\{video\}")] | None = None  # of datasets in HDF5
     vocab_path: PathText | None = None
     train_data: PathText | None = None
     val_data: PathText | None = None

@@ -15,7 +15,8 @@ from cnm.data import cache, synthetic
 from cnm.data.annotations import Sample, read_annotations
 from cnm.data.batch import Batch
 from cnm.data.buffers import BufferPool
-from cnm.data.features import FeatureFile, pool
+from cnm.data.feature_sources import open_features
+from cnm.data.features import pool
 from cnm.data.tagging import tagger_name
 from cnm.data.vocabulary import Vocabulary, mask_weights
 from cnm.errors import InputError
@@ -149,7 +150,7 @@ def open_split(
         samples, notes = read_annotations(path)
         encoded = _cached_encoding(config, path, samples, vocabulary)
         videos = sorted({sample.video for sample in samples})
-        features = _cached_features(config, videos, progress, dtype)
+        features = _cached_features(config, split, videos, progress, dtype)
         row_of = {video: row for row, video in enumerate(videos)}
         video_rows = np.array([row_of[sample.video] for sample in samples])
     wordless = encoded[2] == 0
@@ -213,25 +214,27 @@ def _as_stored(features: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return bits
 
 
-def _cached_features(config: DatasetConfig, videos: list[str], progress: bool, dtype: torch.dtype) -> np.ndarray:
+def _cached_features(
+    config: DatasetConfig, split: str, videos: list[str], progress: bool, dtype: torch.dtype
+) -> np.ndarray:
     shape = (len(videos), config.max_num_frames, config.frame_dim)
-    source = str(config.feature_path)
+    assert config.feature_path is not None  # DatasetConfig refuses it
+    with open_features(config.feature_path, config.feature_pattern, split) as source:
 
-    def build(folder: Path) -> None:
-        with FeatureFile(source) as file:
-            file.check(videos, config.frame_dim)
+        def build(folder: Path) -> None:
+            source.check(videos, config.frame_dim)
             bar = tqdm(videos, desc="pooling features", unit="video", disable=None if progress else True)
             with cache.rows_file(folder / "clips.npy", shape, STORED[dtype]) as append:
                 for video in bar:
-                    clips = pool(file.frames(video, config.frame_dim), config.max_num_frames)
+                    clips = pool(source.frames(video, config.frame_dim), config.max_num_frames)
                     append(_as_stored(clips, dtype))
 
-    made_from = {
-        "what": "clips",
-        "features": cache.identity(source),
-        "videos": videos,
-        "shape": shape,
-        "dtype": str(dtype),
-    }
-    folder = cache.build_once(_folder(config), made_from, build)
+        made_from = {
+            "what": "clips",
+            "features": source.identity(videos),
+            "videos": videos,
+            "shape": shape,
+            "dtype": str(dtype),
+        }
+        folder = cache.build_once(_folder(config), made_from, build)
     return np.load(folder / "clips.npy", mmap_mode="r")
