@@ -20,6 +20,7 @@ from cnm.commands.evaluate import evaluate_command
 from cnm.commands.localize import localize
 from cnm.commands.plant import plant_command
 from cnm.commands.train import train
+from cnm.commands.vocabulary import vocabulary_command
 from cnm.errors import InputError
 from cnm.files import printable
 from cnm.training.trainer import Interrupted
@@ -118,6 +119,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "evaluate": evaluate_command,
     "localize": localize,
     "plant": plant_command,
+    "vocabulary": vocabulary_command,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)

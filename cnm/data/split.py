@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from cnm.config import DatasetConfig
-from cnm.data import cache, synthetic
+from cnm.data import cache, synthetic, vocabulary_files
 from cnm.data.annotations import Sample, read_annotations
 from cnm.data.batch import Batch
 from cnm.data.buffers import BufferPool
@@ -119,7 +119,7 @@ def load_vocabulary(config: DatasetConfig) -> Vocabulary:
     if config.dataset == "synthetic":
         return synthetic.vocabulary(config)
     assert config.vocab_path is not None  # DatasetConfig refuses it
-    return Vocabulary.from_pickle(config.vocab_path, config.vocab_size, config.word_dim)
+    return Vocabulary.from_file(config.vocab_path, config.vocab_size, config.word_dim)
 
 
 def open_split(
@@ -197,7 +197,7 @@ def _cached_encoding(
     made_from = {
         "what": "sentences",
         "annotations": cache.content_hash(path),
-        "vocabulary": cache.content_hash(str(config.vocab_path)),
+        "vocabulary": cache.content_hash(vocabulary_files.words_file(str(config.vocab_path))),
         "vocab_size": config.vocab_size,
         "max_num_words": config.max_num_words,
         "tagger": tagger_name(),
