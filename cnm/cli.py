@@ -19,6 +19,7 @@ from cnm.commands.demo import demo
 from cnm.commands.evaluate import evaluate_command
 from cnm.commands.localize import localize
 from cnm.commands.plant import plant_command
+from cnm.commands.score import score_command
 from cnm.commands.train import train
 from cnm.commands.vocabulary import vocabulary_command
 from cnm.errors import InputError
@@ -118,6 +119,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "train": train,
     "evaluate": evaluate_command,
     "localize": localize,
+    "score": score_command,
     "plant": plant_command,
     "vocabulary": vocabulary_command,
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 
@@ -26,8 +28,10 @@ from cnm.commands.common import (
 )
 from cnm.data import open_split
 from cnm.data.known_splits import known_split
+from cnm.errors import InputError
 from cnm.evaluation import check_vocabulary, evaluate
 from cnm.models.cnm import CNM, PRECISIONS
+from cnm.predictions import write_predictions
 
 
 def evaluate_command(
@@ -38,6 +42,12 @@ def evaluate_command(
     ] = None,
     split: Annotated[SplitName, typer.Option(help="Which sentences to localize.")] = SplitName.test,
     changes: ChangesOption = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F.jsonl", help="Also write what was found, in QVHighlights' submission form; see `cnm score`."
+        ),
+    ] = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.auto,
     as_json: JsonOption = False,
@@ -48,6 +58,8 @@ def evaluate_command(
     Example:
       cnm evaluate --checkpoint runs/first/best.pt --config charades_i3d
     """
+    if predictions is not None and predictions.exists():
+        raise InputError(f"{predictions}: exists and is not written over; choose another --predictions")
     model = CNM.from_checkpoint(checkpoint_path, chosen_device(device))
     dtype = model.compute_dtype = PRECISIONS[chosen_precision(precision, device)]
     if config is not None:
@@ -58,6 +70,9 @@ def evaluate_command(
     stored = checkpoint.load(checkpoint_path).get("vocabulary")
     check_vocabulary(model, data.vocabulary.words, stored and stored["words"])
     found = evaluate(model, data, chosen.train.batch_size)
+    if predictions is not None:
+        center, width = found.center[:, None], found.width[:, None]
+        write_predictions(predictions, data.samples, center, width, np.ones_like(center))
     known = known_split(data.samples)
     baselines = metrics.baselines(data.windows)
     if as_json:

@@ -91,13 +91,13 @@ def objects(text: str, source: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 def json_lines(text: str, source: str) -> Iterator[Row]:
     """Rows of JSON lines with their reader."""
-    seen: dict[int | str, str] = {}
+    seen: dict[str, str] = {}
     for row, where in objects(text, source):
         qid = row.get("qid")
         if qid is not None and not isinstance(qid, (list, dict, float)):
-            if qid in seen:
-                raise InputError(f"{where}: qid {shortened(qid)} is that of {seen[qid]} too; correct one of them")
-            seen[qid] = where.removeprefix(f"{source}: ")
+            if str(qid) in seen:
+                raise InputError(f"{where}: qid {shortened(qid)} is that of {seen[str(qid)]} too; correct one of them")
+            seen[str(qid)] = where.removeprefix(f"{source}: ")
         yield _of_object, row, where
 
 

@@ -69,14 +69,7 @@ class Split:
     @property
     def windows(self) -> np.ndarray:
         """[N, M, 2] float64 likewise, every right answer of each sentence; the first one fills the places left over."""
-        most = max((len(sample.others) for sample in self.samples), default=0)
-        return np.array(
-            [
-                [[time / sample.duration for time in moment] for moment in sample.windows]
-                + [[time / sample.duration for time in sample.moment]] * (most - len(sample.others))
-                for sample in self.samples
-            ]
-        )
+        return windows_of(self.samples)
 
     def longest(self, indices: np.ndarray) -> int:
         """Words in the longest of these sentences, 1 at least."""
@@ -108,6 +101,18 @@ class Split:
             word_lengths=torch.from_numpy(lengths.astype(np.int64)),
             mask_weights=torch.from_numpy(mask_weights(self._content[indices, :L], lengths)),
         )
+
+
+def windows_of(samples: Sequence[Sample]) -> np.ndarray:
+    """[N, M, 2] float64, all moments as fractions of their video; the first one fills the places left over."""
+    most = max((len(sample.windows) for sample in samples), default=1)
+    filled = [(*sample.windows, *[sample.moment] * (most - len(sample.windows))) for sample in samples]
+    return np.array(
+        [
+            [[time / sample.duration for time in moment] for moment in windows]
+            for sample, windows in zip(samples, filled, strict=True)
+        ]
+    )
 
 
 def load_vocabulary(config: DatasetConfig) -> Vocabulary:
