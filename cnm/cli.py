@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from cnm.commands.demo import demo
 from cnm.commands.evaluate import evaluate_command
+from cnm.commands.features import features_app
 from cnm.commands.localize import localize
 from cnm.commands.plant import plant_command
 from cnm.commands.score import score_command
@@ -125,6 +126,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.add_typer(features_app, name="features")
 
 
 if __name__ == "__main__":
