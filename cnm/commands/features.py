@@ -16,12 +16,17 @@ from cnm.errors import InputError
 
 SHOWN = 5  # items of each kind named
 
-features_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Looks after feature files.")
+features_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 @features_app.callback()
 def features() -> None:
-    """Looks after feature files."""
+    """Looks after feature files.
+
+    \b
+    Example:
+      cnm features check i3d_features.hdf5 --annotations train.json --annotations test.json
+    """
 
 
 @features_app.command()

@@ -28,8 +28,7 @@ def score_command(
 
     \b
     Example:
-      cnm evaluate --checkpoint runs/first/best.pt --predictions found.jsonl
-      cnm score found.jsonl --annotations charades_test_release.jsonl
+      cnm score found.jsonl --annotations charades_test_release.jsonl     (found.jsonl by cnm evaluate --predictions)
     """
     samples, notes = read_annotations(annotations)
     found = score(read_predictions(predictions, samples), samples)

@@ -78,7 +78,7 @@ def from_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_explains_every_command() -> None:
     overview = run("--help")
     assert overview.exit_code == 0
-    for command in ("demo", "train", "evaluate", "localize", "plant"):
+    for command in ("demo", "train", "evaluate", "localize", "score", "plant", "vocabulary", "features"):
         assert command in overview.stdout
         text = run(command, "--help").stdout
         assert f"Example:\n    cnm {command} " in text
