@@ -20,10 +20,13 @@ from cnm.commands.config import config_command
 from cnm.commands.demo import demo
 from cnm.commands.evaluate import evaluate_command
 from cnm.commands.extract import extract_command
+from cnm.commands.features import features_app
 from cnm.commands.localize import localize
 from cnm.commands.plant import plant_command
 from cnm.commands.report import report_command
+from cnm.commands.score import score_command
 from cnm.commands.train import train
+from cnm.commands.vocabulary import vocabulary_command
 from cnm.errors import InputError
 from cnm.files import printable
 from cnm.training.trainer import Interrupted
@@ -121,14 +124,17 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "train": train,
     "evaluate": evaluate_command,
     "localize": localize,
+    "score": score_command,
     "extract": extract_command,
     "report": report_command,
     "app": app_command,
     "plant": plant_command,
+    "vocabulary": vocabulary_command,
     "config": config_command,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.add_typer(features_app, name="features")
 
 
 if __name__ == "__main__":

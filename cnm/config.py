@@ -46,19 +46,25 @@ class DatasetConfig(_Section):
     """Where the data is and how it is cut. Paths are relative to the working directory, as published.
 
     ``synthetic`` needs no path: the videos are generated (``cnm.data.synthetic``) from ``seed``.
+    ``custom`` is any other dataset: the files say what they are.
     """
 
-    dataset: Literal["CharadesSTA", "ActivityNet", "synthetic"] = Field(
-        description="whose files these are; synthetic videos are generated and need no file"
+    dataset: Literal["CharadesSTA", "ActivityNet", "synthetic", "custom"] = Field(
+        description="whose files these are; custom: any others; synthetic videos are generated and need no file"
     )
-    feature_path: PathText | None = Field(
-        default=None, description="HDF5 file of the videos' features, [frames, frame_dim] each"
+    feature_path: PathText | Annotated[list[PathText], Field(min_length=1)] | None = Field(
+        default=None,
+        description="HDF5 file, or folder of .npz or .npy files, of the videos' features, [frames, frame_dim] each; a "
+        "list of them is put side by side, cut to the shortest",
+    )
+    feature_pattern: Annotated[PathText, Field(pattern=r"\{video\}")] | None = Field(
+        default=None, description="where in an HDF5 file a video's features are, such as test/{video}/features"
     )
     vocab_path: PathText | None = Field(
-        default=None, description="pickle of the word vectors, with w2id, id2vec and counter"
+        default=None, description="word vectors: what `cnm vocabulary` wrote, or the published pickle"
     )
     train_data: PathText | None = Field(
-        default=None, description="annotations to train on, JSON rows [video, seconds, [start, end], sentence]"
+        default=None, description="annotations to train on: published JSON rows, or JSON lines as QVHighlights has them"
     )
     val_data: PathText | None = Field(
         default=None,

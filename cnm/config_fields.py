@@ -83,7 +83,13 @@ def _kind(schema: dict[str, Any]) -> str:
     if "const" in schema or "enum" in schema:
         values = [schema["const"]] if "const" in schema else schema["enum"]
         return ", ".join("true" if value is True else str(value) for value in values)
-    words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
+    words = {
+        "integer": "whole number",
+        "number": "number",
+        "string": "text",
+        "boolean": "true or false",
+        "array": "list",
+    }
     bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
     limits = [f"{word} {schema[bound]:.15g}" for bound, word in bounds.items() if schema.get(bound, MOST) < MOST]
     return " ".join([words.get(schema.get("type", ""), "value"), *limits])

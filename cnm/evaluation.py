@@ -97,7 +97,7 @@ def evaluate(
             f"video {split.samples[row].video!r}, hold numbers too large"
         )
     moments = metrics.moments_from_gaussian(arrays[0], arrays[1])
-    by_selection = metrics.by_selection(moments, split.moments)
+    by_selection = metrics.by_selection(moments, split.windows)
     return Evaluation(arrays[0], arrays[1], arrays[2], by_selection["nll"], by_selection)
 
 
@@ -108,8 +108,10 @@ class Spread:
     Attributes:
         mean: over the draws.
         deviation: their standard deviation, 0 of a single one.
+        first: the first draw's evaluation.
     """
 
+    first: Evaluation
     mean: dict[str, dict[str, float]]
     deviation: dict[str, dict[str, float]]
 
@@ -125,15 +127,15 @@ def evaluate_seeds(
     for seed in range(seeds):
         torch.manual_seed(seed)
         scoring = Scoring(masks, seed, published)
-        found.append(evaluate(model, split, batch_size, scoring=scoring).by_selection)
+        found.append(evaluate(model, split, batch_size, scoring=scoring))
     mean, deviation = (
         {
-            selection: {name: float(reduce([scores[selection][name] for scores in found])) for name in names}
-            for selection, names in found[0].items()
+            selection: {name: float(reduce([one.by_selection[selection][name] for one in found])) for name in names}
+            for selection, names in found[0].by_selection.items()
         }
         for reduce in (np.mean, partial(np.std, ddof=min(seeds - 1, 1)))
     )
-    return Spread(mean, deviation)
+    return Spread(found[0], mean, deviation)
 
 
 def check_fits(model: Model, split: Split) -> None:

@@ -51,6 +51,25 @@ def iou(predicted: ArrayLike, true: ArrayLike) -> Array:
     return np.maximum((intersection + _EPS) / (hull + _EPS), 0.0)
 
 
+def best_iou(predicted: ArrayLike, windows: ArrayLike) -> Array:
+    """The IoU with the best of several true moments.
+
+    Args:
+        predicted: [..., 2].
+        windows: [..., M, 2], one right answer per sentence and place, some perhaps twice.
+
+    Returns:
+        [...] float64, 0 to 1.
+    """
+    return np.asarray(iou(np.asarray(predicted, np.float64)[..., None, :], windows).max(-1))
+
+
+def _as_windows(true: ArrayLike) -> Array:
+    """[N, 2] or [N, M, 2] as the latter."""
+    true = np.asarray(true, np.float64)
+    return true[:, None] if true.ndim == 2 else true
+
+
 def summary(ious: ArrayLike) -> dict[str, float]:
     """R@1 at each IoU threshold (fraction of sentences at or above it) and mIoU, keyed by ``SCORES``.
 
@@ -94,7 +113,7 @@ SELECTIONS: dict[str, Callable[[Array], NDArray[np.int64]]] = {
 
 def by_selection(moments: Array, true: ArrayLike) -> dict[str, dict[str, float]]:
     """Scores of proposals [N, K, 2], best first, for each of ``SELECTIONS``; of one proposal R@1 alone, under "nll"."""
-    ious = iou(moments, np.asarray(true, np.float64)[:, None])  # [N, K]
+    ious = best_iou(moments, _as_windows(true)[:, None])  # [N, K]
     if moments.shape[1] == 1:
         return {"nll": summary(ious)}
     rows, top = np.arange(len(moments)), top_summary(ious)
@@ -111,7 +130,7 @@ def best_constant_moments(true: ArrayLike, count: int, grid: int = CONSTANT_GRID
 
     The first is the best single one. Choosing one after the other is within a factor 1 - 1/e of the best set.
     """
-    true = np.asarray(true, np.float64)
+    true = _as_windows(true)
     edges = np.arange(grid + 1) / grid
     best, reached = np.zeros((count, 2)), np.zeros(len(true))
     for place in range(count):
@@ -119,10 +138,10 @@ def best_constant_moments(true: ArrayLike, count: int, grid: int = CONSTANT_GRID
         for index, start in enumerate(edges[:-1]):
             ends = edges[index + 1 :]
             candidates = np.stack([np.full_like(ends, start), ends], axis=-1)
-            scores = np.maximum(iou(candidates[:, None], true), reached).mean(axis=1)
+            scores = np.maximum(best_iou(candidates[:, None], true), reached).mean(axis=1)
             if scores.max() > best_score:
                 best[place], best_score = candidates[scores.argmax()], scores.max()
-        reached = np.maximum(reached, iou(best[place], true))
+        reached = np.maximum(reached, best_iou(best[place], true))
     return best
 
 
@@ -130,6 +149,7 @@ def baselines(true: ArrayLike, seed: int = 0, *, top: bool = False) -> dict[str,
     """Scores that need no video: what a model must beat, on the same moments.
 
     Args:
+        true: [N, 2], or [N, M, 2] where each sentence has M right answers.
         top: also R@5, of the five constant moments that are best together, and of five random ones.
 
     Returns:
@@ -137,18 +157,18 @@ def baselines(true: ArrayLike, seed: int = 0, *, top: bool = False) -> dict[str,
         is scored on, of the whole video, and of a random moment (the mean
         over moments drawn uniformly from all start < end).
     """
-    true = np.asarray(true, np.float64)
+    true = _as_windows(true)
     constants = best_constant_moments(true, TOP if top else 1)
     ends = np.random.default_rng(seed).random((RANDOM_DRAWS, len(true), 2))
     constant = f"best constant [{constants[0, 0]:g}, {constants[0, 1]:g}], fitted to these sentences"
     found = {
-        constant: iou(constants[:1, None], true),
-        "whole video": iou([[[0.0, 1.0]]], true),
-        "random moment": iou(np.sort(ends, axis=-1), true),
+        constant: best_iou(constants[:1, None], true),
+        "whole video": best_iou([[[0.0, 1.0]]], true),
+        "random moment": best_iou(np.sort(ends, axis=-1), true),
     }  # [draws, N] each
     scores = {name: summary(ious) for name, ious in found.items()}
     if top:
-        fives = [iou(constants[:, None], true).T, found["whole video"].T, _draws_of(found["random moment"], TOP)]
+        fives = [best_iou(constants[:, None], true).T, found["whole video"].T, _draws_of(found["random moment"], TOP)]
         for row, ious in zip(scores.values(), fives, strict=True):
             row.update(top_summary(ious))
     return scores

@@ -62,7 +62,7 @@ def _summary(run: FinishedRun, split: Split) -> str:
 def _scores(run: FinishedRun, split: Split, answers: Sequence[Answer]) -> str:
     """Ours above the baselines that never look at the video."""
     ours = metrics.summary([answer.iou for answer in answers])
-    rows = {"this run": ours} | metrics.baselines(split.moments)
+    rows = {"this run": ours} | metrics.baselines(split.windows)
     left_out = len(split) - len(answers)
     note = f"<p>{left_out} sentences without a known word are left out.</p>" if left_out else ""
     cells = [[text(name), *(f"{scores[score]:.4f}" for score in metrics.SCORES)] for name, scores in rows.items()]

@@ -35,10 +35,12 @@ from fuzz_typed import TYPED
 import cnm_kernels
 from cnm import checkpoint
 from cnm.config import CNMConfig
-from cnm.data.annotations import read_annotations
+from cnm.data.annotations import Sample, read_annotations
 from cnm.data.features import FeatureFile, load_features
 from cnm.data.vocabulary import Vocabulary
+from cnm.data.word_vectors import read_vectors
 from cnm.errors import InputError
+from cnm.predictions import read_predictions
 from cnm_kernels import registry
 
 BATCH = 250  # cases of a child process
@@ -99,12 +101,46 @@ def read_features(path: Path) -> None:
             file.frames(video, 8)
 
 
+def npz_bytes() -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, features=np.random.default_rng(0).standard_normal((12, 8)).astype(np.float16))
+    return buffer.getvalue()
+
+
+def annotation_lines() -> bytes:
+    rows = [
+        {
+            "qid": i,
+            "query": "person opens",
+            "vid": f"v{i}",
+            "duration": 30.0,
+            "relevant_windows": [[1, 5.5], [7, 9 + i]],
+        }
+        for i in range(20)
+    ]
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+
+
+def prediction_lines() -> bytes:
+    rows = [{"qid": i, "vid": "v", "pred_relevant_windows": [[1.0, 5.5, 0.5], [7, 9, 0.25]]} for i in range(8)]
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+
+
+def vector_text() -> bytes:
+    return b"".join(b"word%d 1.5 -2 3e-1 4\n" % i for i in range(20))
+
+
+PREDICTED = [Sample("v", 30.0, (1.0, 5.0), "text", qid=i) for i in range(8)]
 READERS: dict[str, tuple[Callable[[], bytes], str, Callable[[Path], Any]]] = {
     "annotations": (annotation_bytes, ".json", read_annotations),
     "configuration": (CONFIG.read_bytes, ".json", CNMConfig.from_json),
     "vocabulary": (vocabulary_bytes, ".pkl", lambda path: Vocabulary.from_pickle(path, 4, 8)),
     "checkpoint": (checkpoint_bytes, ".pt", checkpoint.load),
     "features": (hdf5_bytes, ".hdf5", read_features),
+    "annotation lines": (annotation_lines, ".jsonl", read_annotations),
+    "predictions": (prediction_lines, ".jsonl", lambda path: read_predictions(path, PREDICTED)),
+    "vectors": (vector_text, ".txt", lambda path: read_vectors(path, [f"word{i}" for i in range(20)], 4)),
+    "archive": (npz_bytes, ".npz", lambda path: load_features(str(path), 8, 4)),
     "array": (npy_bytes, ".npy", lambda path: load_features(str(path), 8, 4)),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,8 @@ import typer
 
 from cnm import checkpoint, metrics, plot
 from cnm.config import Config
-from cnm.data import Vocabulary
+from cnm.data import Sample, Vocabulary
+from cnm.data.known_splits import known_split
 from cnm.errors import InputError
 from cnm.localizer import Found, Proposal
 from cnm.models import Model
@@ -115,8 +117,17 @@ def with_data_dir(config: Config, folder: Path | None) -> Config:
     if not folder.is_dir():
         raise InputError(f"--data-dir {folder}: is no folder; give the one that relative paths start from")
     paths = {name: getattr(config.dataset, name) for name in DATA_PATHS}
-    moved = {name: str(folder / path) for name, path in paths.items() if path is not None}
+    moved = {
+        name: [str(folder / one) for one in path] if isinstance(path, list) else str(folder / path)
+        for name, path in paths.items()
+        if path is not None
+    }
     return config.model_copy(update={"dataset": config.dataset.model_copy(update=moved)})
+
+
+def split_title(name: str, samples: Sequence[Sample]) -> str:
+    known = known_split(samples)
+    return f"{name} split, {len(samples):,} sentences" + (f" ({known})" if known else "")
 
 
 def print_scores(title: str, rows: dict[str, dict[str, float]]) -> None:

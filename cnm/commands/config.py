@@ -81,11 +81,15 @@ def _list(fields: list[ConfigField]) -> None:
 
 def _summary(config: Config) -> str:
     dataset, train = config.dataset, config.train
-    source = f"features {dataset.feature_path}, " if dataset.feature_path else "no files, features "
+    source = f"features {_named(dataset.feature_path)}, " if dataset.feature_path else "no files, features "
     return (
         f"{dataset.dataset}: {source}{dataset.frame_dim} wide; {train.max_num_epochs} epochs of batches of "
         f"{train.batch_size}"
     )
+
+
+def _named(paths: str | list[str]) -> str:
+    return paths if isinstance(paths, str) else " + ".join(paths)
 
 
 def _explanation(field: ConfigField) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -25,13 +25,17 @@ from cnm.commands.common import (
     chosen_precision,
     print_notes,
     print_scores,
+    split_title,
     stored_vocabulary,
     with_data_dir,
 )
 from cnm.data import open_split
+from cnm.data.known_splits import known_split
+from cnm.errors import InputError
 from cnm.evaluation import Spread, check_vocabulary, evaluate_seeds
 from cnm.models import load_checkpoint
 from cnm.models.base import PRECISIONS, Scoring
+from cnm.predictions import write_predictions
 
 
 def evaluate_command(
@@ -43,6 +47,12 @@ def evaluate_command(
     split: Annotated[SplitName, typer.Option(help="Which sentences to localize.")] = SplitName.test,
     changes: ChangesOption = None,
     data_dir: DataDirOption = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F.jsonl", help="Also write what was found, in QVHighlights' submission form; see `cnm score`."
+        ),
+    ] = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.auto,
     masks: MasksOption = Scoring.masks,
@@ -63,6 +73,8 @@ def evaluate_command(
       cnm evaluate --checkpoint runs/first/best.pt --config charades_i3d
       cnm evaluate --checkpoint runs/cpl/last.pt --config charades_cpl --masks 8 --seeds 5
     """
+    if predictions is not None and predictions.exists():
+        raise InputError(f"{predictions}: exists and is not written over; choose another --predictions")
     model = load_checkpoint(checkpoint_path, chosen_device(device))
     dtype = model.compute_dtype = PRECISIONS[chosen_precision(precision, device)]
     if config is not None:
@@ -77,25 +89,33 @@ def evaluate_command(
     found = {"": evaluate_seeds(model, data, batch_size, seeds if several else 1, masks=masks)}
     if several:
         found[", as published"] = evaluate_seeds(model, data, batch_size, seeds, published=True)
-    baselines = metrics.baselines(data.moments, top=several)
+    if predictions is not None:
+        first = found[""].first
+        write_predictions(predictions, data.samples, first.centers, first.widths, first.confidences)
+    baselines = metrics.baselines(data.windows, top=several)
     if as_json:
         ours = found[""]
         content = {
             "checkpoint": str(checkpoint_path),
             "split": split.value,
             "sentences": len(data),
+            "known_as": known_split(data.samples),
             "scores": ours.mean["nll"],
             "baselines": baselines,
             "notes": data.notes,
         }
         if several:
-            content |= {"seeds": seeds, "masks": masks, "by_selection": asdict(ours)}
-            content["as_published"] = asdict(found[", as published"])
+            content |= {"seeds": seeds, "masks": masks, "by_selection": _plain(ours)}
+            content["as_published"] = _plain(found[", as published"])
         typer.echo(json.dumps(content, allow_nan=False))
         return
     print_notes(data.notes)
     rows = _rows(found, seeds) if several else {str(checkpoint_path): found[""].mean["nll"]}
-    print_scores(f"{split.value} split, {len(data):,} sentences", rows | baselines)
+    print_scores(split_title(split.value, data.samples), rows | baselines)
+
+
+def _plain(spread: Spread) -> dict[str, Any]:
+    return {"mean": spread.mean, "deviation": spread.deviation}
 
 
 NAMES = {"nll": "lowest nll"}  # of selections, where the table says more

@@ -15,7 +15,7 @@ ALL_WORDS = 1_000_000  # more than any vocabulary file counts
 
 def plant_command(
     annotations: Annotated[list[Path], typer.Option(help="An annotation file; repeat for train and test.")],
-    vocab: Annotated[Path, typer.Option(help="Word vectors in the published format (glove.pkl).")],
+    vocab: Annotated[Path, typer.Option(help="Word vectors: glove.pkl, or what `cnm vocabulary` wrote.")],
     output: Annotated[Path, typer.Option(help="The HDF5 file to write; must not exist.")],
     frame_dim: Annotated[int, typer.Option(min=1, help="Width of a feature, as in dataset.frame_dim.")] = 256,
     word_dim: Annotated[int, typer.Option(min=1, help="Width of a word vector, as in dataset.word_dim.")] = 300,
@@ -33,7 +33,7 @@ def plant_command(
     """
     if output.exists():
         raise InputError(f"{output}: exists and is not written over; choose another --output")
-    vocabulary = Vocabulary.from_pickle(vocab, ALL_WORDS, word_dim)
+    vocabulary = Vocabulary.from_file(vocab, ALL_WORDS, word_dim)
     count = plant(annotations, vocabulary, output, frame_dim=frame_dim, signal=signal, seed=seed, progress=True)
     typer.echo(
         f"{output}: features of {count:,} videos; train on them with --set dataset.feature_path={output} "

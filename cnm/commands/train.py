@@ -22,6 +22,7 @@ from cnm.commands.common import (
     chosen_precision,
     print_notes,
     print_scores,
+    split_title,
     with_data_dir,
 )
 from cnm.config import Config
@@ -135,7 +136,7 @@ def train_and_report(trainer: Trainer) -> Result:
     elif not trainer.chooses_best:
         echo("validation and test are the same file: no epoch is chosen by it, the last one is the result")
     result = trainer.train()
-    title = f"test split, {len(trainer.test_split):,} sentences"
+    title = split_title("test", trainer.test_split.samples)
     print_scores(title, {f"{result.checkpoint} (epoch {result.epoch})": result.scores} | result.baselines)
     return result
 

@@ -1,4 +1,4 @@
-"""Visual features: HDF5 files in the published layouts, checked and averaged to a fixed number of clips."""
+"""Visual features: HDF5 files in the published layouts or by a pattern, checked and averaged to a number of clips."""
 
 from __future__ import annotations
 
@@ -10,28 +10,34 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import h5py
 import numpy as np
 import torch
 from torch import Tensor
 
+from cnm.data import cache
+from cnm.data.arrays import MOST_BYTES, read_array, what_it_is
 from cnm.data.names import name_problem
 from cnm.errors import InputError
 
-MOST_BYTES = 2 << 30  # of one video's features; what a file declares costs nothing to write and memory to read
 INNER_KEYS = ("c3d_features",)  # where a video is a group instead of a dataset
 
 
 class FeatureFile:
     """An HDF5 file with one dataset [n, frame_dim] per video, or one group with such a ``c3d_features`` inside.
 
+    Args:
+        pattern: where a video's dataset is, ``{video}`` standing for its name.
+
     Raises:
         InputError: the file is missing or is no HDF5 (truncated, for one).
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, pattern: str | None = None) -> None:
         self.path = path
+        self._pattern = pattern or "{video}"
         if not os.path.isfile(path):
             raise InputError(f"{path}: there is no such feature file; check dataset.feature_path")
         try:
@@ -43,7 +49,8 @@ class FeatureFile:
                 remedy = held if "lock" in reason else "check its permissions"
                 raise InputError(f"{path}: cannot be opened ({reason}); {remedy}") from None
             raise InputError(
-                f"{path}: is no readable HDF5 file ({reason}); it may be truncated, fetch it again"
+                f"{path}: is no readable HDF5 file ({reason}); it is {what_it_is(path)}, perhaps truncated: "
+                f"fetch it again, or name an HDF5 file or a folder of .npz or .npy"
             ) from None
 
     def __enter__(self) -> FeatureFile:
@@ -54,17 +61,27 @@ class FeatureFile:
     ) -> None:
         self._file.close()
 
-    def check(self, videos: Iterable[str], frame_dim: int) -> None:
+    def __contains__(self, video: str) -> bool:
+        with self._readable(video):
+            return self._key(video) in self._file
+
+    def shape(self, video: str) -> tuple[int, int]:
+        """[frames, width] of one video, without its values. Raises ``InputError`` as ``frames``."""
+        n, width = self._dataset(video, None).shape
+        return n, width
+
+    def identity(self, videos: Iterable[str]) -> Any:
+        """What changes when the file does."""
+        found = cache.identity(self.path)
+        return found if self._pattern == "{video}" else found | {"pattern": self._pattern}
+
+    def check(self, videos: Iterable[str], frame_dim: int | None) -> None:
         """Names the first video that is missing or has another width, before any long work begins.
 
         Raises:
             InputError: as ``frames``, except for the values, which it does not read.
         """
-        missing = []
-        for video in videos:
-            with self._readable(video):
-                if video not in self._file:
-                    missing.append(video)
+        missing = [video for video in videos if video not in self]
         if missing:
             raise InputError(
                 f"{self.path}: has no features for video {missing[0]!r}"
@@ -74,7 +91,7 @@ class FeatureFile:
         for video in videos:
             self._dataset(video, frame_dim)
 
-    def frames(self, video: str, frame_dim: int) -> np.ndarray:
+    def frames(self, video: str, frame_dim: int | None) -> np.ndarray:
         """[n, frame_dim] float32 of one video.
 
         Raises:
@@ -101,9 +118,12 @@ class FeatureFile:
             reason = str(error).replace("\n", " ")
             raise InputError(f"{self.path}: video {video!r} cannot be read ({reason}); fetch the file again") from None
 
-    def _dataset(self, video: str, frame_dim: int) -> h5py.Dataset:
+    def _key(self, video: str) -> str:
+        return self._pattern.replace("{video}", video)
+
+    def _dataset(self, video: str, frame_dim: int | None) -> h5py.Dataset:
         with self._readable(video):
-            item = self._file.get(video)
+            item = self._file.get(self._key(video))
             if isinstance(item, h5py.Group):
                 inner = [key for key in INNER_KEYS if key in item]
                 item = item[inner[0]] if inner else None
@@ -121,7 +141,7 @@ class FeatureFile:
                 f"{self.path}: video {video!r} declares {list(item.shape)} numbers, {item.nbytes >> 20} MB, where "
                 f"{MOST_BYTES >> 20} MB is the most; the file is damaged or made to fill the memory"
             )
-        if item.shape[1] != frame_dim:
+        if frame_dim is not None and item.shape[1] != frame_dim:
             raise InputError(
                 f"{self.path}: the features of video {video!r} are {item.shape[1]} wide, but {frame_dim} are expected "
                 f"(dataset.frame_dim); correct the configuration or take other features"
@@ -173,7 +193,10 @@ def pool_batch(frames: Tensor, lengths: Tensor, num_clips: int) -> tuple[Tensor,
 
 
 def load_features(source: str, frame_dim: int, num_clips: int) -> np.ndarray:
-    """One video's clips from ``F.npy`` ([n, frame_dim]) or from ``F.hdf5:VIDEO``. [num_clips, frame_dim] float32
+    """One video's clips from ``F.npy`` or ``F.npz`` ([n, frame_dim]), or from ``F.hdf5:VIDEO``.
+
+    Returns:
+        [num_clips, frame_dim] float32.
 
     Raises:
         InputError: the file or video is missing, unreadable, of another shape, or holds NaN or infinity.
@@ -182,20 +205,9 @@ def load_features(source: str, frame_dim: int, num_clips: int) -> np.ndarray:
     if in_file:
         with FeatureFile(in_file[1]) as file:
             return pool(file.frames(in_file[2], frame_dim), num_clips)
-    if Path(source).suffix != ".npy":
-        raise InputError(f"{source}: features are given as FILE.npy or FILE.hdf5:VIDEO")
-    try:
-        frames = np.load(source, allow_pickle=False)
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror or error}); check the path") from None
-    except Exception as error:  # numpy parses the header as Python, and fails in as many ways
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{source}: is no array of numbers ({reason}); save it with numpy.save") from None
-    if not isinstance(frames, np.ndarray) or frames.ndim != 2 or len(frames) == 0 or frames.dtype.kind not in "fiu":
-        raise InputError(f"{source}: holds {frames.dtype} of shape {list(frames.shape)}, not numbers [frames, width]")
+    if Path(source).suffix not in (".npy", ".npz"):
+        raise InputError(f"{source}: features are given as FILE.npy or FILE.hdf5:VIDEO, or as FILE.npz")
+    frames = read_array(source)
     if frames.shape[1] != frame_dim:
         raise InputError(f"{source}: the features are {frames.shape[1]} wide, but the model expects {frame_dim}")
-    frames = frames.astype(np.float32)
-    if not np.isfinite(frames).all():
-        raise InputError(f"{source}: the features hold NaN or infinity; extract them again")
     return pool(frames, num_clips)

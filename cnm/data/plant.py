@@ -42,7 +42,7 @@ def plant(
     Every video's features depend on its name, its sentences and the seed alone.
 
     Args:
-        annotations: published JSON files; a video may occur in several.
+        annotations: files as ``read_annotations`` takes them; a video may occur in several.
         vocabulary: whose words carry signals.
         output: HDF5 file, written under a temporary name first; an existing one is replaced.
         frame_dim: width of the features.
@@ -75,9 +75,10 @@ def plant(
                 time = (np.arange(n) + 0.5) / n * duration
                 free = np.ones(n, dtype=bool)
                 for sample in of_video:
-                    during = (time >= sample.moment[0]) & (time < sample.moment[1])
-                    frames[during] += signal * _signal(sample.sentence, vocabulary, vectors)
-                    free &= ~during
+                    for moment in sample.windows:
+                        during = (time >= moment[0]) & (time < moment[1])
+                        frames[during] += signal * _signal(sample.sentence, vocabulary, vectors)
+                        free &= ~during
                 for index in rng.integers(len(everything), size=DISTRACTORS):
                     start = rng.uniform(0, 0.75) * duration
                     during = (time >= start) & (time < start + duration / 4) & free

@@ -11,11 +11,12 @@ import torch
 from tqdm import tqdm
 
 from cnm.config import DatasetConfig
-from cnm.data import cache, synthetic
+from cnm.data import cache, synthetic, vocabulary_files
 from cnm.data.annotations import Sample, read_annotations
 from cnm.data.batch import Batch
 from cnm.data.buffers import BufferPool
-from cnm.data.features import FeatureFile, pool
+from cnm.data.feature_sources import open_features
+from cnm.data.features import pool
 from cnm.data.tagging import tagger_name
 from cnm.data.vocabulary import Vocabulary
 from cnm.errors import InputError
@@ -63,8 +64,13 @@ class Split:
 
     @property
     def moments(self) -> np.ndarray:
-        """[N, 2] float64, start and end as fractions of the video. For evaluation; no batch holds them."""
+        """[N, 2] float64, start and end of the first as fractions of the video. For evaluation; no batch holds them."""
         return np.array([[time / sample.duration for time in sample.moment] for sample in self.samples])
+
+    @property
+    def windows(self) -> np.ndarray:
+        """[N, M, 2] float64 likewise, every right answer of each sentence; the first one fills the places left over."""
+        return windows_of(self.samples)
 
     def longest(self, indices: np.ndarray) -> int:
         """Words in the longest of these sentences, 1 at least."""
@@ -98,6 +104,18 @@ class Split:
         )
 
 
+def windows_of(samples: Sequence[Sample]) -> np.ndarray:
+    """[N, M, 2] float64, all moments as fractions of their video; the first one fills the places left over."""
+    most = max((len(sample.windows) for sample in samples), default=1)
+    filled = [(*sample.windows, *[sample.moment] * (most - len(sample.windows))) for sample in samples]
+    return np.array(
+        [
+            [[time / sample.duration for time in moment] for moment in windows]
+            for sample, windows in zip(samples, filled, strict=True)
+        ]
+    )
+
+
 def load_vocabulary(config: DatasetConfig) -> Vocabulary:
     """The vocabulary of a dataset section.
 
@@ -107,7 +125,7 @@ def load_vocabulary(config: DatasetConfig) -> Vocabulary:
     if config.dataset == "synthetic":
         return synthetic.vocabulary(config)
     assert config.vocab_path is not None  # DatasetConfig refuses it
-    return Vocabulary.from_pickle(config.vocab_path, config.vocab_size, config.word_dim)
+    return Vocabulary.from_file(config.vocab_path, config.vocab_size, config.word_dim)
 
 
 def open_split(
@@ -145,7 +163,7 @@ def open_split(
         samples, notes = read_annotations(path)
         encoded = _cached_encoding(config, path, samples, vocabulary)
         videos = sorted({sample.video for sample in samples})
-        features = _cached_features(config, videos, progress, dtype)
+        features = _cached_features(config, split, videos, progress, dtype)
         row_of = {video: row for row, video in enumerate(videos)}
         video_rows = np.array([row_of[sample.video] for sample in samples])
     wordless = encoded[2] == 0
@@ -189,7 +207,7 @@ def _cached_encoding(
         for name, array in zip(names, _encode(samples, vocabulary, config.max_num_words), strict=True):
             np.save(folder / f"{name}.npy", array)
 
-    given = str(config.vocab_path)
+    given = vocabulary_files.words_file(str(config.vocab_path))
     made_from = {
         "what": "sentences",
         "annotations": cache.content_hash(path),
@@ -210,25 +228,27 @@ def _as_stored(features: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return bits
 
 
-def _cached_features(config: DatasetConfig, videos: list[str], progress: bool, dtype: torch.dtype) -> np.ndarray:
+def _cached_features(
+    config: DatasetConfig, split: str, videos: list[str], progress: bool, dtype: torch.dtype
+) -> np.ndarray:
     shape = (len(videos), config.max_num_frames, config.frame_dim)
-    source = str(config.feature_path)
+    assert config.feature_path is not None  # DatasetConfig refuses it
+    with open_features(config.feature_path, config.feature_pattern, split) as source:
 
-    def build(folder: Path) -> None:
-        with FeatureFile(source) as file:
-            file.check(videos, config.frame_dim)
+        def build(folder: Path) -> None:
+            source.check(videos, config.frame_dim)
             bar = tqdm(videos, desc="pooling features", unit="video", disable=None if progress else True)
             with cache.rows_file(folder / "clips.npy", shape, STORED[dtype]) as append:
                 for video in bar:
-                    clips = pool(file.frames(video, config.frame_dim), config.max_num_frames)
+                    clips = pool(source.frames(video, config.frame_dim), config.max_num_frames)
                     append(_as_stored(clips, dtype))
 
-    made_from = {
-        "what": "clips",
-        "features": cache.identity(source),
-        "videos": videos,
-        "shape": shape,
-        "dtype": str(dtype),
-    }
-    folder = cache.build_once(_folder(config), made_from, build)
+        made_from = {
+            "what": "clips",
+            "features": source.identity(videos),
+            "videos": videos,
+            "shape": shape,
+            "dtype": str(dtype),
+        }
+        folder = cache.build_once(_folder(config), made_from, build)
     return np.load(folder / "clips.npy", mmap_mode="r")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cnm.data import vocabulary_files
 from cnm.data.pickles import read_pickle
 from cnm.data.tagging import tag
 from cnm.errors import InputError
@@ -67,6 +68,27 @@ class Vocabulary:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Vocabulary:
         return cls(state["words"], state["vectors"].numpy())
+
+    @classmethod
+    def from_file(cls, path: str | Path, vocab_size: int, word_dim: int) -> Vocabulary:
+        """A vocabulary as ``cnm vocabulary`` writes it (``F.safetensors`` beside ``F.json``), or the published pickle.
+
+        Args:
+            vocab_size: how many words are kept at most, most frequent first.
+
+        Raises:
+            InputError: a file is missing, damaged or hostile, or its vectors are not ``word_dim`` wide.
+        """
+        if not vocabulary_files.is_safe(path):
+            return cls.from_pickle(path, vocab_size, word_dim)
+        words, vectors = vocabulary_files.read(path)
+        if vectors.shape[1] != word_dim:
+            raise InputError(
+                f"{path}: its vectors are {vectors.shape[1]} wide, but dataset.word_dim is {word_dim}; correct the "
+                f"configuration or the file"
+            )
+        padding = np.zeros((1, word_dim), np.float32)
+        return cls([PADDING, *words[:vocab_size]], np.concatenate([padding, vectors[:vocab_size]]))
 
     @classmethod
     def from_pickle(cls, path: str | Path, vocab_size: int, word_dim: int) -> Vocabulary:

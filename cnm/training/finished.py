@@ -73,5 +73,5 @@ class FinishedRun:
             for sample, found in zip(
                 samples, self.localizer.find(video, [sample.sentence for sample in samples]), strict=True
             ):
-                iou = float(metrics.iou((found.start, found.end), sample.moment))
+                iou = float(metrics.best_iou((found.start, found.end), sample.windows))
                 yield Answer(sample, found, iou)

@@ -325,7 +325,7 @@ class Trainer:
         scores = self._evaluate(self.test_split).scores
         self._append("result", {"checkpoint": path.name, **scores}, split=self.test_split.name, epoch=epoch)
         self._draw()
-        return Result(path, epoch, scores, metrics.baselines(self.test_split.moments, top=self.model.num_proposals > 1))
+        return Result(path, epoch, scores, metrics.baselines(self.test_split.windows, top=self.model.num_proposals > 1))
 
     def _evaluate(self, split: Split) -> Evaluation:
         check = self._check_stop if self.group is None else None

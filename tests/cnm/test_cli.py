@@ -23,7 +23,7 @@ from small_runs import SMALL, assignments, write_files
 from typer.testing import CliRunner
 
 from cnm import checkpoint, configs
-from cnm.cli import app
+from cnm.cli import COMMANDS, app
 from cnm.commands.common import DATA_PATHS, program
 from cnm.config import CONFIGS
 from cnm.config_fields import every_field
@@ -83,7 +83,7 @@ def from_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_explains_every_command() -> None:
     overview = run("--help")
     assert overview.exit_code == 0
-    for command in ("demo", "train", "evaluate", "localize", "plant", "config"):
+    for command in (*COMMANDS, "features"):
         assert command in overview.stdout
         text = run(command, "--help").stdout
         assert f"Example:\n    cnm {command} " in text

@@ -91,7 +91,11 @@ def test_sizes_that_a_published_checkpoint_carries_must_agree() -> None:
         ("train.generator.lr", "fast", "train.generator.lr: Input should be a valid number"),
         ("train.generator.lr", float("nan"), "lr: nan is no number"),
         ("dataset.max_num_frames", 3, "dataset.max_num_frames: Input should be greater than or equal to 4"),
-        ("dataset.dataset", "Charades", "dataset.dataset: Input should be 'CharadesSTA', 'ActivityNet' or 'synthetic'"),
+        (
+            "dataset.dataset",
+            "Charades",
+            "dataset.dataset: Input should be 'CharadesSTA', 'ActivityNet', 'synthetic' or 'custom'",
+        ),
         ("dataset.feature_path", None, "feature_path is needed for dataset CharadesSTA"),
         ("model.config.hidden_size", 128, "hidden_size 128 must equal DualTransformer.d_model 256"),
         ("model.config.DualTransformer.num_heads", 3, "d_model 256 must be divisible by num_heads 3"),

@@ -1,0 +1,118 @@
+"""``cnm features``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cnm.commands.common import JsonOption, SplitName
+from cnm.data import read_annotations
+from cnm.data.feature_sources import open_features
+from cnm.data.manifest import Survey, differences, survey, write_manifest
+from cnm.errors import InputError
+
+SHOWN = 5  # items of each kind named
+
+features_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@features_app.callback()
+def features() -> None:
+    """Looks after feature files.
+
+    \b
+    Example:
+      cnm features check i3d_features.hdf5 --annotations train.json --annotations test.json
+    """
+
+
+@features_app.command()
+def check(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="FEATURES...", help="HDF5 file or folder; several: side by side.")
+    ],
+    annotations: Annotated[list[Path], typer.Option(help="Whose videos must be there; may be repeated.")],
+    pattern: Annotated[str | None, typer.Option(help="Of datasets in HDF5, as dataset.feature_pattern.")] = None,
+    split: Annotated[SplitName, typer.Option(help="What {split} in a path stands for.")] = SplitName.train,
+    frame_dim: Annotated[int | None, typer.Option(min=1, help="The width they must have.")] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(metavar="F.json", help="Compare with this manifest; if it is not there, write it.")
+    ] = None,
+    origin: Annotated[str | None, typer.Option(help="Where the features came from, for a new manifest.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Reads all features of the annotated videos once, and reports what is missing, broken or odd.
+
+    \b
+    Example:
+      cnm features check clip_features slowfast_features --annotations train.jsonl --annotations val.jsonl \\
+          --manifest features.json --origin "lighthouse, CLIP and SlowFast"
+    """
+    durations: dict[str, float] = {}
+    for path in annotations:
+        for sample in read_annotations(path)[0]:
+            durations[sample.video] = max(sample.duration, durations.get(sample.video, 0.0))
+    with open_features(paths, pattern, split.value) as source:
+        found = survey(source, durations, progress=not as_json)
+    faults = _faults(found, frame_dim)
+    compared = manifest is not None and manifest.exists()
+    if manifest is not None and compared:
+        faults += differences(manifest, found)
+    typer.echo(json.dumps(_content(found, faults), allow_nan=False) if as_json else _report(found, len(durations)))
+    if faults:
+        if not as_json:
+            typer.echo("\n".join(faults))
+        raise InputError(f"{' + '.join(paths)}: {len(faults)} faults, first: {faults[0]}")
+    if manifest is not None and not compared:
+        write_manifest(manifest, found, paths, origin)
+    if manifest is not None and not as_json:
+        typer.echo(f"{manifest}: {'agrees' if compared else 'written'}")
+
+
+def _faults(found: Survey, frame_dim: int | None) -> list[str]:
+    faults = []
+    if found.missing:
+        faults.append(f"{len(found.missing):,} videos have no features: {_named(found.missing)}")
+    faults += found.broken.values()
+    if len(found.widths) > 1:
+        counted = ", ".join(f"{width} ({count:,} videos)" for width, count in found.widths.items())
+        faults.append(f"widths differ: {counted}")
+    elif frame_dim is not None and found.widths and frame_dim not in found.widths:
+        faults.append(f"the features are {next(iter(found.widths))} wide, but {frame_dim} are expected")
+    return faults
+
+
+def _content(found: Survey, faults: list[str]) -> dict[str, Any]:
+    return {
+        "videos": len(found.videos),
+        "missing": found.missing,
+        "broken": found.broken,
+        "widths": found.widths,
+        "lengths": found.lengths,
+        "clips_per_second": found.median_rate,
+        "odd_rates": found.odd_rates,
+        "duplicates": found.duplicates,
+        "faults": faults,
+    }
+
+
+def _report(found: Survey, wanted: int) -> str:
+    lines = [f"features of {len(found.videos):,} of {wanted:,} annotated videos"]
+    if found.lengths is not None:
+        fewest, median, most = found.lengths
+        lines.append(f"width {', '.join(map(str, found.widths))}; clips {fewest} to {most}, median {median:g}")
+        lines.append(f"clips per second: median {found.median_rate:.3g}")
+    odd = [f"{video} ({rate:.3g})" for video, rate in found.odd_rates.items()]
+    if odd:
+        lines.append(f"note: {len(odd):,} videos have far more or fewer clips per second: {_named(odd)}")
+    if found.duplicates:
+        groups = [" = ".join(group) for group in found.duplicates]
+        lines.append(f"note: {len(groups):,} groups of videos have the very same features: {_named(groups)}")
+    return "\n".join(lines)
+
+
+def _named(items: list[str]) -> str:
+    return ", ".join(items[:SHOWN]) + (" ..." if len(items) > SHOWN else "")

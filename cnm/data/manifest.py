@@ -1,0 +1,122 @@
+"""What a set of features holds, found in one pass: its faults, and a manifest that a later pass is compared with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cnm.data.feature_sources import FeatureSource
+from cnm.errors import InputError
+from cnm.files import read_json, replace_file, shortened
+
+FORMAT = 1
+ODD_RATE = 2.0  # clips per second this many times above or below the median are reported
+
+
+@dataclass
+class Survey:
+    """Features of a set of videos.
+
+    Attributes:
+        videos: of those that can be read, ``{"shape": [n, width], "sha256": of the float32 values}``.
+        missing: videos without features.
+        broken: videos whose features cannot be used, with the reason.
+        rates: clips per second of video.
+    """
+
+    videos: dict[str, dict[str, Any]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """How many videos have features of each width, most frequent first."""
+        return dict(Counter(entry["shape"][1] for entry in self.videos.values()).most_common())
+
+    @property
+    def lengths(self) -> tuple[int, float, int] | None:
+        """Fewest, median and most clips of a video."""
+        lengths = [entry["shape"][0] for entry in self.videos.values()]
+        return (min(lengths), float(np.median(lengths)), max(lengths)) if lengths else None
+
+    @property
+    def median_rate(self) -> float | None:
+        return float(np.median(list(self.rates.values()))) if self.rates else None
+
+    @property
+    def odd_rates(self) -> dict[str, float]:
+        """Videos with far more or fewer clips per second than most: cut short, of another video, or wrong durations."""
+        median = self.median_rate
+        if median is None:
+            return {}
+        return {v: rate for v, rate in self.rates.items() if not median / ODD_RATE <= rate <= median * ODD_RATE}
+
+    @property
+    def duplicates(self) -> list[list[str]]:
+        """Groups of videos with the very same features."""
+        groups: dict[str, list[str]] = {}
+        for video, entry in self.videos.items():
+            groups.setdefault(entry["sha256"], []).append(video)
+        return [group for group in groups.values() if len(group) > 1]
+
+
+def survey(source: FeatureSource, durations: Mapping[str, float], *, progress: bool = False) -> Survey:
+    """Reads the features of every video once.
+
+    Args:
+        durations: seconds of each video that must be there.
+    """
+    found = Survey()
+    for video in tqdm(durations, desc="checking features", unit="video", disable=None if progress else True):
+        try:
+            if video not in source:
+                found.missing.append(video)
+                continue
+            frames = source.frames(video, None)
+        except InputError as error:
+            found.broken[video] = str(error)
+            continue
+        checksum = hashlib.sha256(frames.astype("<f4").tobytes()).hexdigest()
+        found.videos[video] = {"shape": list(frames.shape), "sha256": checksum}
+        found.rates[video] = len(frames) / durations[video]
+    return found
+
+
+def write_manifest(path: str | Path, found: Survey, features: list[str], origin: str | None) -> None:
+    """Writes a survey down, with where the features lay and, in the user's words, where they came from.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    content = {"format": FORMAT, "features": features, "origin": origin, "videos": found.videos}
+    replace_file(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def differences(path: str | Path, found: Survey) -> list[str]:
+    """What is not as a manifest says, a line each; videos that only one of the two has are passed over.
+
+    Raises:
+        InputError: the manifest is missing, or is none.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("videos"), dict):
+        raise InputError(f"{path}: is no manifest of format {FORMAT}; write it with `cnm features check --manifest`")
+    lines = []
+    for video, entry in found.videos.items():
+        expected = content["videos"].get(video, entry)
+        if not isinstance(expected, dict):
+            raise InputError(f"{path}: video {shortened(video)} is {shortened(expected)}, not its shape and sha256")
+        if expected.get("shape") != entry["shape"]:
+            lines.append(f"video {video!r} has shape {entry['shape']}, the manifest says {expected.get('shape')}")
+        elif expected.get("sha256") != entry["sha256"]:
+            lines.append(f"video {video!r} has other values than the manifest says")
+    return lines
