@@ -516,8 +516,42 @@ class NoisyLayer(DecoderLayer):
         return super().forward(x, mask, encoder_out, encoder_mask, self_attn_mask, src_gauss_weight, tgt_gauss_weight)
 
 
+class CoarseEps(MultiheadAttention):
+    """Another epsilon: only small weights show it."""
+
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        gauss_weight = None if gauss_weight is None else gauss_weight + 1e-7
+        return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
+
+
+class DropsTwice(MultiheadAttention):
+    """Drops before the weights are applied too, in training."""
+
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        value = nn.functional.dropout(value, self.dropout, self.training)
+        return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
+
+
+def test_a_mask_for_each_sample_and_head() -> None:
+    module = MultiheadAttention(D, H).double()
+    x, mask = draw(5, B, D), draw(B * H, 5, 5, seed=3)
+    wanted = module(x, x, x, attn_mask=mask)
+    cnm_kernels.accelerate(module)
+    with pytest.warns(RuntimeWarning, match="other than a causal one"):
+        found = module(x, x, x, attn_mask=mask)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(
-    ("kind", "reason"), [(Other, "gives another output"), (Broken, r"fails on a small example \(ZeroDivisionError")]
+    ("kind", "reason"),
+    [
+        (CoarseEps, "another output"),
+        (DropsTwice, "in training"),
+        (Other, "gives another output"),
+        (Broken, r"fails on a small example \(ZeroDivisionError"),
+    ],
 )
 def test_another_formula_is_left_alone_and_said(kind: type[nn.Module], reason: str) -> None:
     module = kind(D, H)

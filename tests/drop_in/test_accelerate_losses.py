@@ -255,15 +255,88 @@ def test_other_signatures_are_left_alone() -> None:
         cnm_kernels.accelerate_losses(mine)
 
 
-def test_what_needs_a_gpu_that_is_not_there_is_taken_at_its_word() -> None:
+def test_what_cannot_be_tried_is_left_alone() -> None:
     def rec_loss(words_logit, words_id, words_mask, num_props, ref_words_logit=None, **kwargs):
         raise AssertionError("Torch not compiled with CUDA enabled")
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     mine = loss_module(rec_loss=rec_loss)
-    cnm_kernels.accelerate_losses(mine)
-    assert mine.rec_loss is not rec_loss
+    with (
+        pytest.warns(RuntimeWarning, match="cannot be tried without a GPU"),
+        pytest.raises(ValueError, match="has none"),
+    ):
+        cnm_kernels.accelerate_losses(mine)
+    assert mine.rec_loss is rec_loss
+
+
+def test_margins_as_constants_are_left_alone() -> None:
+    def ivc_loss(words_logit, words_id, words_mask, hard_neg_words_logit=None, easy_neg_words_logit=None, **kwargs):
+        others = (words_id, words_mask, hard_neg_words_logit, easy_neg_words_logit)
+        return cnm_losses.ivc_loss(words_logit, *others, beta_1=0.1, beta_2=0.15)
+
+    mine = loss_module(ivc_loss=ivc_loss, rec_loss=cnm_losses.rec_loss)
+    with pytest.warns(RuntimeWarning, match="ivc_loss is left alone: it gives other results"):
+        cnm_kernels.accelerate_losses(mine)
+    assert mine.ivc_loss is ivc_loss
+
+
+def test_static_methods_are_replaced_and_methods_named() -> None:
+    class Losses:
+        rec_loss: Any
+
+    def rec_loss(words_logit, words_id, words_mask, hard_neg_words_logit=None, **kwargs):
+        return plain(words_logit, words_id, words_mask, hard_neg_words_logit, **kwargs)
+
+    plain = cnm_losses.rec_loss
+    Losses.rec_loss = staticmethod(rec_loss)
+    cnm_kernels.accelerate_losses(Losses)
+    assert hasattr(Losses().rec_loss, "_accelerated")
+    cnm_kernels.restore(Losses)
+    assert Losses().rec_loss is rec_loss
+    with pytest.warns(RuntimeWarning, match="it is a method"), pytest.raises(ValueError, match="has none"):
+        cnm_kernels.accelerate_losses(Losses())
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_a_fractional_mask_is_the_original_s_business(multiplies: bool, fuse: bool) -> None:
+    """Some multiply by the mask, some leave out its zeros; of zeros and ones both make the same."""
+
+    def cal_nll_loss(logit, idx, mask, weights=None):
+        if not multiplies and weights is None:
+            weights = (mask != 0) / mask.sum(-1, keepdim=True)
+        return plain(logit, idx, mask, weights)
+
+    plain = cnm_losses.cal_nll_loss
+    layer = nn.Linear(D, V).double()
+    hidden, ids = draw(2, 3, D, seed=1), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    mask = torch.tensor([[1, 0.5, 0.5], [1, 0.25, 0]], dtype=torch.float64)
+    mine = loss_module(cal_nll_loss=cal_nll_loss)
+    wanted = cal_nll_loss(layer(hidden), ids, mask)
+    cnm_kernels.accelerate_losses(mine, layer if fuse else None)
+    assert mine.cal_nll_loss is not cal_nll_loss
+    torch.testing.assert_close(mine.cal_nll_loss(layer(hidden), ids, mask), wanted)
+
+
+def test_losses_that_move_things_to_a_gpu_are_tried_without_one() -> None:
+    """As the published ones do, in their own bodies; equal ones are replaced, others are not."""
+
+    def ivc_loss(words_logit, words_id, words_mask, hard_neg_words_logit=None, easy_neg_words_logit=None, **kwargs):
+        others = (words_id.cuda(), words_mask, hard_neg_words_logit, easy_neg_words_logit)
+        return cnm_losses.ivc_loss(words_logit, *others, **kwargs)
+
+    def rec_loss(words_logit, words_id, words_mask, hard_neg_words_logit=None, **kwargs):
+        loss, numbers = cnm_losses.rec_loss(words_logit, words_id.cuda(), words_mask, hard_neg_words_logit)
+        return 2 * loss, numbers
+
+    cuda = torch.Tensor.cuda
+    mine = loss_module(ivc_loss=ivc_loss, rec_loss=rec_loss)
+    with pytest.warns(RuntimeWarning, match="rec_loss is left alone: it gives other results"):
+        cnm_kernels.accelerate_losses(mine)
+    assert mine.ivc_loss is not ivc_loss
+    assert mine.rec_loss is rec_loss
+    assert torch.Tensor.cuda is cuda
 
 
 def test_no_layer_over_the_vocabulary() -> None:
