@@ -37,7 +37,7 @@ class DeferredLinear(nn.Linear):
         autocast = torch.is_autocast_enabled(input.device.type)
         dtype = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
         like = torch.empty(*input.shape[:-1], self.out_features, dtype=dtype, device="meta")
-        return defer(_logits_under(autocast, dtype), like, input, self.weight, self.bias)
+        return defer(_logits_under(autocast, dtype), like, input, self.weight, self.bias, by_row=True)
 
 
 def _logits_under(autocast: bool, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -190,6 +190,37 @@ def test_rec_and_ivc_share_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("index", [(slice(None), slice(None, -2)), slice(1, 3), (slice(None, None, 2), slice(1, None))])
+def test_sliced_logits_are_not_made_either(index: Any) -> None:
+    layer, state = nn.Linear(D, V).double(), draw(B, L, D, seed=1).requires_grad_()
+    ids = torch.randint(V, (B, L), generator=torch.Generator().manual_seed(5))[index]
+    real = torch.ones_like(ids)
+    leaves = [state, *layer.parameters()]
+    wanted = cnm_losses.cal_nll_loss(layer(state)[index], ids, real)[0]
+    d_wanted = torch.autograd.grad(wanted.square().sum(), leaves)
+    cnm_kernels.accelerate_losses(cnm_losses, layer)
+    logits = layer(state)
+    part = logits[index]
+    found = cnm_losses.cal_nll_loss(part, ids, real)[0]
+    assert logits.pending
+    assert part.pending
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), leaves), d_wanted)
+
+
+def test_sliced_logits_remain_a_view_of_all() -> None:
+    layer = nn.Linear(D, V)
+    layer.__class__ = DeferredLinear
+    with torch.no_grad():
+        logits = layer(torch.randn(B, L, D))
+        part, one = logits[:, 1:], logits[0]
+        assert not isinstance(one, Deferred)
+        logits.mul_(0)
+        assert part.pending is False
+        assert part.abs().sum() == 0
+        assert logits[:, :, 1:].shape == (B, L, V - 1)
+
+
 def test_logits_read_too_late_say_so() -> None:
     layer = nn.Linear(D, V)
     cnm_kernels.accelerate_losses(cnm_losses, layer)
