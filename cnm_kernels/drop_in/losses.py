@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -55,18 +56,50 @@ def nll_of(logits: Tensor, target: Tensor, mask: Tensor, proposals: int = 1) -> 
 
     A row's target and mask serve its ``proposals`` consecutive rows of logits.
     """
-    if not (isinstance(logits, Deferred) and logits.pending):
-        return _nll_and_accuracy(logits, *_for_proposals(proposals, target, mask))[0]
-    # rec_loss and ivc_loss ask for the same: it is computed once, as long as the logits are there.
-    asked = (target, target._version, mask, mask._version, proposals, torch.is_grad_enabled())
-    remembered: list[tuple[tuple[Any, ...], Tensor]] = vars(logits).setdefault("_nll", [])
-    for question, answer in remembered:
-        if all(a is b if isinstance(a, Tensor) else a == b for a, b in zip(question, asked, strict=True)):
-            return answer
-    nll = _nll_and_accuracy(logits, *_for_proposals(proposals, target, mask), accuracy=False)[0]
+    return _shared(logits, *_for_proposals(proposals, target, mask), accuracy=False)[0]
+
+
+def _shared(logits: Tensor, target: Tensor, mask: Tensor, *, accuracy: bool) -> tuple[Tensor, Tensor]:
+    """``_nll_and_accuracy``, computed once as long as the logits are there: rec_loss and ivc_loss ask for the same.
+
+    What they ask with is compared by value: some expand ids and masks anew for each.
+    """
+    if not (isinstance(logits, Deferred) and logits.pending) or target.is_inference() or mask.is_inference():
+        return _nll_and_accuracy(logits, target, mask, accuracy=accuracy)
+    how = (torch.is_grad_enabled(), _loss_dtype(logits))
+    remembered: list[_Answer] = vars(logits).setdefault("_nll", [])
+    for answer in remembered:
+        if answer.serves(target, mask, how, accuracy):
+            return answer.value
+    value = _nll_and_accuracy(logits, target, mask, accuracy=accuracy)
     if logits.pending:
-        remembered.append((asked, nll))
-    return nll
+        remembered.append(_Answer((target, mask), _versions(target, mask, *value), how, accuracy, value))
+    return value
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A cross entropy and what it was asked with."""
+
+    asked: tuple[Tensor, Tensor]
+    versions: tuple[int, ...]
+    how: tuple[bool, torch.dtype]
+    accuracy: bool
+    value: tuple[Tensor, Tensor]
+
+    def serves(self, target: Tensor, mask: Tensor, how: tuple[bool, torch.dtype], accuracy: bool) -> bool:
+        if how != self.how or (accuracy and not self.accuracy):
+            return False
+        if self.versions != _versions(*self.asked, *self.value):  # changed in place since
+            return False
+        return all(
+            a is b or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
+            for a, b in zip(self.asked, (target, mask), strict=True)
+        )
 
 
 def _for_proposals(proposals: int, *tensors: Tensor) -> Iterator[Tensor]:
@@ -112,6 +145,8 @@ def _loss_dtype(logits: Tensor) -> torch.dtype:
 def cal_nll_loss(logit: Tensor, idx: Tensor, mask: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Label-smoothed nll per row [M], over the tokens where ``mask`` is 1 or weighted by ``weights``, and the accuracy
     over all of ``mask``. logit [M, L, V]; idx, mask, weights [M, L]. Source: published, CNM and CPL."""
+    if weights is None:
+        return _shared(logit, idx, mask, accuracy=True)
     return _nll_and_accuracy(logit, idx, mask, weights)
 
 
@@ -240,7 +275,10 @@ def replace(losses: Any, stacklevel: int) -> None:
         unknown = f"its arguments {_arguments(theirs)} are neither CNM's nor CPL's"
         reason = unknown if ours is None else _differs(theirs, ours)
         if ours is None or reason is not None:
-            warnings.warn(f"accelerate_losses: {name} is left alone: {reason}", RuntimeWarning, stacklevel=stacklevel)
+            within = _fused_within(theirs, losses)
+            warnings.warn(
+                f"accelerate_losses: {name} is left alone: {reason}{within}", RuntimeWarning, stacklevel=stacklevel
+            )
             continue
         replacement = _stand_in(theirs, ours)
         _swap(losses, theirs, replacement)
@@ -272,6 +310,14 @@ def _stand_in(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Any:
 
     cast(Any, replacement)._accelerated = True
     return replacement
+
+
+def _fused_within(function: Any, losses: Any) -> str:
+    """What a warning adds where a function left alone calls a fused ``cal_nll_loss``."""
+    calls = getattr(getattr(function, "__code__", None), "co_names", ())
+    inner = getattr(function, "__globals__", {}).get("cal_nll_loss", getattr(losses, "cal_nll_loss", None))
+    fused = "cal_nll_loss" in calls and hasattr(inner, "_accelerated")
+    return "; the cal_nll_loss that it calls is still fused" if fused else ""
 
 
 def _binary(mask: Tensor) -> bool:

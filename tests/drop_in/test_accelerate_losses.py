@@ -190,6 +190,43 @@ def test_rec_and_ivc_share_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 4
 
 
+FORK = """
+def rec_loss(words_logit, words_id, words_mask, num_props, ref_words_logit=None, **kwargs):
+    ids, real = (x.unsqueeze(1).expand(-1, num_props, -1).flatten(0, 1) for x in (words_id, words_mask))
+    loss = cal_nll_loss(words_logit, ids, real)[0].mean()
+    if ref_words_logit is not None:
+        loss = loss + cal_nll_loss(ref_words_logit, words_id, words_mask)[0].mean()
+    return 3 * loss, {}
+"""
+
+
+def test_forks_around_cal_nll_loss_share_their_work_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies of their own, ids and masks expanded anew for each: what is equal is computed once."""
+    calls: list[int] = []
+    op = cnm_kernels.ops.linear_nll
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return op(*arguments, **options)
+
+    monkeypatch.setattr(cnm_kernels.ops, "linear_nll", counted)
+    mine = types.ModuleType("losses_of_a_fork")
+    mine.__dict__["cal_nll_loss"] = cnm_losses.cal_nll_loss
+    exec(FORK, mine.__dict__)
+    arguments, states = batch("CPL", LOGITS["CPL", "rec_loss"], torch.float64, "prefix")
+    layer = nn.Linear(D, V).double()
+    wanted = mine.rec_loss(**arguments, **{name: layer(state) for name, state in states.items()})[0]
+    with pytest.warns(RuntimeWarning, match="the cal_nll_loss that it calls is still fused"):
+        cnm_kernels.accelerate_losses(mine, layer)
+    logits = {name: layer(state) for name, state in states.items()}
+    for _ in range(2):
+        torch.testing.assert_close(mine.rec_loss(**arguments, **logits)[0], wanted)
+    assert len(calls) == 2
+    arguments["words_mask"][0, -1] = 0  # asked anew once it is changed
+    mine.rec_loss(**arguments, **logits)
+    assert len(calls) == 4
+
+
 @pytest.mark.parametrize("index", [(slice(None), slice(None, -2)), slice(1, 3), (slice(None, None, 2), slice(1, None))])
 def test_sliced_logits_are_not_made_either(index: Any) -> None:
     layer, state = nn.Linear(D, V).double(), draw(B, L, D, seed=1).requires_grad_()
