@@ -73,7 +73,7 @@ class AcceleratedAttention:
                 static_kv,
                 attn_mask,
                 fast_weights,
-                gauss_weight,
+                *(() if gauss_weight is None else (gauss_weight,)),  # some have no such argument
             )
         sources = _batch_first(query, key, value)
         out, weights = self.attend(sources, key_padding_mask, attn_mask, gauss_weight, need_weights)

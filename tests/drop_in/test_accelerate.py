@@ -534,6 +534,57 @@ class DropsTwice(MultiheadAttention):
         return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
 
 
+class Unweighted(MultiheadAttention):
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None):  # fmt: skip
+        return super().forward(query, key, value, key_padding_mask, need_weights=need_weights, attn_mask=attn_mask)
+
+
+class UnweightedLayer(DecoderLayer):
+    """The family's ancestor: no weights anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__(D, H, dropout=0.0)
+        self.self_attn, self.encoder_attn = Unweighted(D, H), Unweighted(D, H)
+
+    def forward(self, x, mask, encoder_out=None, encoder_mask=None, self_attn_mask=None):
+        update, attention = self.self_attn(x, x, x, mask, attn_mask=self_attn_mask)
+        x = self.self_attn_layer_norm(x + nn.functional.dropout(update, self.dropout, self.training))
+        if encoder_out is not None:
+            update, attention = self.encoder_attn(x, encoder_out, encoder_out, encoder_mask)
+            x = self.encoder_attn_layer_norm(x + nn.functional.dropout(update, self.dropout, self.training))
+        update = self.fc2(torch.relu(self.fc1(x)))
+        return self.final_layer_norm(x + nn.functional.dropout(update, self.dropout, self.training)), attention
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_layers_without_weights(hooked: bool) -> None:
+    layer = UnweightedLayer().double()
+    x, source = draw(5, B, D), draw(6, B, D, seed=1)
+    arguments = (x, PREFIX.byte(), source, None, FUTURE.double())
+    wanted = layer(*arguments)
+    cnm_kernels.accelerate(layer)
+    assert isinstance(layer, AcceleratedLayer)
+    assert isinstance(layer.self_attn, AcceleratedAttention)
+    if hooked:
+        layer.fc1.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(layer(*arguments)[0], wanted[0])
+
+
+def test_a_layer_passed_over_is_named() -> None:
+    class ModuleDropout(DecoderLayer):
+        def forward(self, x, mask, encoder_out=None, encoder_mask=None, self_attn_mask=None, src_gauss_weight=None,
+                    tgt_gauss_weight=None):  # fmt: skip
+            raise AssertionError("not called")
+
+    layer = ModuleDropout(D, H, dropout=0.0)
+    del layer.dropout
+    layer.dropout = nn.Dropout(0.1)
+    with pytest.warns(RuntimeWarning, match="ModuleDropout is left alone: its dropout must be a rate, got Dropout"):
+        cnm_kernels.accelerate(layer)
+    assert isinstance(layer.self_attn, AcceleratedAttention)
+
+
 def test_a_mask_for_each_sample_and_head() -> None:
     module = MultiheadAttention(D, H).double()
     x, mask = draw(5, B, D), draw(B * H, 5, 5, seed=3)
