@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from cnm_kernels.drop_in import losses as fused_losses
-from cnm_kernels.drop_in.attention import AcceleratedAttention
-from cnm_kernels.drop_in.decoder_layer import AcceleratedLayer, stands_for
+from cnm_kernels.drop_in.attention import AcceleratedAttention, in_silence
+from cnm_kernels.drop_in.decoder_layer import AcceleratedLayer, passed_over
 from cnm_kernels.drop_in.losses import DeferredLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,8 +56,8 @@ def accelerate(model: Model) -> Model:
     Such an attention has ``in_proj_weight`` [3D, D], ``in_proj_bias``, ``out_proj``, ``num_heads``, ``head_dim`` and
     ``forward(query, key, value, key_padding_mask, incremental_state, need_weights, static_kv, attn_mask, fast_weights,
     gauss_weight)``, time first; such a layer ``self_attn``, ``encoder_attn``, ``fc1``, ``fc2``, their LayerNorms and
-    ``forward(x, mask, encoder_out, encoder_mask, self_attn_mask, src_gauss_weight, tgt_gauss_weight)``. Only their
-    classes change: parameters, state_dict, hooks, train and eval mode, device moves, copies, DataParallel and DDP work
+    ``forward(x, mask, encoder_out, encoder_mask, self_attn_mask, src_gauss_weight, tgt_gauss_weight)``;
+    both may lack the weights. Only their classes change: parameters, state_dict, hooks, train and eval mode, device moves, copies, DataParallel and DDP work
     as before, and ``restore`` undoes it. A layer's dropout keeps its rate and follows ``torch.manual_seed``, but its
     masks are not those that PyTorch would draw. The attention returned beside an output is computed when it is read. A
     model pickled whole needs cnm_kernels to be loaded again; a state_dict does not.
@@ -84,7 +84,7 @@ def accelerate(model: Model) -> Model:
             elif looks_right(module):
                 kind = type(module)
                 ours = _accelerated(mixin, cast(Any, kind))
-                reason = _unsupported(module) if mixin is AcceleratedAttention else None
+                reason = _unsupported(module) if mixin is AcceleratedAttention else passed_over(module)
                 if reason is None:
                     if kind not in reasons:
                         reasons[kind] = differs(module, ours)
@@ -162,14 +162,15 @@ def _looks_like_attention(module: nn.Module) -> bool:
     names = ("in_proj_weight", "in_proj_bias", "out_proj", "num_heads", "head_dim")
     if not all(hasattr(module, name) for name in names) or "forward" in vars(module):
         return False
-    return list(inspect.signature(type(module).forward).parameters)[1:] == ATTENTION_ARGUMENTS
+    return _arguments(module) in (ATTENTION_ARGUMENTS, ATTENTION_ARGUMENTS[:-1])
 
 
 def _looks_like_layer(module: nn.Module) -> bool:
-    if not stands_for(module) or not isinstance(getattr(module, "dropout", None), float | int):
-        return False
-    arguments = list(inspect.signature(type(module).forward).parameters)[1:]
-    return arguments == LAYER_ARGUMENTS and "forward" not in vars(module)
+    return _arguments(module) in (LAYER_ARGUMENTS, LAYER_ARGUMENTS[:-2]) and "forward" not in vars(module)
+
+
+def _arguments(module: Any) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def _unsupported(module: Any) -> str | None:
@@ -195,8 +196,20 @@ def _attention_differs(module: Any, ours: Any) -> str | None:
         ((x, x, x, draw.padding(B, L)), {"attn_mask": draw.future(L), "gauss_weight": draw(B, L).sigmoid()}),
         ((x, source, source), {"gauss_weight": draw(B, L + 1).sigmoid()}),
     ]
-    with _set(module, training=False):
-        return _differs(module, ours, calls)
+    # Weights near the eps tell its size and place; float16 has no such numbers.
+    small = 1e-3 if x.dtype == torch.float16 else 1e-9
+    faint = draw(B, L).sigmoid() * small
+    faint[:, 1] = 0
+    calls += [((x, x, x), {"gauss_weight": faint}), ((x, x, x), {})]
+    with _mode(module, training=False):
+        reason = _differs(module, ours, calls)
+    if reason is not None:
+        return reason
+    # With dropout, from one seed: where it stands shows.
+    dropout = {"dropout": 0.5} if isinstance(getattr(module, "dropout", None), float | int) else {}
+    with _mode(module, training=True), _set(module, **dropout), in_silence():
+        reason = _differs(module, ours, calls)
+    return reason and f"{reason}, in training"
 
 
 def _layer_differs(module: Any, ours: Any) -> str | None:
@@ -219,17 +232,24 @@ def _differs(module: nn.Module, ours: Any, calls: list[tuple[tuple[Any, ...], di
     A module that cannot run by itself (the published attention needs fairseq) is taken at its word.
     """
     own = type(module)
+    known = _arguments(module)
+    calls = [
+        (arguments[: len(known)], {name: value for name, value in options.items() if name in known})
+        for arguments, options in calls
+    ]
     if any(parameter.is_meta for parameter in module.parameters()):
         return None
     for arguments, options in calls:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():
             try:
+                torch.manual_seed(0)
                 expected = own.forward(module, *arguments, **options)
             except ImportError:
                 return None
             except Exception as error:
                 return f"its own forward fails on a small example ({type(error).__name__}: {error})"
             with _set(module, __class__=ours):
+                torch.manual_seed(0)
                 found = ours.forward(module, *arguments, **options)
         if not isinstance(expected, tuple) or len(expected) != len(found):
             return "its own forward does not return an output and its attention"
@@ -271,6 +291,18 @@ def _set(target: Any, **attributes: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(target, name, value)
+
+
+@contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """The module and its children in train or eval mode for a while."""
+    before = [(part, part.training) for part in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in before:
+            part.training = mode
 
 
 def _vocabulary_layers(model: nn.Module) -> list[nn.Module]:

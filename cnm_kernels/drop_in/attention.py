@@ -8,7 +8,8 @@ in the published CNM and CPL code. ``AcceleratedAttention`` is mixed into the cl
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -72,7 +73,7 @@ class AcceleratedAttention:
                 static_kv,
                 attn_mask,
                 fast_weights,
-                gauss_weight,
+                *(() if gauss_weight is None else (gauss_weight,)),  # some have no such argument
             )
         sources = _batch_first(query, key, value)
         out, weights = self.attend(sources, key_padding_mask, attn_mask, gauss_weight, need_weights)
@@ -217,7 +218,8 @@ def _plainly(
         key, value = key.permute(2, 0, 3, 1, 4).unbind(0)
     scores = query @ key.transpose(-1, -2) * query.size(-1) ** -0.5  # [B, H, Lq, Lk]
     if attn_mask is not None:
-        scores = scores + attn_mask.to(scores.dtype)
+        by_head = attn_mask.dim() == 3 and attn_mask.size(0) == scores.size(0) * scores.size(1)  # [B H, Lq, Lk]
+        scores = scores + (attn_mask.view(scores.shape) if by_head else attn_mask).to(scores.dtype)
     if padded is not None:
         wide = scores if scores.dtype == torch.float64 else scores.float()
         scores = wide.masked_fill(padded[:, None, None, :], PADDED_SCORE)
@@ -242,7 +244,7 @@ _facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @torch.compiler.disable
-def _remembered(mask: Tensor, question: Any, answer: Callable[[Tensor], Any]) -> Any:
+def remembered(mask: Tensor, question: Any, answer: Callable[[Tensor], Any]) -> Any:
     """``answer(mask)``, which waits for the device, asked once per mask: layers share their masks.
 
     Views of one tensor that are made anew for every layer are known by the tensor they view.
@@ -272,7 +274,7 @@ def _seen(attn_mask: Tensor | None, Lq: int, Lk: int) -> str:
             return "past"
         return "other" if mask.any() else "all"
 
-    return cast(str, _remembered(attn_mask, "seen", classify))
+    return cast(str, remembered(attn_mask, "seen", classify))
 
 
 def _padding(mask: Tensor | None, causal: bool) -> _Padding:
@@ -293,10 +295,23 @@ def _padding(mask: Tensor | None, causal: bool) -> _Padding:
             return _Padding(padded, starves=True)
         return _Padding(padded, (~padded).sum(1) if ends else None)
 
-    return cast(_Padding, _remembered(mask, ("padding", causal), classify))
+    return cast(_Padding, remembered(mask, ("padding", causal), classify))
 
 
 _said: set[str] = set()
+
+
+@contextmanager
+def in_silence() -> Iterator[None]:
+    """What would be said for a while is not, and can be said afterwards."""
+    before = set(_said)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _said.clear()
+        _said.update(before)
 
 
 def _say_once(what: str) -> None:

@@ -24,15 +24,27 @@ SEEDS = 1 << 62
 
 def stands_for(layer: nn.Module) -> bool:
     """Every submodule of the layer is what ``AcceleratedLayer`` computes in its place."""
-    attentions = [getattr(layer, name, None) for name in ATTENTIONS]
-    norms = [getattr(layer, name, None) for name in NORMS]
-    linears = [getattr(layer, name, None) for name in LINEARS]
-    return (
-        all(isinstance(module, AcceleratedAttention) and plain(module, type(module)) for module in attentions)  # type: ignore[arg-type]
-        and all(module is not None and plain(module, nn.LayerNorm) for module in norms)
-        and all(norm.weight is not None and norm.bias is not None and norm.weight.dim() == 1 for norm in norms)  # type: ignore[union-attr]
-        and all(module is not None and plain(module, nn.Linear) for module in linears)
-    )
+    return passed_over(layer) is None
+
+
+def passed_over(layer: nn.Module) -> str | None:
+    """What of the layer ``AcceleratedLayer`` does not compute in its place; None where it does all."""
+    if not isinstance(getattr(layer, "dropout", None), float | int):
+        return f"its dropout must be a rate, got {type(getattr(layer, 'dropout', None)).__name__}"
+    for name in (*ATTENTIONS, *NORMS, *LINEARS):
+        module = getattr(layer, name, None)
+        if not isinstance(module, nn.Module):
+            return f"it has no {name}"
+        if name in ATTENTIONS and not isinstance(module, AcceleratedAttention):
+            return f"its {name} ({type(module).__name__}) is not accelerated"
+        kind = type(module) if name in ATTENTIONS else nn.LayerNorm if name in NORMS else nn.Linear
+        if not plain(module, kind):
+            return f"its {name} ({type(module).__name__}) is no plain {kind.__name__}, or has hooks"
+        if isinstance(module, nn.LayerNorm) and (
+            module.weight is None or module.bias is None or module.weight.dim() != 1
+        ):
+            return f"its {name} has no weight and bias of one dimension"
+    return None
 
 
 class AcceleratedLayer:
@@ -71,9 +83,11 @@ class AcceleratedLayer:
         """
         if not stands_for(cast(nn.Module, self)):  # hooked or replaced since
             own = super().forward  # type: ignore[misc]
+            unweighted = src_gauss_weight is None and tgt_gauss_weight is None  # some have no such arguments
+            weights = () if unweighted else (src_gauss_weight, tgt_gauss_weight)
             return cast(
                 "tuple[Tensor, Tensor | None]",
-                own(x, mask, encoder_out, encoder_mask, self_attn_mask, src_gauss_weight, tgt_gauss_weight),
+                own(x, mask, encoder_out, encoder_mask, self_attn_mask, *weights),
             )
         p = self.dropout if self.training else 0.0
         seed: int | Tensor = torch.randint(SEEDS, (), device=x.device) if p > 0 else 0

@@ -35,11 +35,13 @@ class Deferred(Tensor):
     _value: Tensor | None
     _grad_enabled: bool
     _versions: tuple[int, ...]
+    _by_row: bool = False
+    _whole: tuple[Deferred, Any] | None = None
 
     @property
     def pending(self) -> bool:
-        """Nobody has read it yet."""
-        return self._value is None
+        """Nobody has read it yet, nor what it is a part of."""
+        return self._value is None and (self._whole is None or self._whole[0].pending)
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -57,6 +59,11 @@ class Deferred(Tensor):
 
     def read(self) -> Tensor:
         """The tensor itself, differentiable where this one is."""
+        if self._value is None and self._whole is not None:
+            whole, index = self._whole  # a view of it, as ever: changes in place show in both
+            with torch.set_grad_enabled(self._grad_enabled):
+                self._value = whole.read()[index]
+            self._inputs, self._versions, self._whole = (), (), None
         if self._value is None:
             with torch.set_grad_enabled(self._grad_enabled):
                 self._value = self._function(*self.inputs)
@@ -68,8 +75,34 @@ class Deferred(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func is Tensor.__getitem__ and isinstance(args[0], Deferred):
+            part = args[0]._part(args[1])
+            if part is not None:
+                return part
         args, kwargs = tree_map(_read, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def _part(self, index: Any) -> Tensor | None:
+        """``self[index]``, deferred too, where the index slices dimensions before the last; else None."""
+        slices = index if isinstance(index, tuple) else (index,)
+        if not (self._by_row and self.pending and len(slices) <= self.dim()):
+            return None
+        bounds = [bound for part in slices if type(part) is slice for bound in (part.start, part.stop, part.step)]
+        if any(type(part) is not slice for part in slices) or any(type(b) not in (int, type(None)) for b in bounds):
+            return None
+        if len(slices) == self.dim() and slices[-1] != slice(None):
+            return None
+        first, *others = self.inputs
+        assert first is not None
+        with torch.set_grad_enabled(self._grad_enabled and torch.is_grad_enabled()):
+            rows = first[slices[: first.dim() - 1]]
+            if rows.numel() == 0:
+                return None
+            like = torch.empty(*rows.shape[:-1], self.size(-1), dtype=self.dtype, device="meta")
+            part = defer(self._function, like, rows, *others, by_row=True)
+        assert isinstance(part, Deferred)
+        part._whole = (self, index)
+        return part
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -78,18 +111,20 @@ class Deferred(Tensor):
         return func(*args, **kwargs)
 
 
-def defer(function: Callable[..., Tensor], like: Tensor, *inputs: Tensor | None) -> Tensor:
+def defer(function: Callable[..., Tensor], like: Tensor, *inputs: Tensor | None, by_row: bool = False) -> Tensor:
     """A tensor of the shape, dtype and device of ``like`` (a meta tensor does) that stands for ``function(*inputs)``.
 
     Args:
         function: of the inputs alone; it may be called a second time to be differentiated.
         inputs: everything it depends on; they are kept alive, and must not change in place before it is read.
+        by_row: the last dimension of the first input alone makes that of the result; slices are deferred too.
     """
     if torch.compiler.is_compiling() or any(isinstance(tensor, Deferred) for tensor in inputs):
         return function(*inputs)
     device = next(tensor.device for tensor in inputs if tensor is not None)
     result: Deferred = _Defer.apply(function, like, device, *inputs)
     result._grad_enabled = torch.is_grad_enabled()
+    result._by_row = by_row
     return result
 
 

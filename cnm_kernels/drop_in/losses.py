@@ -11,6 +11,8 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from cnm_kernels import ops
 from cnm_kernels.constants import LABEL_SMOOTHING
+from cnm_kernels.drop_in.attention import remembered
 from cnm_kernels.drop_in.deferred import Deferred, defer
 from cnm_kernels.drop_in.logits_nll import logits_nll
 
@@ -35,7 +38,7 @@ class DeferredLinear(nn.Linear):
         autocast = torch.is_autocast_enabled(input.device.type)
         dtype = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
         like = torch.empty(*input.shape[:-1], self.out_features, dtype=dtype, device="meta")
-        return defer(_logits_under(autocast, dtype), like, input, self.weight, self.bias)
+        return defer(_logits_under(autocast, dtype), like, input, self.weight, self.bias, by_row=True)
 
 
 def _logits_under(autocast: bool, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -53,18 +56,50 @@ def nll_of(logits: Tensor, target: Tensor, mask: Tensor, proposals: int = 1) -> 
 
     A row's target and mask serve its ``proposals`` consecutive rows of logits.
     """
-    if not (isinstance(logits, Deferred) and logits.pending):
-        return _nll_and_accuracy(logits, *_for_proposals(proposals, target, mask))[0]
-    # rec_loss and ivc_loss ask for the same: it is computed once, as long as the logits are there.
-    asked = (target, target._version, mask, mask._version, proposals, torch.is_grad_enabled())
-    remembered: list[tuple[tuple[Any, ...], Tensor]] = vars(logits).setdefault("_nll", [])
-    for question, answer in remembered:
-        if all(a is b if isinstance(a, Tensor) else a == b for a, b in zip(question, asked, strict=True)):
-            return answer
-    nll = _nll_and_accuracy(logits, *_for_proposals(proposals, target, mask), accuracy=False)[0]
+    return _shared(logits, *_for_proposals(proposals, target, mask), accuracy=False)[0]
+
+
+def _shared(logits: Tensor, target: Tensor, mask: Tensor, *, accuracy: bool) -> tuple[Tensor, Tensor]:
+    """``_nll_and_accuracy``, computed once as long as the logits are there: rec_loss and ivc_loss ask for the same.
+
+    What they ask with is compared by value: some expand ids and masks anew for each.
+    """
+    if not (isinstance(logits, Deferred) and logits.pending) or target.is_inference() or mask.is_inference():
+        return _nll_and_accuracy(logits, target, mask, accuracy=accuracy)
+    how = (torch.is_grad_enabled(), _loss_dtype(logits))
+    remembered: list[_Answer] = vars(logits).setdefault("_nll", [])
+    for answer in remembered:
+        if answer.serves(target, mask, how, accuracy):
+            return answer.value
+    value = _nll_and_accuracy(logits, target, mask, accuracy=accuracy)
     if logits.pending:
-        remembered.append((asked, nll))
-    return nll
+        remembered.append(_Answer((target, mask), _versions(target, mask, *value), how, accuracy, value))
+    return value
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A cross entropy and what it was asked with."""
+
+    asked: tuple[Tensor, Tensor]
+    versions: tuple[int, ...]
+    how: tuple[bool, torch.dtype]
+    accuracy: bool
+    value: tuple[Tensor, Tensor]
+
+    def serves(self, target: Tensor, mask: Tensor, how: tuple[bool, torch.dtype], accuracy: bool) -> bool:
+        if how != self.how or (accuracy and not self.accuracy):
+            return False
+        if self.versions != _versions(*self.asked, *self.value):  # changed in place since
+            return False
+        return all(
+            a is b or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
+            for a, b in zip(self.asked, (target, mask), strict=True)
+        )
 
 
 def _for_proposals(proposals: int, *tensors: Tensor) -> Iterator[Tensor]:
@@ -96,7 +131,7 @@ def _nll_and_accuracy(
 def _valid_lengths(mask: Tensor) -> Tensor | None:
     """[M] where the mask is a run of ones from the start of each row, and never empty; else None."""
     valid = mask != 0
-    ok = (valid[:, :-1] >= valid[:, 1:]).all() & valid[:, 0].all() & (mask <= 1).all()
+    ok = (valid[:, :-1] >= valid[:, 1:]).all() & valid[:, 0].all() & (valid == mask).all()
     return valid.sum(1) if bool(ok) else None
 
 
@@ -110,6 +145,8 @@ def _loss_dtype(logits: Tensor) -> torch.dtype:
 def cal_nll_loss(logit: Tensor, idx: Tensor, mask: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Label-smoothed nll per row [M], over the tokens where ``mask`` is 1 or weighted by ``weights``, and the accuracy
     over all of ``mask``. logit [M, L, V]; idx, mask, weights [M, L]. Source: published, CNM and CPL."""
+    if weights is None:
+        return _shared(logit, idx, mask, accuracy=True)
     return _nll_and_accuracy(logit, idx, mask, weights)
 
 
@@ -238,18 +275,67 @@ def replace(losses: Any, stacklevel: int) -> None:
         unknown = f"its arguments {_arguments(theirs)} are neither CNM's nor CPL's"
         reason = unknown if ours is None else _differs(theirs, ours)
         if ours is None or reason is not None:
-            warnings.warn(f"accelerate_losses: {name} is left alone: {reason}", RuntimeWarning, stacklevel=stacklevel)
+            within = _fused_within(theirs, losses)
+            warnings.warn(
+                f"accelerate_losses: {name} is left alone: {reason}{within}", RuntimeWarning, stacklevel=stacklevel
+            )
             continue
-        found = True
-
-        replacement: Any = functools.wraps(theirs)(functools.partial(ours))
-        replacement._accelerated = True
+        replacement = _stand_in(theirs, ours)
         _swap(losses, theirs, replacement)
+        if getattr(losses, name) is replacement:
+            found = True
+        else:
+            method = "it is a method; pass the class or module that holds the function itself"
+            warnings.warn(f"accelerate_losses: {name} is left alone: {method}", RuntimeWarning, stacklevel=stacklevel)
     if not found:
         raise ValueError(
             f"accelerate_losses: {getattr(losses, '__name__', losses)!r} has none of {', '.join(NAMES)} "
             f"with the published arguments and results"
         )
+
+
+def _stand_in(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Any:
+    """``ours`` under the name of ``theirs``, which still answers where the mask is not of zeros and ones.
+
+    The published losses divide fractional masks in different ways, and no trial of them could hold for every mask.
+    """
+
+    @functools.wraps(theirs)
+    def replacement(*arguments: Any, **options: Any) -> Any:
+        mask = arguments[2] if len(arguments) > 2 else options.get("mask", options.get("words_mask"))
+        if isinstance(mask, Tensor) and mask.dtype != torch.bool and not remembered(mask, "binary", _binary):
+            with _without_a_gpu():
+                return theirs(*arguments, **options)
+        return ours(*arguments, **options)
+
+    cast(Any, replacement)._accelerated = True
+    return replacement
+
+
+def _fused_within(function: Any, losses: Any) -> str:
+    """What a warning adds where a function left alone calls a fused ``cal_nll_loss``."""
+    calls = getattr(getattr(function, "__code__", None), "co_names", ())
+    inner = getattr(function, "__globals__", {}).get("cal_nll_loss", getattr(losses, "cal_nll_loss", None))
+    fused = "cal_nll_loss" in calls and hasattr(inner, "_accelerated")
+    return "; the cal_nll_loss that it calls is still fused" if fused else ""
+
+
+def _binary(mask: Tensor) -> bool:
+    return bool(((mask == 0) | (mask == 1)).all())
+
+
+@contextmanager
+def _without_a_gpu() -> Iterator[None]:
+    """Where there is no GPU, ``tensor.cuda()``, which the published losses call, gives the tensor itself."""
+    if torch.cuda.is_available():
+        yield
+        return
+    original = torch.Tensor.cuda
+    torch.Tensor.cuda = lambda self, *arguments, **options: self  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda = original  # type: ignore[method-assign]
 
 
 def restore(losses: Any) -> None:
@@ -265,6 +351,8 @@ def _swap(losses: Any, old: Any, new: Any) -> None:
         for name, value in list(getattr(holder, "__dict__", {}).items()):
             if value is old:
                 setattr(holder, name, new)
+            elif type(value) is staticmethod and value.__func__ is old:
+                setattr(holder, name, staticmethod(new))
 
 
 def _arguments(function: Callable[..., Any]) -> list[str]:
@@ -277,14 +365,15 @@ def _arguments(function: Callable[..., Any]) -> list[str]:
 def _differs(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | None:
     """What a small example shows: None if both give the same, or else why not.
 
-    A function that cannot run here (the published CPL moves things to a GPU) is taken by its word.
+    A function that cannot run here is not replaced: its name and arguments do not say what it computes.
     """
     for arguments in _examples(list(inspect.signature(ours).parameters)):
         try:
-            expected = theirs(**arguments)
+            with _without_a_gpu():
+                expected = theirs(**arguments)
         except Exception as error:
             if not torch.cuda.is_available() and ("CUDA" in str(error) or "NVIDIA" in str(error)):
-                return None
+                return f"it cannot be tried without a GPU ({type(error).__name__}: {error})"
             return f"it fails on a small example ({type(error).__name__}: {error})"
         if not _alike(ours(**arguments), expected):
             return "it gives other results than the published one on a small example"
@@ -312,9 +401,10 @@ def _examples(parameters: list[str]) -> Iterator[dict[str, Any]]:
         return
     K = K if "num_props" in parameters else 1
     example: dict[str, Any] = {"words_logit": logits(B * K), "words_id": ids, "words_mask": mask}
-    margins = {"beta_1": 0.1, "beta_2": 0.15, "margin_1": 0.1, "margin_2": 0.15, "lambda": 0.1, "alpha_1": 1.0}
+    # Not the published values, and large: a margin that the original ignores shows.
+    margins = {"beta_1": 1.3, "beta_2": 2.1, "margin_1": 1.1, "margin_2": 1.9, "lambda": 0.23, "alpha_1": 0.7}
     gaussians = torch.rand(B * K, T, generator=generator).to(device)
-    example |= margins | {"alpha_2": 1.0, "gauss_weight": gaussians}
+    example |= margins | {"alpha_2": 1.6, "gauss_weight": gaussians}
     if K > 1:
         example["num_props"] = K
     yield example
@@ -322,6 +412,7 @@ def _examples(parameters: list[str]) -> Iterator[dict[str, Any]]:
         if name.endswith("_logit") and name != "words_logit":
             example = example | {name: logits(B if name == "ref_words_logit" else B * K)}
             yield example
+    yield example | {"beta_1": 0.01, "beta_2": 0.02, "margin_1": 0.01, "margin_2": 0.02}
 
 
 def _alike(ours: tuple[Any, Any], theirs: Any) -> bool:

@@ -190,6 +190,74 @@ def test_rec_and_ivc_share_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 4
 
 
+FORK = """
+def rec_loss(words_logit, words_id, words_mask, num_props, ref_words_logit=None, **kwargs):
+    ids, real = (x.unsqueeze(1).expand(-1, num_props, -1).flatten(0, 1) for x in (words_id, words_mask))
+    loss = cal_nll_loss(words_logit, ids, real)[0].mean()
+    if ref_words_logit is not None:
+        loss = loss + cal_nll_loss(ref_words_logit, words_id, words_mask)[0].mean()
+    return 3 * loss, {}
+"""
+
+
+def test_forks_around_cal_nll_loss_share_their_work_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies of their own, ids and masks expanded anew for each: what is equal is computed once."""
+    calls: list[int] = []
+    op = cnm_kernels.ops.linear_nll
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return op(*arguments, **options)
+
+    monkeypatch.setattr(cnm_kernels.ops, "linear_nll", counted)
+    mine = types.ModuleType("losses_of_a_fork")
+    mine.__dict__["cal_nll_loss"] = cnm_losses.cal_nll_loss
+    exec(FORK, mine.__dict__)
+    arguments, states = batch("CPL", LOGITS["CPL", "rec_loss"], torch.float64, "prefix")
+    layer = nn.Linear(D, V).double()
+    wanted = mine.rec_loss(**arguments, **{name: layer(state) for name, state in states.items()})[0]
+    with pytest.warns(RuntimeWarning, match="the cal_nll_loss that it calls is still fused"):
+        cnm_kernels.accelerate_losses(mine, layer)
+    logits = {name: layer(state) for name, state in states.items()}
+    for _ in range(2):
+        torch.testing.assert_close(mine.rec_loss(**arguments, **logits)[0], wanted)
+    assert len(calls) == 2
+    arguments["words_mask"][0, -1] = 0  # asked anew once it is changed
+    mine.rec_loss(**arguments, **logits)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("index", [(slice(None), slice(None, -2)), slice(1, 3), (slice(None, None, 2), slice(1, None))])
+def test_sliced_logits_are_not_made_either(index: Any) -> None:
+    layer, state = nn.Linear(D, V).double(), draw(B, L, D, seed=1).requires_grad_()
+    ids = torch.randint(V, (B, L), generator=torch.Generator().manual_seed(5))[index]
+    real = torch.ones_like(ids)
+    leaves = [state, *layer.parameters()]
+    wanted = cnm_losses.cal_nll_loss(layer(state)[index], ids, real)[0]
+    d_wanted = torch.autograd.grad(wanted.square().sum(), leaves)
+    cnm_kernels.accelerate_losses(cnm_losses, layer)
+    logits = layer(state)
+    part = logits[index]
+    found = cnm_losses.cal_nll_loss(part, ids, real)[0]
+    assert logits.pending
+    assert part.pending
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), leaves), d_wanted)
+
+
+def test_sliced_logits_remain_a_view_of_all() -> None:
+    layer = nn.Linear(D, V)
+    layer.__class__ = DeferredLinear
+    with torch.no_grad():
+        logits = layer(torch.randn(B, L, D))
+        part, one = logits[:, 1:], logits[0]
+        assert not isinstance(one, Deferred)
+        logits.mul_(0)
+        assert part.pending is False
+        assert part.abs().sum() == 0
+        assert logits[:, :, 1:].shape == (B, L, V - 1)
+
+
 def test_logits_read_too_late_say_so() -> None:
     layer = nn.Linear(D, V)
     cnm_kernels.accelerate_losses(cnm_losses, layer)
@@ -255,15 +323,88 @@ def test_other_signatures_are_left_alone() -> None:
         cnm_kernels.accelerate_losses(mine)
 
 
-def test_what_needs_a_gpu_that_is_not_there_is_taken_at_its_word() -> None:
+def test_what_cannot_be_tried_is_left_alone() -> None:
     def rec_loss(words_logit, words_id, words_mask, num_props, ref_words_logit=None, **kwargs):
         raise AssertionError("Torch not compiled with CUDA enabled")
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     mine = loss_module(rec_loss=rec_loss)
-    cnm_kernels.accelerate_losses(mine)
-    assert mine.rec_loss is not rec_loss
+    with (
+        pytest.warns(RuntimeWarning, match="cannot be tried without a GPU"),
+        pytest.raises(ValueError, match="has none"),
+    ):
+        cnm_kernels.accelerate_losses(mine)
+    assert mine.rec_loss is rec_loss
+
+
+def test_margins_as_constants_are_left_alone() -> None:
+    def ivc_loss(words_logit, words_id, words_mask, hard_neg_words_logit=None, easy_neg_words_logit=None, **kwargs):
+        others = (words_id, words_mask, hard_neg_words_logit, easy_neg_words_logit)
+        return cnm_losses.ivc_loss(words_logit, *others, beta_1=0.1, beta_2=0.15)
+
+    mine = loss_module(ivc_loss=ivc_loss, rec_loss=cnm_losses.rec_loss)
+    with pytest.warns(RuntimeWarning, match="ivc_loss is left alone: it gives other results"):
+        cnm_kernels.accelerate_losses(mine)
+    assert mine.ivc_loss is ivc_loss
+
+
+def test_static_methods_are_replaced_and_methods_named() -> None:
+    class Losses:
+        rec_loss: Any
+
+    def rec_loss(words_logit, words_id, words_mask, hard_neg_words_logit=None, **kwargs):
+        return plain(words_logit, words_id, words_mask, hard_neg_words_logit, **kwargs)
+
+    plain = cnm_losses.rec_loss
+    Losses.rec_loss = staticmethod(rec_loss)
+    cnm_kernels.accelerate_losses(Losses)
+    assert hasattr(Losses().rec_loss, "_accelerated")
+    cnm_kernels.restore(Losses)
+    assert Losses().rec_loss is rec_loss
+    with pytest.warns(RuntimeWarning, match="it is a method"), pytest.raises(ValueError, match="has none"):
+        cnm_kernels.accelerate_losses(Losses())
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_a_fractional_mask_is_the_original_s_business(multiplies: bool, fuse: bool) -> None:
+    """Some multiply by the mask, some leave out its zeros; of zeros and ones both make the same."""
+
+    def cal_nll_loss(logit, idx, mask, weights=None):
+        if not multiplies and weights is None:
+            weights = (mask != 0) / mask.sum(-1, keepdim=True)
+        return plain(logit, idx, mask, weights)
+
+    plain = cnm_losses.cal_nll_loss
+    layer = nn.Linear(D, V).double()
+    hidden, ids = draw(2, 3, D, seed=1), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    mask = torch.tensor([[1, 0.5, 0.5], [1, 0.25, 0]], dtype=torch.float64)
+    mine = loss_module(cal_nll_loss=cal_nll_loss)
+    wanted = cal_nll_loss(layer(hidden), ids, mask)
+    cnm_kernels.accelerate_losses(mine, layer if fuse else None)
+    assert mine.cal_nll_loss is not cal_nll_loss
+    torch.testing.assert_close(mine.cal_nll_loss(layer(hidden), ids, mask), wanted)
+
+
+def test_losses_that_move_things_to_a_gpu_are_tried_without_one() -> None:
+    """As the published ones do, in their own bodies; equal ones are replaced, others are not."""
+
+    def ivc_loss(words_logit, words_id, words_mask, hard_neg_words_logit=None, easy_neg_words_logit=None, **kwargs):
+        others = (words_id.cuda(), words_mask, hard_neg_words_logit, easy_neg_words_logit)
+        return cnm_losses.ivc_loss(words_logit, *others, **kwargs)
+
+    def rec_loss(words_logit, words_id, words_mask, hard_neg_words_logit=None, **kwargs):
+        loss, numbers = cnm_losses.rec_loss(words_logit, words_id.cuda(), words_mask, hard_neg_words_logit)
+        return 2 * loss, numbers
+
+    cuda = torch.Tensor.cuda
+    mine = loss_module(ivc_loss=ivc_loss, rec_loss=rec_loss)
+    with pytest.warns(RuntimeWarning, match="rec_loss is left alone: it gives other results"):
+        cnm_kernels.accelerate_losses(mine)
+    assert mine.ivc_loss is not ivc_loss
+    assert mine.rec_loss is rec_loss
+    assert torch.Tensor.cuda is cuda
 
 
 def test_no_layer_over_the_vocabulary() -> None:
