@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cnm_kernels
-from benchmarks import gpu_predict, rivals
+from benchmarks import gpu_launches, gpu_predict, gpu_step, rivals
 from benchmarks.bench_attention import ALPHA
 from benchmarks.op_case import ROUNDINGS_OURS, ROUNDINGS_RIVAL, TIMES_REFERENCE, normal_like, relative_error, rounding
 from benchmarks.report import markdown
@@ -391,7 +391,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small batches: shows that everything works")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder (default %(default)s)")
     parser.add_argument("--predict", action="store_true", help="by counting, without a GPU; measured beside, with one")
+    parser.add_argument("--launches", action="store_true", help="of one training step, by counting, without a GPU")
+    parser.add_argument("--step", action="store_true", help="training steps instead, with and without CUDA graphs")
     options = parser.parse_args(arguments)
+    if options.step:
+        return gpu_step.main(options.output)
+    if options.launches:
+        return gpu_launches.main(options.output)
     if options.predict:
         chosen = [row for row in rows(options.quick) if row.goal and options.only in row.name]
         return gpu_predict.main(chosen, options.output, measured_times)

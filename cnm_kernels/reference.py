@@ -161,7 +161,7 @@ def absorbed_attention(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths: Tensor | None) -> Tensor:
     """x W^T + b, or group by group of columns; negative values 0 with ``relu``; 0 in rows from lengths on."""
     # GPUs' libraries multiply narrow operands fast and accumulate in float32 all the same.
-    dtype = x.dtype if x.is_cuda else _wide(x).dtype
+    dtype = x.dtype if x.is_cuda or x.is_meta else _wide(x).dtype  # meta tensors stand for a GPU's
     padding = None
     if lengths is not None:
         padding = torch.arange(x.size(1), device=x.device) >= lengths[:, None]  # [B, L]

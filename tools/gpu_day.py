@@ -4,9 +4,9 @@
     python tools/gpu_day.py --rehearse      # without a GPU: all that does not need one runs, the rest is named
 
 Builds for the card alone; runs the `gpu` tests, those most at risk first; compute-sanitizer over one pass of each
-kernel; the table of times against goals with the predictions beside; the table of training steps, which are of this
-machine's CPU (steps on the GPU, with and without graphs, are not timed yet). Goes on after a failure. Writes
-gpu_day.json and gpu_day.md, after each stage.
+kernel; the table of times against goals with the predictions beside; the kernels of a training step as counted, and
+training steps on the GPU, with and without CUDA graphs. Goes on after a failure. Writes gpu_day.json and gpu_day.md,
+after each stage.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def stages(output: Path, architecture: str, rehearse: bool) -> list[Stage]:
             ],
         ),
         Stage("table", [table, [*table, "--predict"]], False),
-        Stage("step", [[python, "-m", "benchmarks", "step", "--output", str(output)]]),
+        Stage("step", [[*table, "--step"], [*table, "--launches"]]),
     ]
     if rehearse:
         found[1].commands = [[*tests, "--collect-only", "-m", "gpu", *BY_RISK]]

@@ -21,6 +21,17 @@ def _all_finite(tensors: Sequence[Tensor]) -> bool:
     return bool(torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all())
 
 
+def _copy_into(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """On GPUs a few kernels for all that are laid out alike."""
+    pairs = list(zip(places, values, strict=True))
+    alike = [pair for pair in pairs if pair[0].stride() == pair[1].stride()]
+    if alike:
+        torch._foreach_copy_([place for place, _ in alike], [value for _, value in alike])
+    for place, value in pairs:
+        if place.stride() != value.stride():
+            place.copy_(value)
+
+
 class ModelStep(ABC):
     """All updates of one batch.
 
@@ -103,10 +114,11 @@ class ModelStep(ABC):
             gradients = self.group.sum(gradients, self.share)
         if self.skip_nonfinite and not _all_finite([loss, *gradients]):  # waits for the device
             return loss.new_full((), math.nan)
-        for parameter, gradient in zip(optimizer.parameters, gradients, strict=True):
-            if self.fixed_gradients and parameter.grad is not None:
-                parameter.grad.copy_(gradient)
-            else:
+        places = [parameter.grad for parameter in optimizer.parameters if parameter.grad is not None]
+        if self.fixed_gradients and len(places) == len(gradients):
+            _copy_into(places, gradients)
+        else:
+            for parameter, gradient in zip(optimizer.parameters, gradients, strict=True):
                 parameter.grad = gradient
         everybody = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(everybody)

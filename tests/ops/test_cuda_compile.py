@@ -98,7 +98,8 @@ def test_tiles_move_sixteen_bytes_at_a_time(kernels: list[Kernel]) -> None:
         if kernel.op in WITH_PRODUCTS:
             assert kernel.count(r"LDGSTS.*BYPASS.*128") >= 2, kernel
         if kernel.op in ("attention_kernel", "attention_backward_kernel"):
-            assert kernel.count(r"STG\.E.*128") >= 1, kernel
+            # Rows may be nowhere: of the address between a row's and null the compiler need not know that it is global.
+            assert kernel.count(r"\bSTG?\.E.*128") >= 1, kernel
         if kernel.op in ("dropout_add_layer_norm_kernel", "dropout_kernel"):
             assert kernel.count(r"LDG\.E.*128") >= 1, kernel
             assert kernel.count(r"STG\.E.*128") >= 1, kernel
