@@ -19,6 +19,8 @@ from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 from cnm_kernels import reference, registry
@@ -30,11 +32,27 @@ from cnm_kernels.constants import BETA_1, BETA_2, LABEL_SMOOTHING, LAYER_NORM_EP
 def _run(op: str, tensor: Tensor, *arguments: Any) -> Any:
     """Calls the backend's function."""
     function = registry.implementation(op, tensor)
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and function is not getattr(reference, op):
-        given = [a for a in arguments if isinstance(a, Tensor)]
-        if any(forward_ad.unpack_dual(a).tangent is not None for a in given):
-            raise NotImplementedError(f'{op}: forward-mode derivatives want use_backend("torch")')
+    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if forward_mode and function is not getattr(reference, op) and any(map(_has_tangent, arguments)):
+        raise NotImplementedError(f'{op}: forward-mode derivatives want use_backend("torch")')
     return _outside_autocast(function, tensor, *arguments)
+
+
+def _has_tangent(argument: Any) -> bool:
+    """Whether its forward-mode derivative is asked for, at this level of ``torch.func`` or one below."""
+    if not isinstance(argument, Tensor):
+        return False
+    tensor = argument
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    forward = {level.level() for level in retrieve_all_functorch_interpreters() if level.key() == TransformType.Jvp}
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.maybe_get_level(tensor) in forward:
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 def _outside_autocast(function: Callable[..., Any], tensor: Tensor, *arguments: Any) -> Any:

@@ -8,19 +8,49 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
+from torch.utils._pytree import tree_map
 
 
-class _OnlyOnce(torch.autograd.Function):
-    """The identity on a gradient, connected to all that it was computed from: differentiating it is refused."""
+def _apply(function: Any, *arguments: Any) -> Any:
+    """``function.apply`` at the level of ``torch.func`` that is being computed, as an op of PyTorch's own would be.
 
-    @staticmethod
-    def forward(ctx: Any, op: str, gradient: Tensor, *_: Any) -> Tensor:
-        ctx.op = op
-        return gradient.view_as(gradient)
+    Here the dispatcher has already come to one level; ``autograd.Function`` would start again with all of them.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    with enable_single_level_autograd_function():
+        return function.apply(*arguments)
 
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise NotImplementedError(f"{ctx.op} is differentiable once; its gradient is not")
+
+def _below_autograd(overload: Any, keyset: Any, inputs: Sequence[Any]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+
+def _in_forward(overload: Any, keyset: Any, inputs: Sequence[Any]) -> Any:
+    """``_below_autograd`` in a Function's forward, where gradients are off: levels of torch.func below want them."""
+    if not torch._C._are_functorch_transforms_active():
+        return _below_autograd(overload, keyset, inputs)
+    with torch.enable_grad():
+        return _below_autograd(overload, keyset, inputs)
+
+
+def _one_by_one(overload: Any) -> Callable[..., Any]:
+    """The op under vmap: each element of the batch by itself, the results stacked."""
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        results = [
+            overload(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        outputs = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return outputs, tree_map(lambda _: 0, outputs)
+
+    return batched
 
 
 @cache
@@ -37,6 +67,8 @@ class Operator:
         self.forward = getattr(operators, op).default
         backward = getattr(operators, f"{op}_backward", None)
         self.backward: Any = None if backward is None else backward.default
+        for overload in filter(None, (self.forward, self.backward)):
+            torch.library.register_vmap(overload, _one_by_one(overload), lib=_library(namespace))
 
     def register_fake(self, forward: Callable[..., Any], backward: Callable[..., Any] | None = None) -> None:
         """Functions that give empty tensors of the outputs' shapes and dtypes."""
@@ -56,15 +88,11 @@ class Operator:
         cost grows with the square of the number of arguments (16 of 27 us at eight, and these schemas have no defaults
         to fill).
         """
-        overload, name = self.forward, f"{self.namespace}::{self.op}"
-
-        def below_autograd(keyset: Any, inputs: tuple[Any, ...]) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+        overload = self.forward
 
         def forward(ctx: Any, *arguments: Any) -> Any:
             *inputs, keyset = arguments
-            output = below_autograd(keyset, tuple(inputs))
+            output = _in_forward(overload, keyset, inputs)
             ctx.set_materialize_grads(False)
             if not_differentiable:
                 ctx.mark_non_differentiable(*(output[i] for i in not_differentiable))
@@ -72,22 +100,36 @@ class Operator:
             return output
 
         def differentiate(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-            with torch.no_grad():
-                gradients = backward(ctx, *d_outputs)
-            if torch.is_grad_enabled():  # somebody may differentiate these again
-                made_of = [t for t in (*d_outputs, *ctx.saved_tensors) if t is not None and t.requires_grad]
-                gradients = (d if d is None else _OnlyOnce.apply(name, d.detach(), *made_of) for d in gradients)
-            return (*gradients, None)
+            return (*backward(ctx, *d_outputs), None)
 
-        body = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
-        formula: Any = type(self.op, (torch.autograd.Function,), body)
+        self._dispatch(overload, forward, differentiate)
+        if self.backward is not None:
+            self._refuse_a_second_derivative()
+
+    def _refuse_a_second_derivative(self) -> None:
+        """The backward's results stay connected to its inputs; whoever differentiates them is told."""
+        overload, name = self.backward, f"{self.namespace}::{self.op}"
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            *inputs, keyset = arguments
+            return _in_forward(overload, keyset, inputs)
+
+        def differentiate(ctx: Any, *d_outputs: Tensor | None) -> Any:
+            raise NotImplementedError(f"{name} is differentiable once; its gradient is not")
+
+        self._dispatch(overload, forward, differentiate)
+
+    def _dispatch(self, overload: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+        """Makes calls that need gradients go through an ``autograd.Function`` of these two."""
+        body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        formula: Any = type(self.op, (_SingleLevelFunction,), body)
 
         def dispatch(keyset: Any, *inputs: Any) -> Any:
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-                return formula.apply(*inputs, keyset)
-            return below_autograd(keyset, inputs)
+                return _apply(formula, *inputs, keyset)
+            return _below_autograd(overload, keyset, inputs)
 
-        _library(self.namespace).impl(self.op, dispatch, "Autograd", with_keyset=True)
+        _library(self.namespace).impl(overload, dispatch, "Autograd", with_keyset=True)
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -57,8 +57,9 @@ def accelerate(model: Model) -> Model:
     ``forward(query, key, value, key_padding_mask, incremental_state, need_weights, static_kv, attn_mask, fast_weights,
     gauss_weight)``, time first; such a layer ``self_attn``, ``encoder_attn``, ``fc1``, ``fc2``, their LayerNorms and
     ``forward(x, mask, encoder_out, encoder_mask, self_attn_mask, src_gauss_weight, tgt_gauss_weight)``;
-    both may lack the weights. Only their classes change: parameters, state_dict, hooks, train and eval mode, device moves, copies, DataParallel and DDP work
-    as before, and ``restore`` undoes it. A layer's dropout keeps its rate and follows ``torch.manual_seed``, but its
+    both may lack the weights. Only their classes change: parameters, state_dict, hooks, train and eval mode, device
+    moves, copies, DataParallel and DDP work as before, and ``restore`` undoes it. A layer's dropout keeps its rate and
+    follows ``torch.manual_seed``, but its
     masks are not those that PyTorch would draw. The attention returned beside an output is computed when it is read. A
     model pickled whole needs cnm_kernels to be loaded again; a state_dict does not.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -48,3 +49,43 @@ def test_forward_mode(op: str, name: str, backend: str, device: str, dtype: torc
         torch.func.jvp(function, (x,), (torch.ones_like(x),))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
+def test_torch_func(op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    function, x = _function(op, sample(op, name, dtype, device), backend)
+    leaf = x.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(function(leaf), leaf)
+    value, pull = torch.func.vjp(function, x)
+    ways = (torch.func.grad(function)(x), pull(torch.ones_like(value))[0], torch.func.jacrev(function)(x))
+    for found in ways:
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
+def test_per_sample_gradients(op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    function, x = _function(op, sample(op, name, dtype, device), backend)
+    batch = torch.stack([x, 0.5 * x, -x])
+    expected = torch.stack([torch.func.grad(function)(row) for row in batch])
+    with warnings.catch_warnings():
+        if backend != "torch":
+            warnings.filterwarnings("error", message=".*performance drop.*")
+        found = torch.func.vmap(torch.func.grad(function))(batch)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
+@pytest.mark.parametrize("way", ["hessian", "grad of grad", "jacrev of jacrev"])
+def test_second_derivatives_by_torch_func(
+    way: str, op: str, name: str, backend: str, device: str, dtype: torch.dtype
+) -> None:
+    if backend == "torch":
+        pytest.skip("plain PyTorch, which is right")
+    function, x = _function(op, sample(op, name, dtype, device), backend)
+    second = {
+        "hessian": torch.func.hessian(function),
+        "grad of grad": torch.func.grad(lambda x: torch.func.grad(function)(x).sum()),
+        "jacrev of jacrev": torch.func.jacrev(torch.func.jacrev(function)),
+    }[way]
+    with pytest.raises(NotImplementedError, match=r"differentiable once|forward-mode"):
+        second(x)
