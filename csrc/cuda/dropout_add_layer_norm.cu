@@ -4,6 +4,8 @@
 #include "dropout_add_layer_norm.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "philox.cuh"
 
@@ -91,11 +93,12 @@ __device__ __forceinline__ void for_groups(int D, Body body) {
 template <class Params>
 __device__ __forceinline__ int64_t drawn_row(const Params& p, int64_t row) {
     if (p.sample_indices == nullptr) return row;
-    return load(p.sample_indices + row / p.sample_rows) * p.sample_rows + row % p.sample_rows;
+    const uint32_t sample = static_cast<uint32_t>(row) / static_cast<uint32_t>(p.sample_rows);  // the launch checks rows
+    return row + (load(p.sample_indices + sample) - sample) * p.sample_rows;
 }
 
 template <class T, int HELD>
-__global__ void __launch_bounds__(WARPS* WARP)
+__global__ void __launch_bounds__(WARPS* WARP, 7)  // at 8 blocks, sm_100 spills
     dropout_add_layer_norm_kernel(DropoutAddLayerNormParams p, Dropout dropout, bool aligned) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + warp();
     if (row >= p.rows) return;
@@ -241,8 +244,20 @@ bool all_aligned(int64_t D, std::initializer_list<const void*> pointers) {
 }  // namespace
 }  // namespace cuda
 
+namespace {
+
+// A 64-bit division would take the registers that keep a row.
+void check_rows(int64_t rows, const int64_t* sample_indices) {
+    if (sample_indices != nullptr && rows > UINT32_MAX) {
+        throw std::runtime_error("cnm_kernels: sample_indices take up to 2^32 rows, got " + std::to_string(rows));
+    }
+}
+
+}  // namespace
+
 void dropout_add_layer_norm(const DropoutAddLayerNormParams& p) {
     if (p.rows == 0) return;
+    check_rows(p.rows, p.sample_indices);
     const bool aligned = cuda::all_aligned(p.D, {p.x, p.residual, p.weight, p.bias, p.out});
     cuda::dispatch(p.dtype, p.D, [&](auto* type, auto held) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -252,6 +267,7 @@ void dropout_add_layer_norm(const DropoutAddLayerNormParams& p) {
 }
 
 void dropout_add_layer_norm_backward(const DropoutAddLayerNormBackwardParams& p) {
+    check_rows(p.rows, p.sample_indices);
     const int64_t chunks = layer_norm_chunks(p.rows, p.D);
     const bool aligned = cuda::all_aligned(p.D, {p.d_out, p.x, p.residual, p.weight, p.d_x, p.d_residual});
     if (chunks > 0) {
