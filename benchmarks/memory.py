@@ -18,9 +18,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from benchmarks.registry import tables
 STATUS = Path("/proc/self/status")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PR_SET_THP_DISABLE = 41  # sys/prctl.h
+SAFE_PATH = sys.version_info >= (3, 11)  # has PYTHONSAFEPATH
 LARGE = 1 << 16  # bytes; blocks from here on are mapped and unmapped one by one
 
 
@@ -57,10 +59,12 @@ def measure(table: str, index: int, contender: str, *, quick: bool, threads: int
     if sys.platform != "linux":
         return None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    if SAFE_PATH:
+        context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, table, index, contender, quick, threads))
-    process.start()
+    with _same_search_path():
+        process.start()
     sender.close()
     try:
         answer: dict[str, int] | None = receiver.recv()
@@ -70,6 +74,22 @@ def measure(table: str, index: int, contender: str, *, quick: bool, threads: int
     if process.exitcode and process.exitcode > 0:  # not a signal: it raised, and has printed its traceback
         raise RuntimeError(f"measuring the memory of {contender!r} in case {index} of {table!r} failed, see above")
     return answer
+
+
+@contextmanager
+def _same_search_path() -> Iterator[None]:
+    """The server searches modules where this process does, not in the working directory first."""
+    wanted = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _child(sender: Connection, table: str, index: int, contender: str, quick: bool, threads: int) -> None:

@@ -20,12 +20,12 @@ ISA_VARIABLE = "CNM_KERNELS_CPU_ISA"  # forces a lower instruction set: portable
 
 def _why_missing(module: str, error: ImportError, switch: str) -> str:
     """Why a compiled module is not there."""
-    hidden = hidden_reason(module)
-    if hidden is not None:
-        return hidden
     reason = Path(__file__).parent / f"{module}_skipped.txt"
     if reason.exists():
         return reason.read_text(encoding="utf-8").strip()
+    hidden = hidden_reason(module)
+    if hidden is not None:
+        return hidden
     if isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error):
         return f"this installation has no compiled module {module} (installed with {switch}=0, or never built)"
     return f"cnm_kernels.{module} does not load: {error}"

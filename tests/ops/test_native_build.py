@@ -63,10 +63,9 @@ def compiled(checkout: Path) -> list[Path]:
 def test_without_native(checkout: Path) -> None:
     assert build(checkout, CNM_KERNELS_NATIVE="0").returncode == 0
     assert not compiled(checkout)
-    assert (
-        "native on cpu: this installation has no compiled module _C_cpu (installed with CNM_KERNELS_NATIVE=0"
-        in table(checkout)
-    )
+    # Where the tests' own environment has a compiled copy, the table names that one too.
+    (line,) = (line for line in table(checkout).splitlines() if line.startswith("native on cpu: "))
+    assert "no compiled module _C_cpu" in line
 
 
 def test_without_a_compiler(checkout: Path) -> None:
