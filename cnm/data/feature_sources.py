@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,16 +46,16 @@ class FeatureSource(Protocol):
         """What changes when the files of these videos do, as JSON."""
 
 
-class _Checked:
+class _Checked(ABC):
     """What follows from ``shape`` and ``__contains__`` for any source."""
 
     path: str | Path
 
-    def __contains__(self, video: str) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def __contains__(self, video: str) -> bool: ...
 
-    def shape(self, video: str) -> tuple[int, int]:
-        raise NotImplementedError
+    @abstractmethod
+    def shape(self, video: str) -> tuple[int, int]: ...
 
     def check(self, videos: Iterable[str], frame_dim: int | None) -> None:
         videos = list(videos)
