@@ -21,18 +21,18 @@ PARAMETERS = ("in_proj_weight", "in_proj_bias", "out_weight", "out_bias")
 class CrossAttention(nn.Module):
     """The layer as ``cnm`` computes it, on parameters that a call brings along."""
 
-    def __init__(self, D: int, H: int, frugal: bool) -> None:
+    def __init__(self, D: int, H: int, minimize_flops: bool) -> None:
         super().__init__()
         self.attention = MultiheadAttention(D, H)
-        self.frugal = frugal
+        self.minimize_flops = minimize_flops
 
     def forward(self, states: Tensor, key_weight: Tensor | None, x: Tensor) -> Tensor:
         lengths = torch.full(states.shape[:1], states.size(1))
-        return self.attention.attend_to(Source(states, lengths, key_weight), x, frugal=self.frugal)
+        return self.attention.attend_to(Source(states, lengths, key_weight), x, minimize_flops=self.minimize_flops)
 
 
-def ours(frugal: bool, D: int, H: int) -> Any:
-    layer = CrossAttention(D, H, frugal)
+def ours(minimize_flops: bool, D: int, H: int) -> Any:
+    layer = CrossAttention(D, H, minimize_flops)
 
     def function(x: Tensor, states: Tensor, key_weight: Tensor | None, **parameters: Tensor) -> Tensor:
         names = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")

@@ -14,13 +14,13 @@ import torch
 from cnm.data import Sample, Split
 from cnm.errors import InputError
 from cnm.html import text, timeline
-from cnm.localizer import Found, Video
+from cnm.localizer import LocalizedMoment, Video
 from cnm.plot import BLUE, GREY, ORANGE
 from cnm.training.finished import FinishedRun
 
 UPLOAD, SAMPLE = "a video file", "a sample of a split"
 KEPT_RUNS, KEPT_VIDEOS = 4, 16  # in memory, the latest
-MOST_SAMPLES = 500  # in the list to choose from, evenly over the split
+MAX_SAMPLES = 500  # in the list to choose from, evenly over the split
 WIDTH = 900  # of the picture of time, pixels
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 # A click on the picture of time sets the player there; so does the button, at the found moment.
@@ -45,7 +45,7 @@ class Answerer:
     def samples(self, run: str, split: str) -> list[tuple[str, int]]:
         """Sentences of a split to choose from, and their places."""
         data: Split = self.split(run, split)
-        places = np.unique(np.linspace(0, len(data) - 1, min(MOST_SAMPLES, len(data))).astype(int))
+        places = np.unique(np.linspace(0, len(data) - 1, min(MAX_SAMPLES, len(data))).astype(int))
         return [(f"{data.samples[place].video}: {data.samples[place].sentence}", int(place)) for place in places]
 
     def video_file(self, run: str, split: str, place: int) -> str | None:
@@ -74,7 +74,7 @@ class Answerer:
             return finished.localizer.encode_video(source)
         return finished.encode(self.split(run, source[0]), source[1])
 
-    def _page(self, run: str, found: Found, video: Video, sample: Sample | None) -> str:
+    def _page(self, run: str, found: LocalizedMoment, video: Video, sample: Sample | None) -> str:
         duration = video.duration or 1.0
         annotated = sample is not None and sample.sentence == found.query
         true = sample.moment if sample is not None and annotated else None

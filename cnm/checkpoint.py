@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 
 from cnm.checkpoint_schema import Checkpoint, described
-from cnm.config import MOST_VALUES
+from cnm.config import MAX_VALUES
 from cnm.errors import InputError
 from cnm.files import check_plain, replace_file
 
@@ -54,7 +54,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: is no checkpoint, it holds a {type(content).__name__}; {_REMEDY}")
-    check_plain(content.get("config"), f"{path}: config", MOST_VALUES)
+    check_plain(content.get("config"), f"{path}: config", MAX_VALUES)
     try:
         checked = Checkpoint.model_validate(content)
     except ValidationError as error:

@@ -23,7 +23,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
-MOST_VALUES = 10_000  # of a configuration; ours hold fifty
+MAX_VALUES = 10_000  # of a configuration; ours hold fifty
 
 # Sizes of the network that follow from the dataset section.
 DERIVED_SIZES = {"max_num_words": "max_num_words", "frames_input_size": "frame_dim", "words_input_size": "word_dim"}
@@ -259,7 +259,7 @@ class Config(_Section):
         """
         name = name or ("config" if isinstance(source, dict) else str(source))
         content = source if isinstance(source, dict) else read_json(source)
-        check_plain(content, name, MOST_VALUES)
+        check_plain(content, name, MAX_VALUES)
         chosen = _class_for(cls, content, name)
         try:
             return chosen.model_validate(content)

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from cnm.errors import InputError
 
-MOST_NESTED = 32  # levels of lists and objects; our own files have five
+MAX_NESTED = 32  # levels of lists and objects; our own files have five
 _LARGEST = int(sys.float_info.max)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -59,7 +59,7 @@ def parse_json(text: str, source: str) -> Any:
     except json.JSONDecodeError as error:
         raise NoJson(f"{source}: line {error.lineno} column {error.colno} is no JSON ({error.msg})") from None
     except RecursionError:
-        raise InputError(f"{source}: is nested more than {MOST_NESTED} deep; correct it") from None
+        raise InputError(f"{source}: is nested more than {MAX_NESTED} deep; correct it") from None
     check_plain(value, source)
     return value
 
@@ -103,9 +103,9 @@ def check_plain(value: Any, source: str, most: int = sys.maxsize) -> None:
                 problem = "the number is too large"
         elif item is not None:
             problem = f"a {type(item).__name__} is no plain value"
-        if problem is None and (len(place) > MOST_NESTED or count + len(pending) > most):
+        if problem is None and (len(place) > MAX_NESTED or count + len(pending) > most):
             place = place[:1]
-            problem = f"is nested more than {MOST_NESTED} deep" if count <= most else f"holds more than {most} values"
+            problem = f"is nested more than {MAX_NESTED} deep" if count <= most else f"holds more than {most} values"
         if problem is not None:
             raise InputError(f"{source}: {_where(place)}{problem}; correct it")
 

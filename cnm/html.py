@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from cnm.localizer import Found, Localizer
+from cnm.localizer import LocalizedMoment, Localizer
 from cnm.plot import BLUE, GREY, ORANGE
 
 POINTS = 81  # of a drawn Gaussian
@@ -24,7 +24,7 @@ def png(content: bytes, description: str) -> str:
 
 def timeline(
     localizer: Localizer,
-    found: Found,
+    found: LocalizedMoment,
     duration: float | None,
     true: tuple[float, float] | None = None,
     *,

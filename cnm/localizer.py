@@ -73,7 +73,7 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Found:
+class LocalizedMoment:
     """Where a sentence happens: its best proposal's fields, and all of them.
 
     Attributes:
@@ -207,7 +207,7 @@ class Localizer:
         clips = pool(_checked(found.features, self._frame_dim), self._num_clips)
         return self._encoded(clips, found.duration)
 
-    def find(self, video: Video, sentences: Sequence[str], *, scoring: Scoring | None = None) -> list[Found]:
+    def find(self, video: Video, sentences: Sequence[str], *, scoring: Scoring | None = None) -> list[LocalizedMoment]:
         """Where each sentence happens in an encoded video, in the order given.
 
         What is beyond the model's ``max_num_words`` known words of a sentence is ignored.
@@ -221,7 +221,7 @@ class Localizer:
         sentences = [sentences] if isinstance(sentences, str) else list(sentences)
         encoded = [self._encode_sentence(sentence) for sentence in sentences]
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))  # alike in length: less padding
-        found: list[Found | None] = [None] * len(encoded)
+        found: list[LocalizedMoment | None] = [None] * len(encoded)
         for start in range(0, len(order), BATCH):
             places = order[start : start + BATCH]
             proposals = self._propose(video, [encoded[place] for place in places], scoring)
@@ -234,7 +234,7 @@ class Localizer:
             for row, place in enumerate(places):
                 columns = (moments[row, :, 0], moments[row, :, 1], arrays[2][row], arrays[0][row], arrays[1][row])
                 ranked = tuple(Proposal(*map(float, values)) for values in zip(*columns, strict=True))
-                found[place] = Found(sentences[place], ranked, tuple(encoded[place].unknown))
+                found[place] = LocalizedMoment(sentences[place], ranked, tuple(encoded[place].unknown))
         return [item for item in found if item is not None]
 
     def curve(self, proposal: Proposal, points: int) -> np.ndarray:

@@ -25,8 +25,8 @@ def mask_weights(content: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return (weight / np.where(total == 0, 1, total)).astype(np.float32)
 
 
-def sample_masked_words(mask_weights: Tensor, word_lengths: Tensor, race: Tensor | None = None) -> Tensor:
-    """Draws max(l // 3, 1) of each sentence's l words without replacement, in one vectorised race.
+def sample_masked_words(mask_weights: Tensor, word_lengths: Tensor, exponential_noise: Tensor | None = None) -> Tensor:
+    """Draws max(l // 3, 1) of each sentence's l words without replacement, at once.
 
     Each word finishes at an exponential time of rate ``mask_weights``; the earliest are masked. That is the law of
     drawing one word after the other with probability proportional to its weight among those left.
@@ -34,13 +34,15 @@ def sample_masked_words(mask_weights: Tensor, word_lengths: Tensor, race: Tensor
     Args:
         mask_weights: [B, L] >= 0, 0 at padding.
         word_lengths: [B] int64.
-        race: exponential draws [B, L]; None draws them.
+        exponential_noise: draws [B, L]; None draws them.
 
     Returns:
         [B, L + 1] bool: row 0, the start token, is never masked.
     """
-    race = torch.empty_like(mask_weights).exponential_() if race is None else race
-    finish = race / mask_weights
+    exponential_noise = (
+        torch.empty_like(mask_weights).exponential_() if exponential_noise is None else exponential_noise
+    )
+    finish = exponential_noise / mask_weights
     rank = finish.argsort(dim=1).argsort(dim=1)
     count = (word_lengths // 3).clamp_min(1).minimum(word_lengths)
     return nn.functional.pad(rank < count[:, None], (1, 0))
@@ -50,8 +52,10 @@ def fixed_masked_words(mask_weights: Tensor, word_lengths: Tensor, count: int, s
     """``count`` draws of ``sample_masked_words`` that depend on the sentence and the seed alone: not on the batch
     it lies in, its place there, or what was drawn before. [B, L + 1] bool each"""
     L = mask_weights.size(1)
-    races = (np.random.default_rng([seed, draw]).exponential(size=L) for draw in range(count))
+    noises = (np.random.default_rng([seed, draw]).exponential(size=L) for draw in range(count))
     return [
-        sample_masked_words(mask_weights, word_lengths, torch.from_numpy(race).to(mask_weights).expand_as(mask_weights))
-        for race in races
+        sample_masked_words(
+            mask_weights, word_lengths, torch.from_numpy(exponential_noise).to(mask_weights).expand_as(mask_weights)
+        )
+        for exponential_noise in noises
     ]

@@ -11,7 +11,7 @@ from cnm.metrics import Array
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 SCORES = ("mAP", "mAP IoU=0.5", "mAP IoU=0.75")
-MOST_WINDOWS = 10  # predictions of a sentence that count
+MAX_WINDOWS = 10  # predictions of a sentence that count
 
 
 def average_precision(predicted: ArrayLike, true: ArrayLike) -> Array:
@@ -27,7 +27,7 @@ def average_precision(predicted: ArrayLike, true: ArrayLike) -> Array:
     Returns:
         [10] float64.
     """
-    predicted, true = np.asarray(predicted, np.float64)[:MOST_WINDOWS], np.asarray(true, np.float64)
+    predicted, true = np.asarray(predicted, np.float64)[:MAX_WINDOWS], np.asarray(true, np.float64)
     ious = _ious(predicted, true)
     result = np.zeros(len(THRESHOLDS))
     for place, threshold in enumerate(THRESHOLDS):

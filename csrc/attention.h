@@ -36,8 +36,8 @@ struct AttentionParams : AttentionInputs {
 
 struct AttentionBackwardParams : AttentionInputs {
     Heads d_out;
-    const float* d_weights;  // [B, Lq, Lk] or null
-    const float* stats;      // [B, H, Lq, 2]
+    const float* d_weights;         // [B, Lq, Lk] or null
+    const float* stats;             // [B, H, Lq, 2]
     Heads d_query, d_key, d_value;  // data null: not wanted
     float* d_key_weight;            // [B, Lk] or null
     float *d_center, *d_width;      // [B] or null

@@ -90,8 +90,8 @@ struct Operands {
 struct OperandGradients {
     Heads query, key, value;
 
-    OperandGradients(const Operands& operands, const std::array<Tensor, 3>& gradients, bool need_first, bool need_second,
-                     bool need_third) {
+    OperandGradients(const Operands& operands, const std::array<Tensor, 3>& gradients, bool need_first,
+                     bool need_second, bool need_third) {
         const bool together = !operands.second.has_value(), pair = !together && !operands.third.has_value();
         const auto& [first, d_second, d_third] = gradients;
         const Optional second = together ? Optional() : Optional(d_second);

@@ -16,8 +16,15 @@ struct Arguments {
     Arguments(const Tensor& query, const Optional& key, const Optional& value, const Optional& key_weight,
               const Optional& center, const Optional& width, double alpha, double min_width, bool complement,
               bool causal, const Optional& key_lengths, double scale)
-        : operands(query, key, value), key_weight(floats(key_weight)), center(floats(center)), width(floats(width)),
-          key_lengths(packed(key_lengths)), alpha(alpha), min_width(min_width), scale(scale), complement(complement),
+        : operands(query, key, value),
+          key_weight(floats(key_weight)),
+          center(floats(center)),
+          width(floats(width)),
+          key_lengths(packed(key_lengths)),
+          alpha(alpha),
+          min_width(min_width),
+          scale(scale),
+          complement(complement),
           causal(causal) {
         const auto holds = [](const Optional& t, int64_t count) { return !t.has_value() || t->numel() == count; };
         const int64_t B = operands.B;
@@ -61,8 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Optional& 
     auto p = arguments.params<AttentionParams>();
     const Tensor out = empty_heads(true, p.B, p.H, p.Lq, p.d, query.scalar_type());
     const Tensor stats = empty({p.B, p.H, p.Lq, 2}, ScalarType::Float);
-    const Tensor weights =
-        return_weights ? empty({p.B, p.Lq, p.Lk}, ScalarType::Float) : empty({0}, ScalarType::Float);
+    const Tensor weights = return_weights ? empty({p.B, p.Lq, p.Lk}, ScalarType::Float) : empty({0}, ScalarType::Float);
     p.out = heads(out);
     p.stats = stats.mutable_data_ptr<float>();
     p.weights = return_weights ? weights.mutable_data_ptr<float>() : nullptr;
@@ -100,7 +106,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const auto like = [](const Tensor& gradient, const Optional& input) {
         return input.has_value() ? as_type(gradient, input->scalar_type()) : gradient;
     };
-    return {gradients[0], gradients[1], gradients[2], like(d_key_weight, key_weight), like(d_center, center), like(d_width, width)};
+    return {gradients[0],           gradients[1],        gradients[2], like(d_key_weight, key_weight),
+            like(d_center, center), like(d_width, width)};
 }
 
 }  // namespace

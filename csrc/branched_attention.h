@@ -8,9 +8,9 @@ namespace cnm {
 // Branches lie one behind the other: numbers from one to the next. Attention itself has one branch.
 struct Branches {
     int64_t n = 1;
-    int64_t weights = 0;     // of key_weight [n, B, Lk]
-    int64_t out = 0;         // of out and d_out [n, B, H, Lq, d]
-    int64_t stats = 0;       // of stats [n, B, H, Lq, 2]
+    int64_t weights = 0;  // of key_weight [n, B, Lk]
+    int64_t out = 0;      // of out and d_out [n, B, H, Lq, d]
+    int64_t stats = 0;    // of stats [n, B, H, Lq, 2]
 };
 
 struct BranchedAttentionParams : AttentionParams {

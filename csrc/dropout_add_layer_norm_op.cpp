@@ -47,14 +47,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_out, const T
     const Tensor partial = empty({need_weights ? layer_norm_chunks(rows, D) * 2 * D : 0}, ScalarType::Float);
     float none[1];  // stands for a scratch of no chunks, which is wanted all the same
     float* scratch = rows == 0 ? none : partial.mutable_data_ptr<float>();
-    dropout_add_layer_norm_backward({d.const_data_ptr(), in.const_data_ptr(), r.const_data_ptr(),
-                                     w.const_data_ptr<float>(), kept.const_data_ptr<float>(),
-                                     need_x ? d_x.mutable_data_ptr() : nullptr,
-                                     need_residual ? d_residual.mutable_data_ptr() : nullptr,
-                                     need_weights ? scratch : nullptr, d_weight.mutable_data_ptr<float>(),
-                                     d_bias.mutable_data_ptr<float>(), dtype_of(in), rows, D, p,
-                                     packed(seed).const_data_ptr<int64_t>(), offset, data_or_null<int64_t>(indices),
-                                     rows_of_sample(rows, indices)});
+    dropout_add_layer_norm_backward(
+        {d.const_data_ptr(), in.const_data_ptr(), r.const_data_ptr(), w.const_data_ptr<float>(),
+         kept.const_data_ptr<float>(), need_x ? d_x.mutable_data_ptr() : nullptr,
+         need_residual ? d_residual.mutable_data_ptr() : nullptr, need_weights ? scratch : nullptr,
+         d_weight.mutable_data_ptr<float>(), d_bias.mutable_data_ptr<float>(), dtype_of(in), rows, D, p,
+         packed(seed).const_data_ptr<int64_t>(), offset, data_or_null<int64_t>(indices),
+         rows_of_sample(rows, indices)});
     return {d_x, d_residual, as_type(d_weight, weight.scalar_type()), as_type(d_bias, weight.scalar_type())};
 }
 

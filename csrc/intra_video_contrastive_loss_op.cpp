@@ -25,8 +25,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_loss, const Tensor& 
     const ScalarType type = p.scalar_type();
     const Tensor d_positive = empty_as(p, type), d_hard = empty_as(h, type), d_easy = empty_as(e, type);
     intra_video_contrastive_loss_backward(
-        {floats(d_loss).const_data_ptr<float>(), p.const_data_ptr(), h.const_data_ptr(), e.const_data_ptr(), dtype_of(p),
-         p.numel(), static_cast<float>(beta_1), static_cast<float>(beta_2), d_positive.mutable_data_ptr(),
+        {floats(d_loss).const_data_ptr<float>(), p.const_data_ptr(), h.const_data_ptr(), e.const_data_ptr(),
+         dtype_of(p), p.numel(), static_cast<float>(beta_1), static_cast<float>(beta_2), d_positive.mutable_data_ptr(),
          d_hard.mutable_data_ptr(), d_easy.mutable_data_ptr()});
     return {d_positive, d_hard, d_easy};
 }

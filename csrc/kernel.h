@@ -1,4 +1,5 @@
-// CNM_KERNEL(name, Params) and CNM_MATRIX_KERNEL(name, Params) declare cnm::name, which runs a kernel on what it is given.
+// CNM_KERNEL(name, Params) and CNM_MATRIX_KERNEL(name, Params) declare cnm::name, which runs a kernel on what it is
+// given.
 #pragma once
 
 #if defined(CNM_CUDA)

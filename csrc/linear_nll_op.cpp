@@ -14,7 +14,11 @@ struct Arguments {
     double label_smoothing;
 
     Arguments(const Tensor& h, const Tensor& w, const Tensor& b, const Tensor& y, const Tensor& n, double smoothing)
-        : hidden(packed(h)), weight(packed(as_type(w, h.scalar_type()))), bias(packed(as_type(b, h.scalar_type()))), target(packed(y)), valid_lengths(packed(n)),
+        : hidden(packed(h)),
+          weight(packed(as_type(w, h.scalar_type()))),
+          bias(packed(as_type(b, h.scalar_type()))),
+          target(packed(y)),
+          valid_lengths(packed(n)),
           label_smoothing(smoothing) {
         const int64_t M = h.size(0), L = h.size(1), V = w.size(0);
         STD_TORCH_CHECK(w.size(1) == h.size(2) && b.numel() == V && y.numel() == M * L && n.numel() == M,
@@ -58,8 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
     auto p = arguments.params<LinearNllParams>();
     const Tensor nll = empty({p.M}, ScalarType::Float), lse = empty({p.M, p.L}, ScalarType::Float);
     const Tensor accuracy = empty({return_accuracy ? p.M : 0}, ScalarType::Float);
-    const Tensor expected =
-        keep_expected ? empty({p.M, p.L, p.D}, ScalarType::Float) : empty({0}, ScalarType::Float);
+    const Tensor expected = keep_expected ? empty({p.M, p.L, p.D}, ScalarType::Float) : empty({0}, ScalarType::Float);
     p.nll = nll.mutable_data_ptr<float>();
     p.accuracy = return_accuracy ? accuracy.mutable_data_ptr<float>() : nullptr;
     p.lse = lse.mutable_data_ptr<float>();

@@ -95,9 +95,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
     return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), type);
 }
 // The shape of `like`, contiguous whatever its strides.
-inline Tensor empty_as(const Tensor& like, ScalarType type) {
-    return empty(like.sizes().data(), like.dim(), type);
-}
+inline Tensor empty_as(const Tensor& like, ScalarType type) { return empty(like.sizes().data(), like.dim(), type); }
 
 inline Dtype dtype_of(const Tensor& tensor) {
     switch (tensor.scalar_type()) {

@@ -37,7 +37,7 @@ def make_model() -> CNM:
 
 def assert_trains_as_torch(step: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses, norms and updated parameters of the PyTorch backend, with dropout, in the form that GPUs compute."""
-    monkeypatch.setattr(cnm.models.base, "FRUGAL_DEVICES", set())
+    monkeypatch.setattr(cnm.models.base, "MATMUL_BOUND_DEVICES", set())
     metrics, parameters = {}, {}
     batch = make_batch()
     masked = (torch.arange(batch.words.size(1)) == 1).expand(batch.words.size(0), -1)

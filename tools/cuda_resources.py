@@ -25,7 +25,7 @@ from pathlib import Path
 CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 ARCHITECTURES = ("8.0", "9.0a", "10.0")  # where the sources must be compiled here
 REGISTERS = 65536  # of a processor
-MOST_WARPS = {"sm_80": 64, "sm_86": 48, "sm_89": 48, "sm_90a": 64, "sm_100": 64}  # that a processor holds
+MAX_WARPS = {"sm_80": 64, "sm_86": 48, "sm_89": 48, "sm_90a": 64, "sm_100": 64}  # that a processor holds
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10}
 BYTES = {"float": 4, "bf16": 2, "f16": 2}
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+)?\s*([A-Z0-9_.]+)\s*([^;]*);")
@@ -90,7 +90,7 @@ class Kernel:
         blocks = REGISTERS // (registers * (self.threads // 32))
         if self.shared:
             blocks = min(blocks, (SHARED_BYTES[self.architecture] + 1024) // (self.shared + 1024))
-        return min(blocks * self.threads // 32, MOST_WARPS[self.architecture])
+        return min(blocks * self.threads // 32, MAX_WARPS[self.architecture])
 
 
 def tool(name: str) -> str | None:

@@ -18,7 +18,7 @@ from cnm.config import Config
 from cnm.data import Sample, Vocabulary
 from cnm.data.known_splits import known_split
 from cnm.errors import InputError
-from cnm.localizer import Found, Proposal
+from cnm.localizer import LocalizedMoment, Proposal
 from cnm.models import Model
 from cnm.training.run_folder import RunFolder
 
@@ -145,12 +145,14 @@ def _print_table(title: str, rows: dict[str, dict[str, float]], names: tuple[str
         typer.echo(f"{name:<{width}}" + "".join(f"{scores[score]:>9.4f}" for score in names))
 
 
-def moment_text(found: Found | Proposal, duration: float | None) -> str:
+def moment_text(found: LocalizedMoment | Proposal, duration: float | None) -> str:
     digits, unit = (3, "of the video") if duration is None else (1, "s")
     return f"{found.start:.{digits}f} to {found.end:.{digits}f} {unit}"
 
 
-def picture(found: Found, model: Model, duration: float | None, true: tuple[float, float] | None = None) -> bytes:
+def picture(
+    found: LocalizedMoment, model: Model, duration: float | None, true: tuple[float, float] | None = None
+) -> bytes:
     """A PNG of the Gaussians and the moment over time; ``duration`` and the ``true`` moment in seconds."""
     others = tuple((other.center, other.width) for other in found.proposals[1:])
     item = plot.Localization(

@@ -22,7 +22,7 @@ from cnm.commands.extract import ENCODER_HELP, RateOption, StrideOption, Weights
 from cnm.data.annotations import LONGEST_SECONDS
 from cnm.errors import InputError
 from cnm.files import replace_file
-from cnm.localizer import Found, Localizer, Proposal, Video
+from cnm.localizer import LocalizedMoment, Localizer, Proposal, Video
 from cnm.metrics import moments_from_gaussian
 from cnm.models import Scoring
 
@@ -103,7 +103,7 @@ def _encode_video(
     return localizer.encode_video(path)
 
 
-def _as_json(found: Found, shown: tuple[Proposal, ...], duration: float | None) -> dict[str, Any]:
+def _as_json(found: LocalizedMoment, shown: tuple[Proposal, ...], duration: float | None) -> dict[str, Any]:
     """The best proposal's numbers, and those of the others that are shown."""
     best, *others = (_proposal_as_json(proposal, duration) for proposal in shown)
     return {"query": found.query} | best | {"unknown": list(found.unknown), "others": others}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnm.config import MOST_VALUES, Config
+from cnm.config import MAX_VALUES, Config
 from cnm.config_fields import did_you_mean
 from cnm.errors import InputError
 from cnm.files import NoJson, check_plain, parse_json, read_json
@@ -57,7 +57,7 @@ def change(content: dict[str, Any], changes: Sequence[str], source: str) -> Conf
     Raises:
         InputError: a change is no ``key=value``, or its key or value is not one of a configuration.
     """
-    check_plain(content, source, MOST_VALUES)
+    check_plain(content, source, MAX_VALUES)
     content = copy.deepcopy(content)
     for item in changes:
         key, equals, text = item.partition("=")

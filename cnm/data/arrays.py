@@ -14,7 +14,7 @@ import numpy as np
 
 from cnm.errors import InputError
 
-MOST_BYTES = 2 << 30  # of one video's features; what a file declares costs nothing to write and memory to read
+MAX_BYTES = 2 << 30  # of one video's features; what a file declares costs nothing to write and memory to read
 KEY = "features"  # of an .npz with several arrays
 _KINDS = (  # the first bytes of files that may lie where features were expected
     (b"\x89HDF", "an HDF5 file"),
@@ -115,9 +115,9 @@ def _header(file: Any, path: str | Path) -> tuple[tuple[int, ...], bool, np.dtyp
         raise InputError(f"{path}: is no array of numbers (it holds Python objects); save it with numpy.save")
     if len(shape) != 2 or min(shape) < 1 or dtype.kind not in "fiu":
         raise InputError(f"{path}: holds {dtype} of shape {list(shape)}, not numbers [frames, width]")
-    if math.prod(shape) * dtype.itemsize > MOST_BYTES:
+    if math.prod(shape) * dtype.itemsize > MAX_BYTES:
         raise InputError(
-            f"{path}: declares {list(shape)} numbers, where {MOST_BYTES >> 20} MB is the most; the file is damaged or "
+            f"{path}: declares {list(shape)} numbers, where {MAX_BYTES >> 20} MB is the most; the file is damaged or "
             f"made to fill the memory"
         )
     return shape, fortran, dtype

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cnm.data import cache
-from cnm.data.arrays import MOST_BYTES, read_array, what_it_is
+from cnm.data.arrays import MAX_BYTES, read_array, what_it_is
 from cnm.data.names import name_problem
 from cnm.errors import InputError
 
@@ -136,10 +136,10 @@ class FeatureFile:
                     f"{self.path}: video {video!r} holds {item.dtype} of shape {list(item.shape)}, "
                     f"not numbers [frames, width]; extract them again"
                 )
-        if item.nbytes > MOST_BYTES:
+        if item.nbytes > MAX_BYTES:
             raise InputError(
                 f"{self.path}: video {video!r} declares {list(item.shape)} numbers, {item.nbytes >> 20} MB, where "
-                f"{MOST_BYTES >> 20} MB is the most; the file is damaged or made to fill the memory"
+                f"{MAX_BYTES >> 20} MB is the most; the file is damaged or made to fill the memory"
             )
         if frame_dim is not None and item.shape[1] != frame_dim:
             raise InputError(

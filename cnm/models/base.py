@@ -20,7 +20,7 @@ from cnm.models.layers import DualTransformer, ForwardPass, Source, apply_linear
 from cnm_kernels.checks import Arguments
 
 # Where products are what costs. GPUs wait for memory, and what is spared in products is moved all the same.
-FRUGAL_DEVICES = {"cpu"}
+MATMUL_BOUND_DEVICES = {"cpu"}
 
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16}  # name: Model.compute_dtype
 
@@ -167,19 +167,19 @@ class Model(nn.Module, ABC):
         """
 
     def project_inputs(
-        self, frames: Tensor, words: Tensor, word_lengths: Tensor, run: ForwardPass
+        self, frames: Tensor, words: Tensor, word_lengths: Tensor, ctx: ForwardPass
     ) -> tuple[Tensor, Tensor]:
         """Input dropout and projection: frames [B, T, D] and words [B, L + 1, D], row 0 being the start token."""
-        return self._project_frames(frames, run), self._project_words(words, word_lengths, run)
+        return self._project_frames(frames, ctx), self._project_words(words, word_lengths, ctx)
 
-    def _project_frames(self, frames: Tensor, run: ForwardPass) -> Tensor:
-        return apply_linear(self.frame_fc, run.on_input(self._cast(frames)))
+    def _project_frames(self, frames: Tensor, ctx: ForwardPass) -> Tensor:
+        return apply_linear(self.frame_fc, ctx.on_input(self._cast(frames)))
 
-    def _project_words(self, words: Tensor, word_lengths: Tensor, run: ForwardPass) -> Tensor:
+    def _project_words(self, words: Tensor, word_lengths: Tensor, ctx: ForwardPass) -> Tensor:
         words = self._cast(words)
         start = self.start_vec.to(words.dtype).expand(words.size(0), 1, -1)
-        words = run.on_input(torch.cat([start, words[:, 1:]], dim=1))
-        return apply_linear(self.word_fc, words, word_lengths + 1 if run.frugal else None)
+        words = ctx.on_input(torch.cat([start, words[:, 1:]], dim=1))
+        return apply_linear(self.word_fc, words, word_lengths + 1 if ctx.minimize_flops else None)
 
     def _cast(self, x: Tensor) -> Tensor:
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
@@ -194,19 +194,21 @@ class Model(nn.Module, ABC):
         words = words[:, :-1]  # [B, L, D]
         return words, (word_lengths + 1).clamp(max=words.size(1))
 
-    def forward_pass(self, seed: Tensor | None = None, *, recompute: bool = False, frugal: bool = False) -> ForwardPass:
+    def forward_pass(
+        self, seed: Tensor | None = None, *, recompute: bool = False, minimize_flops: bool = False
+    ) -> ForwardPass:
         """One pass with its dropout masks, none in evaluation mode; without a seed one is drawn.
 
-        ``frugal`` counts where products are what costs, on ``FRUGAL_DEVICES``.
+        ``minimize_flops`` counts where products are what costs, on ``MATMUL_BOUND_DEVICES``.
         """
-        frugal = frugal and self.mask_vec.device.type in FRUGAL_DEVICES
+        minimize_flops = minimize_flops and self.mask_vec.device.type in MATMUL_BOUND_DEVICES
         if not self.training or self.input_dropout == self.dropout == 0:
             seed = torch.zeros((), dtype=torch.int64, device=self.mask_vec.device)
-            return ForwardPass(0.0, 0.0, seed, recompute=recompute, frugal=frugal)
+            return ForwardPass(0.0, 0.0, seed, recompute=recompute, minimize_flops=minimize_flops)
         if seed is None:
             seed = torch.randint(2**63 - 1, (), device=self.mask_vec.device)
         seed = seed + self.seed_shift
-        return ForwardPass(self.input_dropout, self.dropout, seed, recompute=recompute, frugal=frugal)
+        return ForwardPass(self.input_dropout, self.dropout, seed, recompute=recompute, minimize_flops=minimize_flops)
 
     def _positions(self, words: Tensor) -> Tensor:
         if words.size(1) > self.positions.size(0):  # sentences longer than the configuration foresaw
@@ -229,7 +231,7 @@ class Model(nn.Module, ABC):
         frame_lengths: Tensor,
         words: Tensor,
         word_lengths: Tensor,
-        run: ForwardPass,
+        ctx: ForwardPass,
         *,
         last_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -237,13 +239,13 @@ class Model(nn.Module, ABC):
 
         ``last_only`` leaves out, in the last layer, what no result depends on.
         """
-        source = self._sentence_source(words, word_lengths, run)
-        return self._gaussians(self.trans.decoder1(frames, frame_lengths, run, source=source, last_only=last_only))
+        source = self._sentence_source(words, word_lengths, ctx)
+        return self._gaussians(self.trans.decoder1(frames, frame_lengths, ctx, source=source, last_only=last_only))
 
-    def _sentence_source(self, words: Tensor, word_lengths: Tensor, run: ForwardPass) -> Source:
+    def _sentence_source(self, words: Tensor, word_lengths: Tensor, ctx: ForwardPass) -> Source:
         """Projected words, encoded for the frames to attend to."""
         rows = word_lengths + 1
-        return Source(self.trans.decoder2(words + self._positions(words), rows, run), rows)
+        return Source(self.trans.decoder2(words + self._positions(words), rows, ctx), rows)
 
     def _check(self, frames: Tensor, frame_lengths: Tensor, words: Tensor, word_lengths: Tensor) -> None:
         check = Arguments(type(self).__name__)

@@ -79,11 +79,11 @@ class CNM(Model):
         self-attention. frames [N, T, frame_dim], frame_lengths [N]; a video of more than ``dataset.max_num_frames``
         frames is averaged to as many clips, as in training."""
         frames, frame_lengths = self._pooled(frames, frame_lengths)
-        run = self.forward_pass(frugal=True)
-        states = self._project_frames(frames, run)
+        ctx = self.forward_pass(minimize_flops=True)
+        states = self._project_frames(frames, ctx)
         first, *others = self.trans.decoder1.layers
         if others:
-            states = first.self_attention(states, frame_lengths, run)
+            states = first.self_attention(states, frame_lengths, ctx)
         return VideoEncoding(states, frame_lengths)
 
     @torch.no_grad()
@@ -91,13 +91,13 @@ class CNM(Model):
         """``localize`` in encoded videos, one per sentence (``VideoEncoding.select`` repeats them)."""
         self._check_encoded(video, words)
         words = self._narrowed(words)
-        run = self.forward_pass(frugal=True)
-        source = self._sentence_source(self._project_words(words, word_lengths, run), word_lengths, run)
+        ctx = self.forward_pass(minimize_flops=True)
+        source = self._sentence_source(self._project_words(words, word_lengths, ctx), word_lengths, ctx)
         decoder = self.trans.decoder1
         if len(decoder.layers) > 1:
-            states = decoder.last_of_encoded(video.states, video.lengths, run, source)
+            states = decoder.last_of_encoded(video.states, video.lengths, ctx, source)
         else:
-            states = decoder(video.states, video.lengths, run, source=source, last_only=True)
+            states = decoder(video.states, video.lengths, ctx, source=source, last_only=True)
         return self._gaussians(states)
 
     def reconstruct(
@@ -127,9 +127,9 @@ class CNM(Model):
             if mask_weights is None:
                 mask_weights = torch.ones_like(word_ids, dtype=frames.dtype)
             masked_words = sample_masked_words(mask_weights, word_lengths)
-        run = self.forward_pass(seed)
-        frames, words = self.project_inputs(frames, words, word_lengths, run)
-        center, width = self.generate(frames, frame_lengths, words, word_lengths, run)
+        ctx = self.forward_pass(seed)
+        frames, words = self.project_inputs(frames, words, word_lengths, ctx)
+        center, width = self.generate(frames, frame_lengths, words, word_lengths, ctx)
         clip_frames, clip_lengths = downsample(frames, frame_lengths)
         words, row_lengths = self.reconstructor_words(words, masked_words, word_lengths)
 
@@ -137,7 +137,7 @@ class CNM(Model):
         easy = Gaussian(center, width, self.alpha, complement=True)
         hidden = torch.stack(
             [
-                self._reconstruct_branch(clip_frames, clip_lengths, words, row_lengths, gaussian, run)
+                self._reconstruct_branch(clip_frames, clip_lengths, words, row_lengths, gaussian, ctx)
                 for gaussian in (positive, None, easy)
             ]
         )
@@ -163,8 +163,8 @@ class CNM(Model):
         words: Tensor,
         row_lengths: Tensor,
         gaussian: Gaussian | None,
-        run: ForwardPass,
+        ctx: ForwardPass,
     ) -> Tensor:
         """Decoding 2: masked words attend to the Gaussian-weighted frames. [B, L, D]"""
-        frames = self.trans.decoder1(frames, frame_lengths, run, gaussian)
-        return self.trans.decoder2(words, row_lengths, run, source=Source(frames, frame_lengths, gaussian))
+        frames = self.trans.decoder1(frames, frame_lengths, ctx, gaussian)
+        return self.trans.decoder2(words, row_lengths, ctx, source=Source(frames, frame_lengths, gaussian))

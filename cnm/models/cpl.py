@@ -59,12 +59,12 @@ class CPL(Model):
     @torch.no_grad()
     def encode_video(self, frames: Tensor, frame_lengths: Tensor) -> VideoEncoding:
         frames, frame_lengths = self._pooled(frames, frame_lengths)
-        run = self.forward_pass(frugal=True)
-        states = self._project_frames(self.with_prediction(frames), run)
+        ctx = self.forward_pass(minimize_flops=True)
+        states = self._project_frames(self.with_prediction(frames), ctx)
         clips = downsample(states[:, :-1], frame_lengths)
         first, *others = self.trans.decoder1.layers
         if others:
-            states = first.self_attention(states, frame_lengths, run)
+            states = first.self_attention(states, frame_lengths, ctx)
         return VideoEncoding(states, frame_lengths, clips)
 
     @torch.no_grad()
@@ -78,24 +78,24 @@ class CPL(Model):
             video = self.encode_video(batch.frames, batch.frame_lengths)
         self._check_encoded(video, batch.words)
         assert video.clips is not None
-        run = self.forward_pass(frugal=True)
-        words = self._project_words(batch.words, batch.word_lengths, run)
-        source, decoder = self._sentence_source(words, batch.word_lengths, run), self.trans.decoder1
+        ctx = self.forward_pass(minimize_flops=True)
+        words = self._project_words(batch.words, batch.word_lengths, ctx)
+        source, decoder = self._sentence_source(words, batch.word_lengths, ctx), self.trans.decoder1
         if len(decoder.layers) > 1:
-            states = decoder.last_of_encoded(video.states, video.lengths, run, source)
+            states = decoder.last_of_encoded(video.states, video.lengths, ctx, source)
         else:
-            states = decoder(video.states, video.lengths, run, source=source, last_only=True)
+            states = decoder(video.states, video.lengths, ctx, source=source, last_only=True)
         center, width = self._gaussians(states)  # [B, K]
         clips, clip_lengths = video.clips
         weighted = WeightedClips(self, clips, clip_lengths).under(
-            self.positive_weights(center, width, clips.size(1)).transpose(0, 1), run
+            self.positive_weights(center, width, clips.size(1)).transpose(0, 1), ctx
         )
-        nll = self._mean_nll(batch, words, weighted, run, scoring)
+        nll = self._mean_nll(batch, words, weighted, ctx, scoring)
         order = nll.argsort(dim=1, stable=True)
         return Proposals(center.gather(1, order), width.gather(1, order), -nll.gather(1, order))
 
     def _mean_nll(
-        self, batch: Batch, words: Tensor, source: Source, run: ForwardPass, scoring: Scoring
+        self, batch: Batch, words: Tensor, source: Source, ctx: ForwardPass, scoring: Scoring
     ) -> Tensor:  # fmt: skip
         """Reconstruction error of each sentence from each of its sources, over the draws of masked words. [B, K]"""
         word_ids, lengths = batch.word_ids, batch.word_lengths
@@ -106,7 +106,7 @@ class CPL(Model):
             if word_ids.size(1) < self.config.dataset.max_num_words:  # the longest sentence too has its row of padding
                 words, word_ids = F.pad(words, (0, 0, 0, 1)), F.pad(word_ids, (0, 1))
                 draws = [F.pad(draw, (0, 1)) for draw in draws]
-        found = [MaskedSentences(self, words, draw, word_ids, lengths, run).nll(source, run) for draw in draws]
+        found = [MaskedSentences(self, words, draw, word_ids, lengths, ctx).nll(source, ctx) for draw in draws]
         return torch.stack(found).mean(0).transpose(0, 1)
 
     def reconstruct(
@@ -128,9 +128,9 @@ class CPL(Model):
         self._check(batch.frames, batch.frame_lengths, batch.words, batch.word_lengths)
         if masked_words is None:
             masked_words = sample_masked_words(batch.mask_weights, batch.word_lengths)
-        run = self.forward_pass(seed)
-        frames, words = self.project_inputs(self.with_prediction(batch.frames), batch.words, batch.word_lengths, run)
-        center, width = self.generate(frames, batch.frame_lengths, words, batch.word_lengths, run)
+        ctx = self.forward_pass(seed)
+        frames, words = self.project_inputs(self.with_prediction(batch.frames), batch.words, batch.word_lengths, ctx)
+        center, width = self.generate(frames, batch.frame_lengths, words, batch.word_lengths, ctx)
         clips, clip_lengths = downsample(frames[:, :-1], batch.frame_lengths)
         words, row_lengths = self.reconstructor_words(words, masked_words, batch.word_lengths)
 
@@ -143,9 +143,9 @@ class CPL(Model):
         )  # [3 K B + B, P]
         n = 3 * K + 1
         clip_lengths, row_lengths = clip_lengths.repeat(n), row_lengths.repeat(n)
-        seen = self.trans.decoder1(clips.repeat(n, 1, 1), clip_lengths, run, key_weights)
+        seen = self.trans.decoder1(clips.repeat(n, 1, 1), clip_lengths, ctx, key_weights)
         source = Source(seen, clip_lengths, key_weights)
-        hidden = self.trans.decoder2(words.repeat(n, 1, 1), row_lengths, run, source=source)
+        hidden = self.trans.decoder2(words.repeat(n, 1, 1), row_lengths, ctx, source=source)
         head = self.fc_comp
         nll = kernels.linear_nll(hidden, head.weight, head.bias, batch.word_ids.repeat(n, 1), row_lengths)
         nll = nll.view(n, -1).transpose(0, 1)  # [B, n]

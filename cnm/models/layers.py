@@ -44,18 +44,18 @@ class ForwardPass:
         p: the same for the residual branches.
         seed: int64 [] on the device of the activations.
         recompute: of each layer only the input is kept for the backward, which computes the rest again.
-        frugal: for processors whose time goes into products: cross attentions absorb projections into the side that
-            has fewer rows, and padding is left out. Results are the same but for rounding.
+        minimize_flops: for matmul-bound processors: cross attentions absorb projections into the side that has fewer
+            rows, and padding is left out. Results are the same but for rounding.
     """
 
     def __init__(
-        self, input_p: float, p: float, seed: Tensor, *, recompute: bool = False, frugal: bool = False
+        self, input_p: float, p: float, seed: Tensor, *, recompute: bool = False, minimize_flops: bool = False
     ) -> None:
         self.input_p = input_p
         self.p = p
         self.seed = seed
         self.recompute = recompute
-        self.frugal = frugal
+        self.minimize_flops = minimize_flops
         self.offset = 0
         self.rows: Tensor | None = None
 
@@ -84,14 +84,14 @@ class ForwardPass:
         )
 
     def layer(self, compute: Callable[[ForwardPass], Tensor]) -> Tensor:
-        """``compute(run)``, with the same masks whenever it is computed."""
+        """``compute(ctx)``, with the same masks whenever it is computed."""
         if not (self.recompute and torch.is_grad_enabled()):
             return compute(self)
         start = copy.copy(self)
 
         def compute_again() -> tuple[Tensor, int]:
-            run = copy.copy(start)
-            return compute(run), run.offset
+            ctx = copy.copy(start)
+            return compute(ctx), ctx.offset
 
         result, self.offset = checkpoint(compute_again, use_reentrant=False, preserve_rng_state=False)
         return cast(Tensor, result)
@@ -158,12 +158,14 @@ class MultiheadAttention(nn.Module):
         out = kernels.branched_attention(packed, key_weights=key_weights, causal=True, key_lengths=key_lengths)
         return apply_linear(self.out_proj, out.flatten(0, 1).transpose(1, 2).flatten(2))
 
-    def attend_to(self, source: Source, x: Tensor, rows: Tensor | None = None, *, frugal: bool = False) -> Tensor:
+    def attend_to(
+        self, source: Source, x: Tensor, rows: Tensor | None = None, *, minimize_flops: bool = False
+    ) -> Tensor:
         """Every row of x [B, Lq, D] attends to all of the source: [B, Lq, D].
 
-        ``frugal`` absorbs projections where that saves products; a source must then have one real row at least.
+        ``minimize_flops`` absorbs projections where that saves products; a source must then have one real row at least.
         """
-        if frugal and not isinstance(source.weighting, Gaussian):
+        if minimize_flops and not isinstance(source.weighting, Gaussian):
             D, H, Lq, Lk = x.size(-1), self.num_heads, x.size(1), source.states.size(1)
             absorbed_scores = 2 * H * Lq * Lk  # against H heads of d = D / H columns; all in products of D numbers
             costs = {
@@ -253,7 +255,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         lengths: Tensor,
-        run: ForwardPass,
+        ctx: ForwardPass,
         weighting: Weighting = None,
         source: Source | None = None,
         *,
@@ -261,37 +263,37 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """x [B, L, D] -> [B, L, D]; with ``last_only`` just the last position's state, [B, 1, D]."""
 
-        def compute(run: ForwardPass) -> Tensor:
-            attended = self.self_attention(x, lengths, run, weighting, last_only=last_only)
-            return self.after_self_attention(attended, lengths, run, source)
+        def compute(ctx: ForwardPass) -> Tensor:
+            attended = self.self_attention(x, lengths, ctx, weighting, last_only=last_only)
+            return self.after_self_attention(attended, lengths, ctx, source)
 
-        return run.layer(compute)
+        return ctx.layer(compute)
 
     def self_attention(
-        self, x: Tensor, lengths: Tensor, run: ForwardPass, weighting: Weighting = None, *, last_only: bool = False
+        self, x: Tensor, lengths: Tensor, ctx: ForwardPass, weighting: Weighting = None, *, last_only: bool = False
     ) -> Tensor:
         """The layer's first sublayer."""
-        attention, rows = self.self_attn, self.rows(lengths, run)
+        attention, rows = self.self_attn, self.rows(lengths, ctx)
         if last_only:
             # The last query sees every key, so its row of the causal mask is all ones.
             source, x = Source(x, lengths, weighting), x[:, -1:]
-            attended = attention.attend_to(source, x, frugal=run.frugal)
+            attended = attention.attend_to(source, x, minimize_flops=ctx.minimize_flops)
         else:
             attended = attention.attend(attention.project(x, rows), None, lengths, weighting, causal=True, rows=rows)
-        return run.add_and_norm(attended, x, self.self_attn_layer_norm)
+        return ctx.add_and_norm(attended, x, self.self_attn_layer_norm)
 
-    def after_self_attention(self, x: Tensor, lengths: Tensor, run: ForwardPass, source: Source | None) -> Tensor:
+    def after_self_attention(self, x: Tensor, lengths: Tensor, ctx: ForwardPass, source: Source | None) -> Tensor:
         """The layer's remaining sublayers: cross attention where there is a source, and feed-forward."""
-        rows = self.rows(lengths, run)
+        rows = self.rows(lengths, ctx)
         if source is not None:
-            attended = self.encoder_attn.attend_to(source, x, rows, frugal=run.frugal)
-            x = run.add_and_norm(attended, x, self.encoder_attn_layer_norm)
+            attended = self.encoder_attn.attend_to(source, x, rows, minimize_flops=ctx.minimize_flops)
+            x = ctx.add_and_norm(attended, x, self.encoder_attn_layer_norm)
         hidden = apply_linear(self.fc1, x, rows, relu=True)
-        return run.add_and_norm(apply_linear(self.fc2, hidden, rows), x, self.final_layer_norm)
+        return ctx.add_and_norm(apply_linear(self.fc2, hidden, rows), x, self.final_layer_norm)
 
-    def rows(self, lengths: Tensor, run: ForwardPass) -> Tensor | None:
+    def rows(self, lengths: Tensor, ctx: ForwardPass) -> Tensor | None:
         """How many rows of each sample products need to compute; None: all."""
-        return lengths if run.frugal and not self.reads_padding else None
+        return lengths if ctx.minimize_flops and not self.reads_padding else None
 
 
 class Decoder(nn.Module):
@@ -305,7 +307,7 @@ class Decoder(nn.Module):
         self,
         x: Tensor,
         lengths: Tensor,
-        run: ForwardPass,
+        ctx: ForwardPass,
         weighting: Weighting = None,
         source: Source | None = None,
         *,
@@ -314,16 +316,16 @@ class Decoder(nn.Module):
         """[B, L, D]; with ``last_only`` the last position's state [B, 1, D], the last layer computing nothing else."""
         layers = self.layers
         for layer in layers[:-1]:
-            x = layer(x, lengths, run, weighting, source)
-        return layers[-1](x, lengths, run, weighting, source, last_only=last_only)
+            x = layer(x, lengths, ctx, weighting, source)
+        return layers[-1](x, lengths, ctx, weighting, source, last_only=last_only)
 
-    def last_of_encoded(self, x: Tensor, lengths: Tensor, run: ForwardPass, source: Source) -> Tensor:
+    def last_of_encoded(self, x: Tensor, lengths: Tensor, ctx: ForwardPass, source: Source) -> Tensor:
         """``forward`` with ``last_only`` from where the first of at least two layers has done its self-attention."""
         first, *middle, last = self.layers
-        x = first.after_self_attention(x, lengths, run, source)
+        x = first.after_self_attention(x, lengths, ctx, source)
         for layer in middle:
-            x = layer(x, lengths, run, None, source)
-        return last(x, lengths, run, None, source, last_only=True)
+            x = layer(x, lengths, ctx, None, source)
+        return last(x, lengths, ctx, None, source, last_only=True)
 
     @property
     def layers(self) -> list[DecoderLayer]:

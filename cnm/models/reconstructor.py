@@ -25,15 +25,15 @@ class WeightedClips:
         self.clips, self.lengths = clips, lengths
         self.projections = self.decoder.layers[0].self_attn.project(clips)
 
-    def under(self, key_weights: Tensor, run: ForwardPass) -> Source:
+    def under(self, key_weights: Tensor, ctx: ForwardPass) -> Source:
         """The clips encoded under each weighting [n, B, P], as n B sources for the words."""
         n, lengths, weighting = key_weights.size(0), self.lengths.repeat(key_weights.size(0)), key_weights.flatten(0, 1)
         first, *later = self.decoder.layers
         attended = first.self_attn.attend_branches(self.projections, self.lengths, key_weights)
-        entered = run.add_and_norm(attended, self.clips.repeat(n, 1, 1), first.self_attn_layer_norm)
-        clips = run.layer(lambda run: first.after_self_attention(entered, lengths, run, None))
+        entered = ctx.add_and_norm(attended, self.clips.repeat(n, 1, 1), first.self_attn_layer_norm)
+        clips = ctx.layer(lambda ctx: first.after_self_attention(entered, lengths, ctx, None))
         for layer in later:
-            clips = layer(clips, lengths, run, weighting)
+            clips = layer(clips, lengths, ctx, weighting)
         return Source(clips, lengths, weighting)
 
 
@@ -49,25 +49,25 @@ class MaskedSentences:
 
     def __init__(
         self, model: Model, words: Tensor, masked_words: Tensor, word_ids: Tensor, word_lengths: Tensor,
-        run: ForwardPass,
+        ctx: ForwardPass,
     ) -> None:  # fmt: skip
         self.decoder, self.head, self.word_ids = model.trans.decoder2, model.word_head, word_ids
         self.words, self.row_lengths = model.reconstructor_words(words, masked_words, word_lengths)
         first = self.decoder.layers[0]
-        attention, rows = first.self_attn, first.rows(self.row_lengths, run)
+        attention, rows = first.self_attn, first.rows(self.row_lengths, ctx)
         packed = attention.project(self.words, rows)
         self.attended = attention.attend(packed, None, self.row_lengths, None, causal=True, rows=rows)
 
-    def nll(self, source: Source, run: ForwardPass) -> Tensor:
+    def nll(self, source: Source, ctx: ForwardPass) -> Tensor:
         """Reconstruction error from n B sources: [n, B]."""
         n = source.states.size(0) // self.words.size(0)
         row_lengths = self.row_lengths.repeat(n)
         first, *later = self.decoder.layers
-        entered = run.add_and_norm(
+        entered = ctx.add_and_norm(
             self.attended.repeat(n, 1, 1), self.words.repeat(n, 1, 1), first.self_attn_layer_norm
         )
-        words = run.layer(lambda run: first.after_self_attention(entered, row_lengths, run, source))
+        words = ctx.layer(lambda ctx: first.after_self_attention(entered, row_lengths, ctx, source))
         for layer in later:
-            words = layer(words, row_lengths, run, source=source)
+            words = layer(words, row_lengths, ctx, source=source)
         nll = kernels.linear_nll(words, self.head.weight, self.head.bias, self.word_ids.repeat(n, 1), row_lengths)
         return nll.view(n, -1)

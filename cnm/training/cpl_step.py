@@ -128,25 +128,25 @@ class LeanStep(TrainingStep):
     recompute = False
 
     def branches(self, batch: Batch, masked_words: Tensor) -> Branches:
-        model, run = self.model, self.model.forward_pass(recompute=self.recompute, frugal=True)
-        frames, words = model.project_inputs(model.with_prediction(batch.frames), batch.words, batch.word_lengths, run)
-        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, run, last_only=True)
+        model, ctx = self.model, self.model.forward_pass(recompute=self.recompute, minimize_flops=True)
+        frames, words = model.project_inputs(model.with_prediction(batch.frames), batch.words, batch.word_lengths, ctx)
+        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, ctx, last_only=True)
         clips = WeightedClips(model, *downsample(frames[:, :-1], batch.frame_lengths))
-        sentences = MaskedSentences(model, words, masked_words, batch.word_ids, batch.word_lengths, run)
+        sentences = MaskedSentences(model, words, masked_words, batch.word_ids, batch.word_lengths, ctx)
         P = clips.clips.size(1)
         weights = model.positive_weights(center, width, P)  # [B, K, P]
 
         B, K = center.shape
         place = torch.arange(B, device=center.device)
         with torch.no_grad():
-            of_all = run.of_rows(None)
+            of_all = ctx.of_rows(None)
             best = sentences.nll(clips.under(weights.transpose(0, 1), of_all), of_all).min(0).indices  # [B]
         chosen = model.negative_weights(center[place, best], width[place, best], P, self.growth)
         positive = weights[place, best]
         key_weights = torch.stack([positive, *chosen, torch.ones_like(positive)])  # [4, B, P]
         # Row k B + b of the published (3 K + 1) B is proposal k of sentence b; then come the negatives.
         branch = torch.stack([best, K + best, 2 * K + best, torch.full_like(best, 3 * K)])
-        of_chosen = run.of_rows((branch * B + place).flatten())
+        of_chosen = ctx.of_rows((branch * B + place).flatten())
         nll = sentences.nll(clips.under(key_weights, of_chosen), of_chosen)
         return Branches(nll[0], nll[1], nll[2], nll[3], weights)
 

@@ -13,7 +13,7 @@ import torch
 from cnm import metrics
 from cnm.data import Sample, Split, open_split
 from cnm.errors import InputError
-from cnm.localizer import Found, Localizer, Video
+from cnm.localizer import LocalizedMoment, Localizer, Video
 from cnm.training.run_folder import RunFolder
 
 
@@ -22,7 +22,7 @@ class Answer:
     """A sentence of a split, what was found for it, and how well: IoU with the true moment, 0 to 1."""
 
     sample: Sample
-    found: Found
+    found: LocalizedMoment
     iou: float
 
 

@@ -130,23 +130,23 @@ class LeanStep(TrainingStep):
     recompute = False
 
     def reconstruction_loss(self, batch: Batch, masked_words: Tensor) -> Tensor:
-        model, run = self.model, self.model.forward_pass(recompute=self.recompute, frugal=True)
-        frames, words = model.project_inputs(batch.frames, batch.words, batch.word_lengths, run)
-        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, run, last_only=True)
-        inputs = _ReconstructorInputs(model, batch, frames, words, masked_words, run)
+        model, ctx = self.model, self.model.forward_pass(recompute=self.recompute, minimize_flops=True)
+        frames, words = model.project_inputs(batch.frames, batch.words, batch.word_lengths, ctx)
+        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, ctx, last_only=True)
+        inputs = _ReconstructorInputs(model, batch, frames, words, masked_words, ctx)
         gaussian = inputs.gaussian(center, width)
-        nll = inputs.nll([gaussian, torch.ones_like(gaussian)], run)
+        nll = inputs.nll([gaussian, torch.ones_like(gaussian)], ctx)
         return nll[0].mean() + nll[1].mean()
 
     def contrastive_loss(self, batch: Batch, masked_words: Tensor) -> tuple[Tensor, Tensor]:
-        model, run = self.model, self.model.forward_pass(recompute=self.recompute, frugal=True)
-        frames, words = model.project_inputs(batch.frames, batch.words, batch.word_lengths, run)
-        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, run, last_only=True)
-        inputs = _ReconstructorInputs(model, batch, frames, words, masked_words, run)
+        model, ctx = self.model, self.model.forward_pass(recompute=self.recompute, minimize_flops=True)
+        frames, words = model.project_inputs(batch.frames, batch.words, batch.word_lengths, ctx)
+        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, ctx, last_only=True)
+        inputs = _ReconstructorInputs(model, batch, frames, words, masked_words, ctx)
         gaussian = inputs.gaussian(center, width)
-        positive, easy = inputs.nll([gaussian, 1 - gaussian], run)
+        positive, easy = inputs.nll([gaussian, 1 - gaussian], ctx)
         with torch.no_grad():
-            (hard,) = inputs.nll([torch.ones_like(gaussian)], run)
+            (hard,) = inputs.nll([torch.ones_like(gaussian)], ctx)
         loss = kernels.intra_video_contrastive_loss(
             positive, hard, easy, beta_1=self.loss.beta_1, beta_2=self.loss.beta_2
         )
@@ -157,19 +157,19 @@ class _ReconstructorInputs:
     """What the branches of decoding 2 share: inputs, targets and the first layers' projections."""
 
     def __init__(
-        self, model: CNM, batch: Batch, frames: Tensor, words: Tensor, masked_words: Tensor, run: ForwardPass
+        self, model: CNM, batch: Batch, frames: Tensor, words: Tensor, masked_words: Tensor, ctx: ForwardPass
     ) -> None:
         self.alpha = model.alpha
         self.clips = WeightedClips(model, *downsample(frames, batch.frame_lengths))
-        self.sentences = MaskedSentences(model, words, masked_words, batch.word_ids, batch.word_lengths, run)
+        self.sentences = MaskedSentences(model, words, masked_words, batch.word_ids, batch.word_lengths, ctx)
 
     def gaussian(self, center: Tensor, width: Tensor) -> Tensor:
         """The positive's key weights. [B, P]"""
         return kernels.gaussian_mask(center, width, self.clips.clips.size(1), alpha=self.alpha)
 
-    def nll(self, key_weights: list[Tensor], run: ForwardPass) -> Tensor:
+    def nll(self, key_weights: list[Tensor], ctx: ForwardPass) -> Tensor:
         """Reconstruction error of each branch, given its key weights [B, P]: [len(key_weights), B]."""
-        return self.sentences.nll(self.clips.under(torch.stack(key_weights), run), run)
+        return self.sentences.nll(self.clips.under(torch.stack(key_weights), ctx), ctx)
 
 
 class RecomputingStep(LeanStep):

@@ -243,8 +243,11 @@ class Trainer:
         # Words are drawn for the whole batch, as one process would.
         size, L = len(indices), batch.mask_weights.size(1)
         rows = torch.from_numpy(self.group.rows(size)).to(self.device)
-        races = [torch.empty(size, L, device=self.device).exponential_()[rows] for _ in range(self.step.draws)]
-        masks = [sample_masked_words(batch.mask_weights, batch.word_lengths, race) for race in races]
+        noises = [torch.empty(size, L, device=self.device).exponential_()[rows] for _ in range(self.step.draws)]
+        masks = [
+            sample_masked_words(batch.mask_weights, batch.word_lengths, exponential_noise)
+            for exponential_noise in noises
+        ]
         self.step.share = self.group.share(size)
         return self.step(batch, masked_words=masks)
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from cnm.errors import InputError
 
-MOST_PIXELS = 1 << 26  # of a frame, 8192 x 8192: what a file declares costs nothing to write and memory to decode
+MAX_PIXELS = 1 << 26  # of a frame, 8192 x 8192: what a file declares costs nothing to write and memory to decode
 TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
 CUT_SHORT = 0.9  # a file whose frames last less than this part of what it declares is broken
 
@@ -146,9 +146,9 @@ class VideoFile:
         return center_square(image, size)
 
     def _check_size(self, width: int, height: int) -> None:
-        if not 0 < width * height <= MOST_PIXELS:
+        if not 0 < width * height <= MAX_PIXELS:
             raise InputError(
-                f"{self.path}: frames are {width} x {height} pixels, {MOST_PIXELS} pixels are the most; scale it down "
+                f"{self.path}: frames are {width} x {height} pixels, {MAX_PIXELS} pixels are the most; scale it down "
                 f"first"
             )
 

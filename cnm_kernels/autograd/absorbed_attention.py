@@ -49,19 +49,19 @@ def _fake_backward(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
 
 
-def bind(namespace: str) -> Callable[..., Any]:
+def register(namespace: str) -> Callable[..., Any]:
     """The op on the operators of this namespace."""
     operator = Operator(namespace, "absorbed_attention")
 
     def absorbed_attention(*arguments: Any) -> Tensor:
         return operator.forward(*arguments)
 
-    def differentiate(ctx: Any, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_out is None:
             return (None,) * 8
         needs = ctx.needs_input_grad[:5]
@@ -69,5 +69,5 @@ def bind(namespace: str) -> Callable[..., Any]:
         return (*(d if needed else None for d, needed in zip(gradients, needs, strict=True)), *(None,) * 3)
 
     operator.register_fake(_fake, _fake_backward)
-    operator.register_autograd(_save, differentiate)
+    operator.register_autograd(setup_context, backward)
     return absorbed_attention

@@ -73,14 +73,14 @@ def _fake_backward(
     return (*operand_gradients(query, key, value, needs), *map(like, weighting))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, alpha, min_width, complement, causal, key_lengths, scale, _ = inputs
     ctx.save_for_backward(*tensors, key_lengths, output[1])
     ctx.numbers = alpha, min_width, complement, causal
     ctx.scale = scale
 
 
-def bind(namespace: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def register(namespace: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The op on the operators of this namespace."""
     operator = Operator(namespace, "attention")
 
@@ -119,9 +119,7 @@ def bind(namespace: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         )
         return out, weights if return_weights else None
 
-    def differentiate(
-        ctx: Any, d_out: Tensor | None, _stats: None, d_weights: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None, _stats: None, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, key_lengths, stats = ctx.saved_tensors
         if d_weights is not None and d_weights.numel() == 0:
             d_weights = None
@@ -137,7 +135,7 @@ def bind(namespace: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return (*(d if needed else None for d, needed in zip(gradients, needs, strict=True)), *(None,) * 7)
 
     operator.register_fake(_fake, _fake_backward)
-    operator.register_autograd(_save, differentiate, not_differentiable=[1])
+    operator.register_autograd(setup_context, backward, not_differentiable=[1])
     weighted_attention.takes_packed_heads = True  # type: ignore[attr-defined]
     gaussian_attention.takes_packed_heads = True  # type: ignore[attr-defined]
     return weighted_attention, gaussian_attention

@@ -33,19 +33,19 @@ def _fake_backward(
     return (*operand_gradients(query, key, value, needs), d_weights)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.causal, key_lengths, ctx.scale = inputs
     ctx.save_for_backward(*tensors, key_lengths, output[1])
 
 
-def bind(namespace: str) -> Callable[..., Any]:
+def register(namespace: str) -> Callable[..., Any]:
     """The op on the operators of this namespace."""
     operator = Operator(namespace, "branched_attention")
 
     def branched_attention(*arguments: Any) -> Tensor:
         return operator.forward(*arguments)[0]
 
-    def differentiate(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if d_out is None:
             return (None,) * 7
         *tensors, key_lengths, stats = ctx.saved_tensors
@@ -54,6 +54,6 @@ def bind(namespace: str) -> Callable[..., Any]:
         return (*(d if needed else None for d, needed in zip(gradients, needs, strict=True)), *(None,) * 3)
 
     operator.register_fake(_fake, _fake_backward)
-    operator.register_autograd(_save, differentiate, not_differentiable=[1])
+    operator.register_autograd(setup_context, backward, not_differentiable=[1])
     branched_attention.takes_packed_heads = True  # type: ignore[attr-defined]
     return branched_attention

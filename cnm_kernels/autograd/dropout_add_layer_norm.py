@@ -33,12 +33,12 @@ def _fake_backward(
     return (*inputs, *(weight.new_empty(weight.shape if need_weights else 0) for _ in range(2)))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, residual, weight, _, ctx.p, seed, ctx.offset, _, sample_indices = inputs
     ctx.save_for_backward(x, residual, weight, output[1], seed, sample_indices)
 
 
-def bind(namespace: str) -> Callable[..., Any]:
+def register(namespace: str) -> Callable[..., Any]:
     """The op on the operators of this namespace."""
     operator = Operator(namespace, "dropout_add_layer_norm")
 
@@ -55,7 +55,7 @@ def bind(namespace: str) -> Callable[..., Any]:
     ) -> Tensor:
         return operator.forward(x, residual, weight, bias, p, seed, offset, eps, sample_indices)[0]
 
-    def differentiate(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if d_out is None:
             return (None,) * 9
         x, residual, weight, stats, seed, sample_indices = ctx.saved_tensors
@@ -80,5 +80,5 @@ def bind(namespace: str) -> Callable[..., Any]:
         return (*wanted, *[None] * 5)
 
     operator.register_fake(_fake, _fake_backward)
-    operator.register_autograd(_save, differentiate, not_differentiable=[1])
+    operator.register_autograd(setup_context, backward, not_differentiable=[1])
     return dropout_add_layer_norm

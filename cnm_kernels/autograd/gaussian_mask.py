@@ -18,12 +18,12 @@ def _fake_backward(d_out: Tensor, center: Tensor, width: Tensor, *numbers: Any) 
     return empty_like(center), empty_like(width)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     center, width, _, *ctx.numbers = inputs
     ctx.save_for_backward(center, width)
 
 
-def bind(namespace: str) -> Callable[..., Any]:
+def register(namespace: str) -> Callable[..., Any]:
     """The op on the operators of this namespace."""
     operator = Operator(namespace, "gaussian_mask")
 
@@ -32,12 +32,12 @@ def bind(namespace: str) -> Callable[..., Any]:
     ) -> Tensor:
         return operator.forward(center, width, length, alpha, min_width, complement)
 
-    def differentiate(ctx: Any, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_out is None:
             return (None,) * 6
         d_center, d_width = operator.backward(d_out, *ctx.saved_tensors, *ctx.numbers)
         return d_center, d_width, None, None, None, None
 
     operator.register_fake(_fake, _fake_backward)
-    operator.register_autograd(_save, differentiate)
+    operator.register_autograd(setup_context, backward)
     return gaussian_mask

@@ -19,12 +19,12 @@ def _fake_backward(d_loss: Tensor, positive: Tensor, hard: Tensor, easy: Tensor,
     return empty_like(positive), empty_like(hard), empty_like(easy)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *nlls, ctx.beta_1, ctx.beta_2 = inputs
     ctx.save_for_backward(*nlls)
 
 
-def bind(namespace: str) -> Callable[..., Any]:
+def register(namespace: str) -> Callable[..., Any]:
     """The op on the operators of this namespace."""
     operator = Operator(namespace, "intra_video_contrastive_loss")
 
@@ -33,11 +33,11 @@ def bind(namespace: str) -> Callable[..., Any]:
     ) -> Tensor:
         return operator.forward(positive, hard, easy, beta_1, beta_2)
 
-    def differentiate(ctx: Any, d_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_loss is None:
             return (None,) * 5
         return (*operator.backward(d_loss, *ctx.saved_tensors, ctx.beta_1, ctx.beta_2), None, None)
 
     operator.register_fake(_fake, _fake_backward)
-    operator.register_autograd(_save, differentiate)
+    operator.register_autograd(setup_context, backward)
     return intra_video_contrastive_loss

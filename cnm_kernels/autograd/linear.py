@@ -29,19 +29,19 @@ def _fake_backward(
     return d_x, d_weight, weight.new_empty(weight.shape[:-1] if need_bias else 0)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, relu, lengths = inputs
     ctx.save_for_backward(x, weight, output if relu else None, lengths)
 
 
-def bind(namespace: str) -> Callable[..., Any]:
+def register(namespace: str) -> Callable[..., Any]:
     """The op on the operators of this namespace."""
     operator = Operator(namespace, "linear")
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths: Tensor | None) -> Tensor:
         return operator.forward(x, weight, bias, relu, lengths)
 
-    def differentiate(ctx: Any, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_out is None:
             return (None,) * 5
         needs = ctx.needs_input_grad[:3]
@@ -49,5 +49,5 @@ def bind(namespace: str) -> Callable[..., Any]:
         return (*(d if needed else None for d, needed in zip(gradients, needs, strict=True)), None, None)
 
     operator.register_fake(_fake, _fake_backward)
-    operator.register_autograd(_save, differentiate)
+    operator.register_autograd(setup_context, backward)
     return linear

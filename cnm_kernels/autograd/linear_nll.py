@@ -35,12 +35,12 @@ def _fake_backward(d_nll: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, 
     return tuple(empty_like(tensor) if needed else tensor.new_empty(0) for tensor, needed in pairs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.label_smoothing, _, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:])
 
 
-def bind(
+def register(
     namespace: str,
     intra_video_contrastive_loss: Callable[..., Any],
     keeps_expected: Callable[[Tensor, Tensor, Tensor], bool],
@@ -83,7 +83,7 @@ def bind(
         nll = nll.view(3, -1)
         return intra_video_contrastive_loss(nll[0], nll[1], nll[2], beta_1, beta_2), nll
 
-    def differentiate(ctx: Any, d_nll: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_nll: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if d_nll is None:
             return (None,) * 8
         *tensors, lse, expected = ctx.saved_tensors
@@ -92,5 +92,5 @@ def bind(
         return (*(d if needed else None for d, needed in zip(gradients, needs, strict=True)), *(None,) * 5)
 
     operator.register_fake(_fake, _fake_backward)
-    operator.register_autograd(_save, differentiate, not_differentiable=[1, 2, 3])
+    operator.register_autograd(setup_context, backward, not_differentiable=[1, 2, 3])
     return linear_nll, contrastive_reconstruction_loss

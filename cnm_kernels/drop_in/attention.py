@@ -93,7 +93,7 @@ class AcceleratedAttention:
         """
         joined, weights = self._attend(sources, key_padding_mask, attn_mask, gauss_weight, need_weights)
         layer = self.out_proj
-        if plain(layer, nn.Linear):
+        if is_unmodified(layer, nn.Linear):
             return ops.linear(joined, layer.weight, layer.bias), weights  # type: ignore[arg-type]
         return layer(joined.transpose(0, 1).contiguous()).transpose(0, 1), weights
 
@@ -173,7 +173,7 @@ def _batch_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...
     return tuple(source.transpose(0, 1).contiguous() for source in sources)
 
 
-def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Of this very class, and nobody watches what goes in and out of it: its parameters are all there is to it."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and not any(hooks)

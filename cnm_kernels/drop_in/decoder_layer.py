@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cnm_kernels import ops
-from cnm_kernels.drop_in.attention import AcceleratedAttention, plain
+from cnm_kernels.drop_in.attention import AcceleratedAttention, is_unmodified
 
 ATTENTIONS = ("self_attn", "encoder_attn")
 NORMS = ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
@@ -22,7 +22,7 @@ LINEARS = ("fc1", "fc2")
 SEEDS = 1 << 62
 
 
-def stands_for(layer: nn.Module) -> bool:
+def can_replace(layer: nn.Module) -> bool:
     """Every submodule of the layer is what ``AcceleratedLayer`` computes in its place."""
     return passed_over(layer) is None
 
@@ -38,7 +38,7 @@ def passed_over(layer: nn.Module) -> str | None:
         if name in ATTENTIONS and not isinstance(module, AcceleratedAttention):
             return f"its {name} ({type(module).__name__}) is not accelerated"
         kind = type(module) if name in ATTENTIONS else nn.LayerNorm if name in NORMS else nn.Linear
-        if not plain(module, kind):
+        if not is_unmodified(module, kind):
             return f"its {name} ({type(module).__name__}) is no plain {kind.__name__}, or has hooks"
         if isinstance(module, nn.LayerNorm) and (
             module.weight is None or module.bias is None or module.weight.dim() != 1
@@ -81,7 +81,7 @@ class AcceleratedLayer:
             src_gauss_weight: [B, S], a weight per key of the cross attention.
             tgt_gauss_weight: [B, L], the same of the self-attention.
         """
-        if not stands_for(cast(nn.Module, self)):  # hooked or replaced since
+        if not can_replace(cast(nn.Module, self)):  # hooked or replaced since
             own = super().forward  # type: ignore[misc]
             unweighted = src_gauss_weight is None and tgt_gauss_weight is None  # some have no such arguments
             weights = () if unweighted else (src_gauss_weight, tgt_gauss_weight)

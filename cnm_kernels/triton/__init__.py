@@ -77,12 +77,12 @@ if not LOAD_ERRORS:
     _define_operators()
     from cnm_kernels.triton.linear_nll import keeps_expected
 
-    gaussian_mask = autograd.gaussian_mask.bind(NAMESPACE)
-    weighted_attention, gaussian_attention = autograd.attention.bind(NAMESPACE)
-    branched_attention = autograd.branched_attention.bind(NAMESPACE)
-    intra_video_contrastive_loss = autograd.intra_video_contrastive_loss.bind(NAMESPACE)
-    linear_nll, contrastive_reconstruction_loss = autograd.linear_nll.bind(
+    gaussian_mask = autograd.gaussian_mask.register(NAMESPACE)
+    weighted_attention, gaussian_attention = autograd.attention.register(NAMESPACE)
+    branched_attention = autograd.branched_attention.register(NAMESPACE)
+    intra_video_contrastive_loss = autograd.intra_video_contrastive_loss.register(NAMESPACE)
+    linear_nll, contrastive_reconstruction_loss = autograd.linear_nll.register(
         NAMESPACE, intra_video_contrastive_loss, keeps_expected
     )
-    dropout = autograd.dropout.bind(NAMESPACE)
-    dropout_add_layer_norm = autograd.dropout_add_layer_norm.bind(NAMESPACE)
+    dropout = autograd.dropout.register(NAMESPACE)
+    dropout_add_layer_norm = autograd.dropout_add_layer_norm.register(NAMESPACE)

@@ -13,7 +13,7 @@ from cnm_kernels.triton.dropout import kept_scale
 from cnm_kernels.triton.philox import keep_elements, keep_groups
 
 TILE = 2048  # numbers in the rows of one tile
-MOST_PARTS = 512  # partial sums of the parameters' gradients
+MAX_PARTS = 512  # partial sums of the parameters' gradients
 
 
 @triton.jit
@@ -210,7 +210,7 @@ def backward(
     d_weight, d_bias = (weight.new_empty(weight.shape if need_weights else 0) for _ in range(2))
     if x.numel() == 0:
         return d_x, d_residual, d_weight.zero_(), d_bias.zero_()
-    count = min(triton.cdiv(N, rows), MOST_PARTS)
+    count = min(triton.cdiv(N, rows), MAX_PARTS)
     parts = floats(x, count, 2, D) if need_weights else None
     samples, sample_rows = _samples(sample_indices, N)
     tensors = (tensor.contiguous() for tensor in (d_out, x, residual, weight, stats))

@@ -17,9 +17,9 @@ from cnm_kernels.triton.common import block, dot, floats, narrow
 from cnm_kernels.triton.configurations import configuration
 from cnm_kernels.triton.packed_tokens import find_tokens, offsets, steps
 
-WIDEST = {2: 256, 4: 128}  # columns of a hidden state that one tile holds, by the bytes of an element
+MAX_BLOCK_D = {2: 256, 4: 128}  # columns of a hidden state that one tile holds, by the bytes of an element
 PROGRAMS = 256  # enough to fill any GPU's processors once; not the device's own count, for the same bits on all
-MOST_SPLITS = 8
+MAX_SPLITS = 8
 
 
 @triton.jit
@@ -259,7 +259,7 @@ def keeps_expected(hidden: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 def _splits(tiles: int, most: int) -> int:
-    return max(1, min(PROGRAMS // max(tiles, 1), MOST_SPLITS, most))
+    return max(1, min(PROGRAMS // max(tiles, 1), MAX_SPLITS, most))
 
 
 def forward(
@@ -282,7 +282,7 @@ def forward(
         tensor.contiguous() for tensor in (hidden, weight, bias, target, valid_lengths)
     )
     chosen = configuration("linear_nll", hidden, D)
-    BLOCK_T, BLOCK_V, BLOCK_D = chosen.rows, chosen.columns, block(D, WIDEST[hidden.element_size()])
+    BLOCK_T, BLOCK_V, BLOCK_D = chosen.rows, chosen.columns, block(D, MAX_BLOCK_D[hidden.element_size()])
     N = M * L
     tiles, chunks, word_tiles = triton.cdiv(N, BLOCK_T), triton.cdiv(D, BLOCK_D), triton.cdiv(V, BLOCK_V)
     splits = _splits(tiles, triton.cdiv(word_tiles, 4))
@@ -329,7 +329,7 @@ def backward(
         tensor.contiguous() for tensor in (d_nll, hidden, weight, bias, target, valid_lengths)
     )
     chosen = configuration("linear_nll_backward", hidden, D)
-    BLOCK_T, BLOCK_V, BLOCK_D = chosen.rows, chosen.columns, block(D, WIDEST[hidden.element_size()])
+    BLOCK_T, BLOCK_V, BLOCK_D = chosen.rows, chosen.columns, block(D, MAX_BLOCK_D[hidden.element_size()])
     chunks = triton.cdiv(D, BLOCK_D)
     if need_hidden:
         mean = weight.mean(0, dtype=lse.dtype)

@@ -5,9 +5,9 @@
 //   dq = scale sum_h dS_h k_h, dk_h = scale dS_h^T q, dv_h = P_h^T dO, db_hj = sum_i dS_hij
 //   dm_j = sum over heads and queries of dS_hij / (m_j + eps)
 //
-// A chunk is a batch entry. The real keys of all its heads stand side by side, as one matrix of as many columns; blocks of
-// query rows pass through, their scores in the first caches, and a row's softmax runs head by head. The products with all
-// heads' values add up the heads. The backward makes P anew: nothing is kept for it.
+// A chunk is a batch entry. The real keys of all its heads stand side by side, as one matrix of as many columns; blocks
+// of query rows pass through, their scores in the first caches, and a row's softmax runs head by head. The products
+// with all heads' values add up the heads. The backward makes P anew: nothing is kept for it.
 #include "absorbed_attention.h"
 
 #include <algorithm>
@@ -25,36 +25,39 @@ constexpr int64_t BLOCK_ELEMENTS = 16384;  // at most, of a block's scores: 64 K
 
 template <class T>
 class AbsorbedAttention {
-   public:
+  public:
     using E = Operand<T>;
-    static constexpr bool PAIRED = std::is_same_v<E, pair>;
+    static constexpr bool PAIRED = std::is_same_v<E, bf16x2>;
 
     // With a null `memory`, only counts the bytes it needs.
     AbsorbedAttention(const AbsorbedAttentionInputs& p, bool backward, void* memory)
-        : p_(p), shared_(p.value.data == nullptr), wide_(round_up(p.D, W)),
-          long_(round_up(p.H * (p.Lk + (PAIRED ? 1 : 0)), 2 * W)),
-          block_rows_(std::clamp<int64_t>(BLOCK_ELEMENTS / std::max<int64_t>(long_, 1), 2, BLOCK_ROWS) / 2 * 2),
-          layout_(memory), write_(p.B * p.Lq * p.D) {
-        scores_ = layout_.take<float>(block_rows_ * long_);
-        packed_ = layout_.take<E>(block_rows_ * long_);
-        out_ = layout_.take<float>(DIRECT<T> ? 0 : block_rows_ * wide_);
-        bias_ = layout_.take<float>(long_);
-        weight_ = layout_.take<float>(long_);
-        left_ = layout_.take<E>(block_rows_ * wide_);
-        key_t_ = layout_.take<E>(wide_ * long_);
-        value_ = layout_.take<E>(long_ * wide_);
+        : p_(p),
+          shared_(p.value.data == nullptr),
+          width_padded_(round_up(p.D, W)),
+          keys_padded_(round_up(p.H * (p.Lk + (PAIRED ? 1 : 0)), 2 * W)),
+          block_rows_(std::clamp<int64_t>(BLOCK_ELEMENTS / std::max<int64_t>(keys_padded_, 1), 2, BLOCK_ROWS) / 2 * 2),
+          arena_(memory),
+          write_(p.B * p.Lq * p.D) {
+        scores_ = arena_.alloc<float>(block_rows_ * keys_padded_);
+        packed_ = arena_.alloc<E>(block_rows_ * keys_padded_);
+        out_ = arena_.alloc<float>(DIRECT<T> ? 0 : block_rows_ * width_padded_);
+        bias_ = arena_.alloc<float>(keys_padded_);
+        weight_ = arena_.alloc<float>(keys_padded_);
+        left_ = arena_.alloc<E>(block_rows_ * width_padded_);
+        key_t_ = arena_.alloc<E>(width_padded_ * keys_padded_);
+        value_ = arena_.alloc<E>(keys_padded_ * width_padded_);
         if (!backward) return;
-        value_t_ = shared_ ? key_t_ : layout_.take<E>(wide_ * long_);
-        key_ = shared_ ? value_ : layout_.take<E>(long_ * wide_);
-        right_ = layout_.take<E>(block_rows_ * wide_);
-        d_scores_ = layout_.take<float>(block_rows_ * long_);
-        d_key_ = layout_.take<float>(long_ * wide_);
-        d_value_ = shared_ ? d_key_ : layout_.take<float>(long_ * wide_);
-        d_columns_ = layout_.take<float>(2 * long_);
-        block_columns_ = d_columns_ + long_;
+        value_t_ = shared_ ? key_t_ : arena_.alloc<E>(width_padded_ * keys_padded_);
+        key_ = shared_ ? value_ : arena_.alloc<E>(keys_padded_ * width_padded_);
+        right_ = arena_.alloc<E>(block_rows_ * width_padded_);
+        d_scores_ = arena_.alloc<float>(block_rows_ * keys_padded_);
+        d_key_ = arena_.alloc<float>(keys_padded_ * width_padded_);
+        d_value_ = shared_ ? d_key_ : arena_.alloc<float>(keys_padded_ * width_padded_);
+        d_columns_ = arena_.alloc<float>(2 * keys_padded_);
+        block_columns_ = d_columns_ + keys_padded_;
     }
 
-    size_t bytes() const { return layout_.bytes(); }
+    size_t bytes() const { return arena_.bytes(); }
 
     void forward(const AbsorbedAttentionParams& p, int64_t b) {
         begin(b);
@@ -74,7 +77,7 @@ class AbsorbedAttention {
         pack_keys(p_.key, key_t_);
         if (!shared_) pack_keys(p_.value, value_t_);
         if (p.d_query.data != nullptr) pack_values(p_.key, key_);
-        std::fill(d_columns_, d_columns_ + 2 * long_, 0.0f);
+        std::fill(d_columns_, d_columns_ + 2 * keys_padded_, 0.0f);
         const bool wants_values = shared_ ? p.d_key.data != nullptr : p.d_value.data != nullptr;
         for (int64_t first = 0; first < queries_; first += block_rows_) {
             const int64_t rows = std::min(block_rows_, queries_ - first);
@@ -100,7 +103,7 @@ class AbsorbedAttention {
         write_.finish();
     }
 
-   private:
+  private:
     // Where head h's keys begin among the columns: an even one, for bf16 pairs rows of values.
     int64_t column(int64_t h) const { return h * (PAIRED ? round_up(keys_, 2) : keys_); }
 
@@ -128,39 +131,41 @@ class AbsorbedAttention {
 
     // All heads' keys as a right operand [D, columns].
     void pack_keys(const Heads& from, E* to) const {
-        for (int64_t h = 0; h < p_.H; ++h) pack_transposed(p_.D, keys_, row(from, h, 0), from.row, to + column(h), long_);
+        for (int64_t h = 0; h < p_.H; ++h)
+            pack_transposed(p_.D, keys_, row(from, h, 0), from.row, to + column(h), keys_padded_);
     }
     // All heads' values as a right operand [columns, D].
     void pack_values(const Heads& from, E* to) const {
         for (int64_t h = 0; h < p_.H; ++h) {
-            pack_rows(keys_, p_.D, row(from, h, 0), from.row, to + packed_k<T>(column(h)) * wide_, wide_);
+            pack_rows(keys_, p_.D, row(from, h, 0), from.row, to + packed_k<T>(column(h)) * width_padded_,
+                      width_padded_);
         }
     }
 
     // out[rows, columns] = t[the block's rows, D] b[D, columns]
     void product(const Heads& t, int64_t first, int64_t rows, const E* b, float* out) const {
-        const auto [a, lda] = left_rows(rows, p_.D, row(t, 0, first), t.row, left_, wide_);
-        gemm(rows, columns_, packed_k<T>(p_.D), a, lda, 1, b, long_, out, long_, false);
+        const auto [a, lda] = left_rows(rows, p_.D, row(t, 0, first), t.row, left_, width_padded_);
+        gemm(rows, columns_, packed_k<T>(p_.D), a, lda, 1, b, keys_padded_, out, keys_padded_, false);
     }
 
     // The block's rows of `out` = scores[rows, columns] b[columns, D].
     void multiply(const float* scores, const E* b, int64_t first, int64_t rows, const Heads& out) const {
-        const E* a = left_rows(rows, columns_, scores, long_, packed_, long_).data;
+        const E* a = left_rows(rows, columns_, scores, keys_padded_, packed_, keys_padded_).data;
         const int64_t K = packed_k<T>(columns_);
         if constexpr (DIRECT<T>) {
             const ResultOf<T> to{row(out, 0, first), out.row, nullptr, 0, nullptr, 0, write_.streams()};
-            gemm(rows, p_.D, K, a, long_, 1, b, wide_, to);
+            gemm(rows, p_.D, K, a, keys_padded_, 1, b, width_padded_, to);
         } else {
-            gemm(rows, p_.D, K, a, long_, 1, b, wide_, out_, wide_, false);
-            for (int64_t r = 0; r < rows; ++r) write_row(row(out, 0, first + r), out_ + r * wide_);
+            gemm(rows, p_.D, K, a, keys_padded_, 1, b, width_padded_, out_, width_padded_, false);
+            for (int64_t r = 0; r < rows; ++r) write_row(row(out, 0, first + r), out_ + r * width_padded_);
         }
     }
 
     // sums[columns, D] = scores[rows, columns]^T t[the block's rows, D], added to what is there if `old`.
     void add_transposed(const float* scores, const Heads& t, int64_t first, int64_t rows, float* sums, bool old) const {
-        const E* a = right_rows(rows, columns_, scores, long_, packed_, long_).data;
-        const auto [b, ldb] = right_rows(rows, p_.D, row(t, 0, first), t.row, right_, wide_);
-        gemm(columns_, p_.D, packed_k<T>(rows), a, 1, long_, b, ldb, sums, wide_, old);
+        const E* a = right_rows(rows, columns_, scores, keys_padded_, packed_, keys_padded_).data;
+        const auto [b, ldb] = right_rows(rows, p_.D, row(t, 0, first), t.row, right_, width_padded_);
+        gemm(columns_, p_.D, packed_k<T>(rows), a, 1, keys_padded_, b, ldb, sums, width_padded_, old);
     }
 
     // The block's scores to P.
@@ -177,7 +182,7 @@ class AbsorbedAttention {
     void for_each_segment(int64_t rows, const Body& body) const {
         const auto run = [&](auto vectors) {
             for (int64_t r = 0; r < rows; ++r) {
-                for (int64_t h = 0; h < p_.H; ++h) body(r * long_ + column(h), column(h), vectors);
+                for (int64_t h = 0; h < p_.H; ++h) body(r * keys_padded_ + column(h), column(h), vectors);
             }
         };
         switch ((keys_ + W - 1) / W) {  // of few keys they stay in registers
@@ -236,7 +241,8 @@ class AbsorbedAttention {
         }
     }
 
-    // A segment's vectors between two passes over it: in registers where their number is a constant, else in its memory.
+    // A segment's vectors between two passes over it: in registers where their number is a constant, else in its
+    // memory.
     template <class Count>
     struct Held {
         float* memory;
@@ -270,7 +276,7 @@ class AbsorbedAttention {
         if (to.data == nullptr) return;
         for (int64_t h = 0; h < p_.H; ++h) {
             for (int64_t j = 0; j < p_.Lk; ++j) {
-                write_row(row(to, h, j), j < keys_ && queries_ > 0 ? sums + (column(h) + j) * wide_ : nullptr);
+                write_row(row(to, h, j), j < keys_ && queries_ > 0 ? sums + (column(h) + j) * width_padded_ : nullptr);
             }
         }
     }
@@ -288,9 +294,9 @@ class AbsorbedAttention {
 
     const AbsorbedAttentionInputs& p_;
     const bool shared_;  // the keys are the values
-    const int64_t wide_, long_;
+    const int64_t width_padded_, keys_padded_;
     const int64_t block_rows_;
-    Layout layout_;
+    Arena arena_;
     const Output<T> write_;
     float *scores_, *out_, *bias_, *weight_, *d_scores_, *d_key_, *d_value_, *d_columns_, *block_columns_;
     E *packed_, *left_, *right_, *key_t_, *value_, *value_t_, *key_;

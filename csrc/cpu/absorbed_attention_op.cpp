@@ -22,8 +22,13 @@ struct Arguments {
 
     Arguments(const Tensor& query, const Tensor& key, const Optional& value, const Optional& key_bias,
               const Optional& key_weight, const Optional& query_lengths, const Optional& key_lengths, double scale)
-        : query(with_rows(query, 3)), key(with_rows(key, 4)), key_bias(floats(key_bias)), key_weight(floats(key_weight)),
-          query_lengths(packed(query_lengths)), key_lengths(packed(key_lengths)), scale(scale) {
+        : query(with_rows(query, 3)),
+          key(with_rows(key, 4)),
+          key_bias(floats(key_bias)),
+          key_weight(floats(key_weight)),
+          query_lengths(packed(query_lengths)),
+          key_lengths(packed(key_lengths)),
+          scale(scale) {
         if (value.has_value()) this->value = with_rows(*value, 4);
         const int64_t B = query.size(0), H = key.size(1), Lk = key.size(2), D = query.size(2);
         const auto holds = [](const Optional& t, int64_t count) { return !t.has_value() || t->numel() == count; };
@@ -71,10 +76,12 @@ Tensor forward(const Tensor& query, const Tensor& key, const Optional& value, co
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& d_out, const Tensor& query, const Tensor& key, const Optional& value, const Optional& key_bias,
-    const Optional& key_weight, const Optional& query_lengths, const Optional& key_lengths, double scale,
-    bool need_query, bool need_key, bool need_value, bool need_bias, bool need_weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_out, const Tensor& query, const Tensor& key,
+                                                            const Optional& value, const Optional& key_bias,
+                                                            const Optional& key_weight, const Optional& query_lengths,
+                                                            const Optional& key_lengths, double scale, bool need_query,
+                                                            bool need_key, bool need_value, bool need_bias,
+                                                            bool need_weight) {
     const Arguments arguments(query, key, value, key_bias, key_weight, query_lengths, key_lengths, scale);
     auto p = arguments.params<AbsorbedAttentionBackwardParams>();
     const ScalarType type = query.scalar_type();

@@ -4,9 +4,9 @@
 //   dP = dO v^T, delta_i = sum_j P_ij dP_ij, dS = P (dP - delta), dq = scale dS k, dk = scale dS^T q, dv = P^T dO
 //   dm_j = sum over heads and queries of dS_ij / (m_j + eps)
 //
-// One (batch, head) pair at a time: its keys (and values, in the backward) are transposed once into scratch, then blocks
-// of query rows pass through. A block's scores stay in the first caches; no [Lq, Lk] matrix exists. Weighting after
-// exp needs no logarithm, and m + eps is never so small that dividing by it loses anything.
+// One (batch, head) pair at a time: its keys (and values, in the backward) are transposed once into scratch, then
+// blocks of query rows pass through. A block's scores stay in the first caches; no [Lq, Lk] matrix exists. Weighting
+// after exp needs no logarithm, and m + eps is never so small that dividing by it loses anything.
 //
 // A chunk is a batch entry with its heads in order; it owns what it writes. Small heads are over before the processor
 // has found out what comes next, so a head's products also ask for the next head's rows.
@@ -23,8 +23,8 @@
 namespace cnm::CNM_ISA {
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 48;             // at most, of queries
-constexpr int64_t BLOCK_ELEMENTS = 16384;      // at most, of a block's scores: 64 KiB
+constexpr int64_t BLOCK_ROWS = 48;         // at most, of queries
+constexpr int64_t BLOCK_ELEMENTS = 16384;  // at most, of a block's scores: 64 KiB
 
 // Of query rows: `keys` is how many keys any of them sees.
 struct Block {
@@ -40,38 +40,44 @@ int64_t rows_of_a_block(int64_t Lq, int64_t Lk) {
 
 template <class T>
 class Attention {
-   public:
+  public:
     using E = Operand<T>;
 
     // With a null `memory`, only counts the bytes it needs.
     Attention(const AttentionInputs& p, const Branches& branches, bool backward, void* memory)
-        : p_(p), branches_(branches), wide_(round_up(p.d, W)), long_(round_up(p.Lk, 2 * W)), block_rows_(rows_of_a_block(p.Lq, p.Lk)),
-          layout_(memory), write_(p.B * p.H * p.Lk * p.d) {
+        : p_(p),
+          branches_(branches),
+          width_padded_(round_up(p.d, W)),
+          keys_padded_(round_up(p.Lk, 2 * W)),
+          block_rows_(rows_of_a_block(p.Lq, p.Lk)),
+          arena_(memory),
+          write_(p.B * p.H * p.Lk * p.d) {
         const int64_t rows = block_rows_ + block_rows_ % 2;
-        scores_ = layout_.take<float>(rows * long_);
-        weighted_scores_ = branches.n == 1 ? scores_ : layout_.take<float>(rows * long_);
-        packed_ = layout_.take<E>(rows * long_);
-        out_ = layout_.take<float>(DIRECT<T> ? 0 : rows * wide_);
-        weight_ = layout_.take<float>(branches.n * long_);
-        query_ = layout_.take<E>(p.Lq * wide_);
-        key_t_ = layout_.take<E>(wide_ * long_);
-        value_ = layout_.take<E>(long_ * wide_);
-        lines_ = layout_.take<const char*>(PrefetchList::capacity((1 + branches.n) * p.Lq + 2 * p.Lk, p.d * static_cast<int64_t>(sizeof(T))));
+        scores_ = arena_.alloc<float>(rows * keys_padded_);
+        weighted_scores_ = branches.n == 1 ? scores_ : arena_.alloc<float>(rows * keys_padded_);
+        packed_ = arena_.alloc<E>(rows * keys_padded_);
+        out_ = arena_.alloc<float>(DIRECT<T> ? 0 : rows * width_padded_);
+        weight_ = arena_.alloc<float>(branches.n * keys_padded_);
+        query_ = arena_.alloc<E>(p.Lq * width_padded_);
+        key_t_ = arena_.alloc<E>(width_padded_ * keys_padded_);
+        value_ = arena_.alloc<E>(keys_padded_ * width_padded_);
+        lines_ = arena_.alloc<const char*>(
+            PrefetchList::capacity((1 + branches.n) * p.Lq + 2 * p.Lk, p.d * static_cast<int64_t>(sizeof(T))));
         if (!backward) return;
-        value_t_ = layout_.take<E>(wide_ * long_);
-        key_ = layout_.take<E>(long_ * wide_);
-        d_out_ = layout_.take<E>(branches.n * p.Lq * wide_);
-        d_out_rows_ = layout_.take<OperandRows<E>>(branches.n);
-        rows_ = layout_.take<E>(rows * wide_);
-        d_scores_ = layout_.take<float>(rows * long_);
-        d_scores_sum_ = branches.n == 1 ? d_scores_ : layout_.take<float>(rows * long_);
-        d_key_ = layout_.take<float>(long_ * wide_);
-        d_value_ = layout_.take<float>(long_ * wide_);
-        d_weight_ = layout_.take<float>(2 * branches.n * long_);
-        block_weight_ = d_weight_ + branches.n * long_;
+        value_t_ = arena_.alloc<E>(width_padded_ * keys_padded_);
+        key_ = arena_.alloc<E>(keys_padded_ * width_padded_);
+        d_out_ = arena_.alloc<E>(branches.n * p.Lq * width_padded_);
+        d_out_rows_ = arena_.alloc<OperandRows<E>>(branches.n);
+        rows_ = arena_.alloc<E>(rows * width_padded_);
+        d_scores_ = arena_.alloc<float>(rows * keys_padded_);
+        d_scores_sum_ = branches.n == 1 ? d_scores_ : arena_.alloc<float>(rows * keys_padded_);
+        d_key_ = arena_.alloc<float>(keys_padded_ * width_padded_);
+        d_value_ = arena_.alloc<float>(keys_padded_ * width_padded_);
+        d_weight_ = arena_.alloc<float>(2 * branches.n * keys_padded_);
+        block_weight_ = d_weight_ + branches.n * keys_padded_;
     }
 
-    size_t bytes() const { return layout_.bytes(); }
+    size_t bytes() const { return arena_.bytes(); }
 
     // The keys' weights m + eps in batch entry b, zero beyond its length.
     void begin_batch(int64_t b) {
@@ -80,11 +86,11 @@ class Attention {
         const bool weighted = p_.key_weight != nullptr || p_.center != nullptr;
         weights_at_once_ = weighted && branches_.n == 1;
         for (int64_t i = 0; weighted && i < branches_.n; ++i) {
-            for (int64_t j = 0; j < long_; j += W) {
+            for (int64_t j = 0; j < keys_padded_; j += W) {
                 const int64_t n = std::clamp<int64_t>(length_ - j, 0, W);
                 const int64_t at = i * branches_.weights + b * p_.Lk + (n == 0 ? 0 : j);
-                const Vec m = p_.center == nullptr ? load_tail(p_.key_weight + at, n)
-                                                   : gaussian().value(positions(j, p_.Lk));
+                const Vec m =
+                    p_.center == nullptr ? load_tail(p_.key_weight + at, n) : gaussian().value(positions(j, p_.Lk));
                 store(weights(i) + j, within(m + set1(KEY_WEIGHT_EPS), n));
             }
         }
@@ -112,7 +118,8 @@ class Attention {
                     stats[at + 1] = weigh(block, r, i);
                 }
                 // Rows are normalised after the product, where they have d elements instead of Lk.
-                multiply(packed_a(weighted_scores_, block), value, block, branch(p.out, i), stats + 2 * block.begin + 1);
+                multiply(packed_a(weighted_scores_, block), value, block, branch(p.out, i),
+                         stats + 2 * block.begin + 1);
             }
             if (p.weights != nullptr) add_weights(p.weights, block, first_stats);
         });
@@ -121,14 +128,14 @@ class Attention {
     void backward(const BranchedAttentionBackwardParams& p, int64_t h) {
         begin_head(h);
         plan(&p.d_out);
-        pack_transposed(p_.d, length_, row(p_.value, 0), p_.value.row, value_t_, long_);
+        pack_transposed(p_.d, length_, row(p_.value, 0), p_.value.row, value_t_, keys_padded_);
         const OperandRows<E> key = as_b(p_.key, 0, length_, key_);
         for (int64_t i = 0; i < branches_.n; ++i) {
-            d_out_rows_[i] = as_a(branch(p.d_out, i), p_.Lq, d_out_ + i * p_.Lq * wide_);
+            d_out_rows_[i] = as_a(branch(p.d_out, i), p_.Lq, d_out_ + i * p_.Lq * width_padded_);
         }
         const bool want_weight = p.d_key_weight != nullptr || p.d_center != nullptr;
         const float* first_stats = p.stats + 2 * (b_ * p_.H + h) * p_.Lq;
-        if (want_weight && h == 0) std::fill(d_weight_, d_weight_ + 2 * branches_.n * long_, 0.0f);
+        if (want_weight && h == 0) std::fill(d_weight_, d_weight_ + 2 * branches_.n * keys_padded_, 0.0f);
         key_rows_done_ = 0;
         for_each_block([&](const Block& block) {
             score(block);
@@ -142,10 +149,11 @@ class Attention {
                 const Heads d_out = branch(p.d_out, i);
                 const bool last = last_of_head(block) && i + 1 == branches_.n;
                 if (p.d_value.data != nullptr) {
-                    add_transposed(weighted_scores_, d_out, block, d_value_, p.d_value, i == 0 ? key_rows_done_ : block.keys, last);
+                    add_transposed(weighted_scores_, d_out, block, d_value_, p.d_value,
+                                   i == 0 ? key_rows_done_ : block.keys, last);
                 }
                 product(d_out_rows_[i], block, value_t_, d_scores_);
-                float* columns = want_weight ? block_weight_ + i * long_ : nullptr;
+                float* columns = want_weight ? block_weight_ + i * keys_padded_ : nullptr;
                 for (int64_t r = 0; r < block.rows; ++r) score_gradient(p, block, r, columns);
                 if (want_weight) add_weight_gradient(block, i);
                 if (branches_.n > 1) add_score_gradient(block, i == 0);
@@ -167,7 +175,7 @@ class Attention {
     // After a batch entry's last head: the gradient of its key weights, or of the Gaussian behind them.
     void end_batch(const BranchedAttentionBackwardParams& p) {
         const auto d_m = [&](int64_t i, int64_t j) {
-            return static_cast<double>(d_weight_[i * long_ + j]) / weights(i)[j];
+            return static_cast<double>(d_weight_[i * keys_padded_ + j]) / weights(i)[j];
         };
         for (int64_t i = 0; p.d_key_weight != nullptr && i < branches_.n; ++i) {
             float* out = p.d_key_weight + i * branches_.weights + b_ * p_.Lk;
@@ -191,13 +199,13 @@ class Attention {
 
     void finish() const { write_.finish(); }
 
-   private:
+  private:
     Gaussian gaussian() const { return {p_.center[b_], p_.width[b_], p_.alpha, p_.min_width, p_.complement}; }
 
     void begin_head(int64_t h) {
         h_ = h;
         query_rows_ = as_a(p_.query, p_.Lq, query_);
-        pack_transposed(p_.d, length_, row(p_.key, 0), p_.key.row, key_t_, long_);
+        pack_transposed(p_.d, length_, row(p_.key, 0), p_.key.row, key_t_, keys_padded_);
     }
 
     template <class Body>
@@ -208,7 +216,7 @@ class Attention {
         }
     }
 
-    float* weights(int64_t branch) const { return weight_ + branch * long_; }
+    float* weights(int64_t branch) const { return weight_ + branch * keys_padded_; }
 
     // Of out or its gradient.
     Heads branch(const Heads& t, int64_t i) const {
@@ -217,9 +225,7 @@ class Attention {
 
     bool last_of_head(const Block& block) const { return block.begin + block.rows == p_.Lq; }
 
-    T* row(const Heads& t, int64_t i) const {
-        return static_cast<T*>(t.data) + b_ * t.batch + h_ * t.head + i * t.row;
-    }
+    T* row(const Heads& t, int64_t i) const { return static_cast<T*>(t.data) + b_ * t.batch + h_ * t.head + i * t.row; }
 
     // Lists the cache lines of the next head, for the products of this one to ask for.
     void plan(const Heads* d_out) {
@@ -238,27 +244,28 @@ class Attention {
 
     // The head's rows as a left operand.
     OperandRows<E> as_a(const Heads& t, int64_t rows, E* buffer) const {
-        return left_rows(rows, p_.d, row(t, 0), t.row, buffer, wide_);
+        return left_rows(rows, p_.d, row(t, 0), t.row, buffer, width_padded_);
     }
     // Its rows from `begin` on as a right operand.
     OperandRows<E> as_b(const Heads& t, int64_t begin, int64_t rows, E* buffer) const {
-        return right_rows(rows, p_.d, row(t, begin), t.row, buffer, wide_);
+        return right_rows(rows, p_.d, row(t, begin), t.row, buffer, width_padded_);
     }
     // A block of scores as a left operand whose rows are multiplied.
     OperandRows<E> packed_a(const float* scores, const Block& block) const {
-        return left_rows(block.rows, block.keys, scores, long_, packed_, long_);
+        return left_rows(block.rows, block.keys, scores, keys_padded_, packed_, keys_padded_);
     }
 
     // The block's rows of `out` = factors[2 r] a[rows, keys] b[keys, d]; null factors are ones.
-    void multiply(OperandRows<E> a, OperandRows<E> b, const Block& block, const Heads& out, const float* factors) const {
+    void multiply(OperandRows<E> a, OperandRows<E> b, const Block& block, const Heads& out,
+                  const float* factors) const {
         const int64_t K = packed_k<T>(block.keys);
         if constexpr (DIRECT<T>) {
             const ResultOf<T> to{row(out, block.begin), out.row, nullptr, 0, factors, 2, write_.streams(), &prefetch_};
             gemm(block.rows, p_.d, K, a.data, a.ld, 1, b.data, b.ld, to);
         } else {
-            gemm(block.rows, p_.d, K, a.data, a.ld, 1, b.data, b.ld, out_, wide_, false, &prefetch_);
+            gemm(block.rows, p_.d, K, a.data, a.ld, 1, b.data, b.ld, out_, width_padded_, false, &prefetch_);
             for (int64_t r = 0; r < block.rows; ++r) {
-                write_row(out, block.begin + r, out_ + r * wide_, factors == nullptr ? 1 : factors[2 * r]);
+                write_row(out, block.begin + r, out_ + r * width_padded_, factors == nullptr ? 1 : factors[2 * r]);
             }
         }
     }
@@ -268,30 +275,30 @@ class Attention {
     void add_transposed(const float* scores, const Heads& t, const Block& block, float* sums, const Heads& out,
                         int64_t begun, bool last) const {
         const OperandRows<E> b = as_b(t, block.begin, block.rows, rows_);
-        const E* a = right_rows(block.rows, block.keys, scores, long_, packed_, long_).data;
+        const E* a = right_rows(block.rows, block.keys, scores, keys_padded_, packed_, keys_padded_).data;
         const int64_t K = packed_k<T>(block.rows);
         const auto add = [&](int64_t from, int64_t to, bool old) {
-            float* at = sums + from * wide_;
+            float* at = sums + from * width_padded_;
             if constexpr (DIRECT<T>) {
                 if (last) {
-                    const ResultOf<T> result{row(out, from), out.row, old ? at : nullptr, wide_, nullptr, 0,
-                                             write_.streams(), &prefetch_};
-                    return gemm(to - from, p_.d, K, a + from, 1, long_, b.data, b.ld, result);
+                    const ResultOf<T> result{row(out, from), out.row, old ? at : nullptr, width_padded_,
+                                             nullptr,        0,       write_.streams(),   &prefetch_};
+                    return gemm(to - from, p_.d, K, a + from, 1, keys_padded_, b.data, b.ld, result);
                 }
             }
-            gemm(to - from, p_.d, K, a + from, 1, long_, b.data, b.ld, at, wide_, old, &prefetch_);
+            gemm(to - from, p_.d, K, a + from, 1, keys_padded_, b.data, b.ld, at, width_padded_, old, &prefetch_);
         };
         if (begun > 0) add(0, begun, true);
         if (block.keys > begun) add(begun, block.keys, false);
         if constexpr (!DIRECT<T>) {
-            for (int64_t j = 0; last && j < block.keys; ++j) write_row(out, j, sums + j * wide_, 1);
+            for (int64_t j = 0; last && j < block.keys; ++j) write_row(out, j, sums + j * width_padded_, 1);
         }
     }
 
     // out[rows, keys] = a[the block's rows, d] b[d, keys]
     void product(OperandRows<E> a, const Block& block, const E* b, float* out) const {
-        gemm(block.rows, block.keys, packed_k<T>(p_.d), a.from(block.begin).data, a.ld, 1, b, long_, out, long_, false,
-             &prefetch_);
+        gemm(block.rows, block.keys, packed_k<T>(p_.d), a.from(block.begin).data, a.ld, 1, b, keys_padded_, out,
+             keys_padded_, false, &prefetch_);
     }
 
     void score(const Block& block) const { product(query_rows_, block, key_t_, scores_); }
@@ -300,8 +307,8 @@ class Attention {
         return p_.causal ? std::min(block.begin + r + 1, length_) : length_;
     }
 
-    // e of W keys from j on, n of them visible. The backward must get the very bits that the forward summed. The score is
-    // subtracted before it is scaled: a product minus a rounded maximum, fused, is not 0 at the maximum.
+    // e of W keys from j on, n of them visible. The backward must get the very bits that the forward summed. The score
+    // is subtracted before it is scaled: a product minus a rounded maximum, fused, is not 0 at the maximum.
     Vec exponential(const float* scores, int64_t j, int64_t n, Vec best) const {
         const Vec e = exp((load(scores + j) - best) * set1(p_.scale));
         return within(weights_at_once_ ? e * load(weight_ + j) : e, n);
@@ -309,7 +316,7 @@ class Attention {
 
     // Row r of the scores to e, 0 where not visible; stats to the best score, not scaled, and 1 / Z.
     void softmax(const Block& block, int64_t r, float* stats) const {
-        float* scores = scores_ + r * long_;
+        float* scores = scores_ + r * keys_padded_;
         const int64_t n = visible(block, r);
         const float sign = p_.scale < 0 ? -1.0f : 1.0f;
         const Vec lowest = set1(std::numeric_limits<float>::lowest());
@@ -333,7 +340,7 @@ class Attention {
 
     // Row r of the scores to `factor` e, 0 where not visible: P, where the factor is 1 / Z.
     void probabilities(const Block& block, int64_t r, float best, float factor) const {
-        float* scores = scores_ + r * long_;
+        float* scores = scores_ + r * keys_padded_;
         const int64_t n = visible(block, r);
         for (int64_t j = 0; j < n; j += W) store(scores + j, exponential(scores, j, n - j, set1(best)) * set1(factor));
         blank(scores, n, block.keys);
@@ -341,8 +348,8 @@ class Attention {
 
     // Row r of e, which is zeros where nothing is visible, times a branch's weights and `factor`. Returns 1 / Z.
     float weigh(const Block& block, int64_t r, int64_t branch, float factor = 1.0f) const {
-        const float *e = scores_ + r * long_, *weight = weights(branch);
-        float* to = weighted_scores_ + r * long_;
+        const float *e = scores_ + r * keys_padded_, *weight = weights(branch);
+        float* to = weighted_scores_ + r * keys_padded_;
         Vec total = set1(0);
         for (int64_t j = 0; j < block.keys; j += W) {
             const Vec weighted = load(e + j) * load(weight + j) * set1(factor);
@@ -360,8 +367,8 @@ class Attention {
 
     // Row r of dP to scale dS, with P from the scores; dS itself to the sums over `columns`, if there are any.
     void score_gradient(const AttentionBackwardParams& p, const Block& block, int64_t r, float* columns) const {
-        const float* probability = weighted_scores_ + r * long_;
-        float* d = d_scores_ + r * long_;
+        const float* probability = weighted_scores_ + r * keys_padded_;
+        float* d = d_scores_ + r * keys_padded_;
         const int64_t n = visible(block, r);
         if (p.d_weights != nullptr) {
             const float* given = p.d_weights + (b_ * p_.Lq + block.begin + r) * p_.Lk;
@@ -381,7 +388,7 @@ class Attention {
 
     // Sums of sums round less than one long sum.
     void add_weight_gradient(const Block& block, int64_t branch) const {
-        float *sums = d_weight_ + branch * long_, *of_block = block_weight_ + branch * long_;
+        float *sums = d_weight_ + branch * keys_padded_, *of_block = block_weight_ + branch * keys_padded_;
         for (int64_t j = 0; j < block.keys; j += W) {
             store(sums + j, load(sums + j) + load(of_block + j));
             store(of_block + j, set1(0));
@@ -391,16 +398,17 @@ class Attention {
     // scale dS of a branch to the sum over the branches.
     void add_score_gradient(const Block& block, bool first) const {
         for (int64_t r = 0; r < block.rows; ++r) {
-            const float* d = d_scores_ + r * long_;
-            float* sum = d_scores_sum_ + r * long_;
-            for (int64_t j = 0; j < block.keys; j += W) store(sum + j, first ? load(d + j) : load(sum + j) + load(d + j));
+            const float* d = d_scores_ + r * keys_padded_;
+            float* sum = d_scores_sum_ + r * keys_padded_;
+            for (int64_t j = 0; j < block.keys; j += W)
+                store(sum + j, first ? load(d + j) : load(sum + j) + load(d + j));
         }
     }
 
     // Heads add up in order; the first one finds nothing there.
     void add_weights(float* weights, const Block& block, const float* stats) const {
         for (int64_t r = 0; r < block.rows; ++r) {
-            const float* scores = scores_ + r * long_;
+            const float* scores = scores_ + r * keys_padded_;
             float* out = weights + (b_ * p_.Lq + block.begin + r) * p_.Lk;
             const Vec share = set1(stats[2 * (block.begin + r) + 1] / static_cast<float>(p_.H));
             for (int64_t j = 0; j < p_.Lk; j += W) {
@@ -420,9 +428,9 @@ class Attention {
 
     const AttentionInputs& p_;
     const Branches& branches_;
-    const int64_t wide_, long_;  // d and Lk, padded
+    const int64_t width_padded_, keys_padded_;  // d and Lk, padded
     const int64_t block_rows_;
-    Layout layout_;
+    Arena arena_;
     const Output<T> write_;
     float *scores_, *weighted_scores_, *out_, *weight_, *d_scores_, *d_scores_sum_, *d_key_, *d_value_, *d_weight_,
         *block_weight_;
@@ -433,7 +441,7 @@ class Attention {
     int64_t next_b_ = 0, next_h_ = 0;
     const char** lines_;
     mutable Prefetch prefetch_{};
-    int64_t key_rows_done_ = 0;  // key rows whose gradients have been begun in this head
+    int64_t key_rows_done_ = 0;     // key rows whose gradients have been begun in this head
     bool weights_at_once_ = false;  // in the exponentials: of a single branch
 };
 

@@ -44,8 +44,8 @@ struct Scratch {
 
     Scratch(int64_t chunk_rows, int64_t D) {
         const int64_t row_bytes = (D + W) / W * W * static_cast<int64_t>(sizeof(float));
-        char* memory = static_cast<char*>(
-            thread_scratch(static_cast<size_t>(2 * row_bytes + KeepBits::bytes(chunk_rows * D))));
+        char* memory =
+            static_cast<char*>(thread_scratch(static_cast<size_t>(2 * row_bytes + KeepBits::bytes(chunk_rows * D))));
         rows[0] = reinterpret_cast<float*>(memory);
         rows[1] = reinterpret_cast<float*>(memory + row_bytes);
         bits = reinterpret_cast<uint8_t*>(memory + 2 * row_bytes);
@@ -55,7 +55,7 @@ struct Scratch {
 // The masks of a chunk's rows, drawn when it begins; or where samples have those of others, when a row does.
 template <class Params>
 class Masks {
-   public:
+  public:
     Masks(const Params& p, const Dropout& dropout, int64_t first, int64_t end, uint8_t* memory)
         : p_(p),
           dropout_(dropout),
@@ -73,7 +73,7 @@ class Masks {
 
     const KeepBits& keep() const { return keep_; }
 
-   private:
+  private:
     const Params& p_;
     const Dropout& dropout_;
     int64_t first_;

@@ -28,10 +28,10 @@ inline Vec load_b_n(const float* p, int n) { return load_n(p, n); }
 inline Vec multiply_add(Vec a, Vec b, Vec c, const float*) { return fma(a, b, c); }
 
 #if defined(__AVX512BF16__)
-inline Vec broadcast(const pair* p) { return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(p->bits)))}; }
-inline Vec load_b(const pair* p) { return {_mm512_loadu_ps(p)}; }
-inline Vec load_b_n(const pair* p, int n) { return {_mm512_maskz_loadu_ps(first_n(n), p)}; }
-inline Vec multiply_add(Vec a, Vec b, Vec c, const pair*) {
+inline Vec broadcast(const bf16x2* p) { return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(p->bits)))}; }
+inline Vec load_b(const bf16x2* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load_b_n(const bf16x2* p, int n) { return {_mm512_maskz_loadu_ps(first_n(n), p)}; }
+inline Vec multiply_add(Vec a, Vec b, Vec c, const bf16x2*) {
     return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
 }
 // Two vectors that are neighbours, as one line.
@@ -177,8 +177,8 @@ void rows_to_float(int64_t M, int64_t K, const T* src, int64_t ld, float* dst, i
 #if defined(__AVX512BF16__)
 // The bf16 values 0, 16, 1, 17, ... of a vector: pairs from its two halves.
 inline Vec zip_halves(__m512i halves) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves))};
 }
 // Sixteen pairs of n elements of two rows, the lower half from the first; a null row is zeros.
@@ -205,7 +205,7 @@ inline Vec row_pairs(const float* p, int64_t n) {
 }
 
 template <class T>
-void rows_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, pair* dst, int64_t ldd) {
+void rows_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd) {
     for (int64_t k = 0; k < K; k += 2) {
         const T *low = src + k * ld, *high = k + 1 < K ? low + ld : nullptr;
         float* out = reinterpret_cast<float*>(dst + k / 2 * ldd);
@@ -219,7 +219,7 @@ void rows_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, pair* dst, in
 }
 
 template <class T>
-void transposed_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, pair* dst, int64_t ldd) {
+void transposed_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd) {
     float* out = reinterpret_cast<float*>(dst);
     const bool whole = K % 2 == 0;
     transpose_blocks(
@@ -231,7 +231,7 @@ void transposed_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, pair* d
 }
 
 template <class T>
-void a_to_pairs(int64_t M, int64_t K, const T* src, int64_t ld, pair* dst, int64_t ldd) {
+void a_to_pairs(int64_t M, int64_t K, const T* src, int64_t ld, bf16x2* dst, int64_t ldd) {
     for (int64_t i = 0; i < M; ++i) {
         float* out = reinterpret_cast<float*>(dst + i * ldd);
         for (int64_t k = 0; k < K; k += 2 * W) {
@@ -268,7 +268,7 @@ void pack_transposed(int64_t K, int64_t N, const f16* src, int64_t ld, float* ds
 }
 
 #if defined(__AVX512BF16__)
-void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
+void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t a_k, const bf16x2* b, int64_t ldb,
           float* c, int64_t ldc, bool accumulate, [[maybe_unused]] Prefetch* prefetch) {
 #if defined(CNM_AMX)
     gemm_tiles(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
@@ -278,28 +278,28 @@ void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a
 }
 
 #if !defined(CNM_AMX)
-void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
+void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t a_k, const bf16x2* b, int64_t ldb,
           const ResultOf<bf16>& result) {
     blocked(M, N, K, a, a_m, a_k, b, ldb, result);
 }
 #endif
 
-void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd) {
+void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, bf16x2* dst, int64_t ldd) {
     rows_to_pairs(K, N, src, ld, dst, ldd);
 }
-void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, pair* dst, int64_t ldd) {
+void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, bf16x2* dst, int64_t ldd) {
     rows_to_pairs(K, N, src, ld, dst, ldd);
 }
-void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd) {
+void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, bf16x2* dst, int64_t ldd) {
     transposed_to_pairs(K, N, src, ld, dst, ldd);
 }
-void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, pair* dst, int64_t ldd) {
+void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, bf16x2* dst, int64_t ldd) {
     transposed_to_pairs(K, N, src, ld, dst, ldd);
 }
-void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, pair* dst, int64_t ldd) {
+void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, bf16x2* dst, int64_t ldd) {
     a_to_pairs(M, K, src, ld, dst, ldd);
 }
-void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, pair* dst, int64_t ldd) {
+void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, bf16x2* dst, int64_t ldd) {
     a_to_pairs(M, K, src, ld, dst, ldd);
 }
 #endif

@@ -4,9 +4,9 @@
 // costs nothing (on AMX a transpose in registers); B is read along its rows, so B^T has to be packed first. Sums run
 // over k in order, in one float32 accumulator per element of C: a result depends on the shapes alone.
 //
-// Elements are float, or pairs of bf16 that are neighbours along K (K then counts pairs), where PAIRS says that the
-// processor multiplies them as such. Other bf16 and all f16 operands are converted to float when they are packed. Code
-// that serves both writes its operands with pack_rows and pack_transposed into Operand<T>, and calls gemm on that.
+// Elements are float, or pairs of bf16 that are neighbours along K (K then counts pairs), where HAS_BF16X2 says that
+// the processor multiplies them as such. Other bf16 and all f16 operands are converted to float when they are packed.
+// Code that serves both writes its operands with pack_rows and pack_transposed into Operand<T>, and calls gemm on that.
 #pragma once
 
 #include <algorithm>
@@ -20,34 +20,34 @@
 namespace cnm::CNM_ISA {
 
 #if defined(__AVX512BF16__)
-constexpr bool PAIRS = true;
+constexpr bool HAS_BF16X2 = true;
 #else
-constexpr bool PAIRS = false;
+constexpr bool HAS_BF16X2 = false;
 #endif
 #if defined(__AMX_TILE__) || defined(CNM_AMX_HEADER)
 #define CNM_AMX  // products of pairs run on tiles
-constexpr bool PAIRS_TO_BF16 = false;
+constexpr bool BF16X2_TO_BF16 = false;
 #else
-constexpr bool PAIRS_TO_BF16 = PAIRS;  // whether products of pairs can write bf16
+constexpr bool BF16X2_TO_BF16 = HAS_BF16X2;  // whether products of pairs can write bf16
 #endif
 
 // Two bf16 neighbours along K, the lower k in the lower half; beyond an odd K the upper half is 0.
-struct pair {
+struct bf16x2 {
     uint32_t bits;
 };
 
 // What operands of element type T are packed as.
 template <class T>
-using Operand = std::conditional_t<PAIRS && std::is_same_v<T, bf16>, pair, float>;
+using Operand = std::conditional_t<HAS_BF16X2 && std::is_same_v<T, bf16>, bf16x2, float>;
 
 // Whether products write results of element type T themselves; others pass through a float buffer.
 template <class T>
-constexpr bool DIRECT = std::is_same_v<T, float> || (std::is_same_v<T, bf16> && PAIRS_TO_BF16);
+constexpr bool DIRECT = std::is_same_v<T, float> || (std::is_same_v<T, bf16> && BF16X2_TO_BF16);
 
 // How many elements of Operand<T> hold K elements of T.
 template <class T>
 constexpr int64_t packed_k(int64_t K) {
-    return std::is_same_v<Operand<T>, pair> ? (K + 1) / 2 : K;
+    return std::is_same_v<Operand<T>, bf16x2> ? (K + 1) / 2 : K;
 }
 
 // Where a product goes: c[i * ldc + j] = scale[i * scale_step] (start[i * start_ld + j] + (A B)(i, j)), or 0 where that
@@ -69,15 +69,15 @@ using Result = ResultOf<float>;
 // A(i, k) = a[i * a_m + k * a_k], B(k, j) = b[k * ldb + j], C(i, j) = c[i * ldc + j]. One of a_m and a_k is 1.
 void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, int64_t a_k, const float* b, int64_t ldb,
           const Result& result);
-inline void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, int64_t a_k, const float* b,
-                 int64_t ldb, float* c, int64_t ldc, bool accumulate, Prefetch* prefetch = nullptr) {
+inline void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, int64_t a_k, const float* b, int64_t ldb,
+                 float* c, int64_t ldc, bool accumulate, Prefetch* prefetch = nullptr) {
     gemm(M, N, K, a, a_m, a_k, b, ldb, Result{c, ldc, accumulate ? c : nullptr, ldc, nullptr, 0, false, prefetch});
 }
 #if defined(__AVX512BF16__)
-void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
+void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t a_k, const bf16x2* b, int64_t ldb,
           float* c, int64_t ldc, bool accumulate, Prefetch* prefetch = nullptr);
-// Only where PAIRS_TO_BF16.
-void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b, int64_t ldb,
+// Only where BF16X2_TO_BF16.
+void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t a_k, const bf16x2* b, int64_t ldb,
           const ResultOf<bf16>& result);
 #endif
 
@@ -86,26 +86,26 @@ void gemm(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a
 void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd);
 void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd);
 void pack_rows(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd);
-void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd);
-void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, pair* dst, int64_t ldd);
+void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, bf16x2* dst, int64_t ldd);
+void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, bf16x2* dst, int64_t ldd);
 
 // Packs X[K, N] = src[n * ld + k], the transpose of what lies in memory, into the same form.
 void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd);
 void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd);
 void pack_transposed(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd);
-void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, pair* dst, int64_t ldd);
-void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, pair* dst, int64_t ldd);
+void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, bf16x2* dst, int64_t ldd);
+void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, bf16x2* dst, int64_t ldd);
 
 // Packs A[M, K] = src[i * ld + k] row by row: to float dst[i * ldd + k], or to pairs dst[i * ldd + k / 2]. A row-major
-// operand that is float already, or bf16 with even K and ld, needs no packing: use it (as_pairs) where it lies.
+// operand that is float already, or bf16 with even K and ld, needs no packing: use it (as_bf16x2) where it lies.
 template <class T>
 inline void pack_a(int64_t M, int64_t K, const T* src, int64_t ld, float* dst, int64_t ldd) {
     pack_rows(M, K, src, ld, dst, ldd);
 }
-void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, pair* dst, int64_t ldd);
-void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, pair* dst, int64_t ldd);
+void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, bf16x2* dst, int64_t ldd);
+void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, bf16x2* dst, int64_t ldd);
 
-inline const pair* as_pairs(const bf16* p) { return reinterpret_cast<const pair*>(p); }
+inline const bf16x2* as_bf16x2(const bf16* p) { return reinterpret_cast<const bf16x2*>(p); }
 
 // Rows of a row-major operand.
 template <class E>
@@ -118,10 +118,10 @@ struct OperandRows {
 
 // Whether rows of K elements can be multiplied where they lie.
 template <class T>
-inline bool lies_ready(int64_t K, const T* src, int64_t ld) {
+inline bool usable_in_place(int64_t K, const T* src, int64_t ld) {
     if constexpr (std::is_same_v<T, Operand<T>>) return true;
-    const bool whole_pairs = K % 2 == 0 && ld % 2 == 0 && reinterpret_cast<uintptr_t>(src) % alignof(pair) == 0;
-    return std::is_same_v<Operand<T>, pair> && whole_pairs;
+    const bool whole_pairs = K % 2 == 0 && ld % 2 == 0 && reinterpret_cast<uintptr_t>(src) % alignof(bf16x2) == 0;
+    return std::is_same_v<Operand<T>, bf16x2> && whole_pairs;
 }
 
 // src[i * ld + k] as a left operand: where it lies if that is possible, else packed into `buffer`.
@@ -130,8 +130,8 @@ inline OperandRows<E> left_rows(int64_t M, int64_t K, const S* src, int64_t ld, 
     if constexpr (std::is_same_v<S, E>) {
         return {src, ld};
     } else {
-        if constexpr (std::is_same_v<S, bf16> && std::is_same_v<E, pair>) {
-            if (lies_ready(K, src, ld)) return {as_pairs(src), ld / 2};
+        if constexpr (std::is_same_v<S, bf16> && std::is_same_v<E, bf16x2>) {
+            if (usable_in_place(K, src, ld)) return {as_bf16x2(src), ld / 2};
         }
         pack_a(M, K, src, ld, buffer, ldd);
         return {buffer, ldd};

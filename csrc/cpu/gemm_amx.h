@@ -22,9 +22,9 @@
 namespace cnm::CNM_ISA {
 namespace {
 
-constexpr int64_t TILE = 16;          // rows, and 32-bit columns
-constexpr int64_t BLOCK = 2 * TILE;   // rows and columns of C at a time
-constexpr int64_t BLOCK_K = 256;      // pairs of K at a time
+constexpr int64_t TILE = 16;         // rows, and 32-bit columns
+constexpr int64_t BLOCK = 2 * TILE;  // rows and columns of C at a time
+constexpr int64_t BLOCK_K = 256;     // pairs of K at a time
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -44,7 +44,7 @@ struct alignas(64) TileConfig {
 };
 
 // dst[i * ldd + k] = src[i * a_m + k * a_k], where one of the strides is 1.
-inline void pack_block(int64_t rows, int64_t K, const pair* src, int64_t a_m, int64_t a_k, pair* dst, int64_t ldd) {
+inline void pack_block(int64_t rows, int64_t K, const bf16x2* src, int64_t a_m, int64_t a_k, bf16x2* dst, int64_t ldd) {
     const float* from = reinterpret_cast<const float*>(src);  // 32 bits to be moved, whatever they mean
     float* to = reinterpret_cast<float*>(dst);
     if (a_k == 1) {
@@ -61,8 +61,9 @@ inline void pack_block(int64_t rows, int64_t K, const pair* src, int64_t a_m, in
 }
 
 // One block of C over K pairs, a multiple of 16 of them from a and b and `rest` more from the padded copies.
-inline void tile_block(int64_t K, const pair* a, int64_t lda, const pair* b, int64_t ldb, const pair* a_rest,
-                       const pair* b_rest, bool rest, float* c, int64_t ldc, bool accumulate, bool bottom, bool right) {
+inline void tile_block(int64_t K, const bf16x2* a, int64_t lda, const bf16x2* b, int64_t ldb, const bf16x2* a_rest,
+                       const bf16x2* b_rest, bool rest, float* c, int64_t ldc, bool accumulate, bool bottom,
+                       bool right) {
     const auto stride_c = static_cast<size_t>(ldc) * 4;
     if (accumulate) {
         _tile_loadd(0, c, stride_c);
@@ -75,7 +76,7 @@ inline void tile_block(int64_t K, const pair* a, int64_t lda, const pair* b, int
         if (bottom) _tile_zero(2);
         if (right && bottom) _tile_zero(3);
     }
-    const auto step = [&](const pair* a_at, int64_t lda_at, const pair* b_at, int64_t ldb_at) {
+    const auto step = [&](const bf16x2* a_at, int64_t lda_at, const bf16x2* b_at, int64_t ldb_at) {
         _tile_loadd(4, a_at, static_cast<size_t>(lda_at) * 4);
         _tile_loadd(6, b_at, static_cast<size_t>(ldb_at) * 4);
         _tile_dpbf16ps(0, 4, 6);
@@ -97,15 +98,15 @@ inline void tile_block(int64_t K, const pair* a, int64_t lda, const pair* b, int
     if (right && bottom) _tile_stored(3, c + TILE * ldc + TILE, stride_c);
 }
 
-inline void gemm_tiles(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a_m, int64_t a_k, const pair* b,
+inline void gemm_tiles(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t a_k, const bf16x2* b,
                        int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-    alignas(64) pair a_block[BLOCK * BLOCK_K], a_rest[BLOCK * TILE], b_rest[TILE * BLOCK];
+    alignas(64) bf16x2 a_block[BLOCK * BLOCK_K], a_rest[BLOCK * TILE], b_rest[TILE * BLOCK];
     int64_t configured[4] = {-1, -1, -1, -1};
     for (int64_t k0 = 0; k0 < std::max<int64_t>(K, 1); k0 += BLOCK_K) {
         const int64_t depth = std::min(BLOCK_K, K - k0), whole = depth / TILE * TILE, rest = depth - whole;
         for (int64_t i0 = 0; i0 < M; i0 += BLOCK) {
             const int64_t rows = std::min(BLOCK, M - i0);
-            const pair* a_at = a + i0 * a_m + k0 * a_k;
+            const bf16x2* a_at = a + i0 * a_m + k0 * a_k;
             int64_t lda = a_m;
             if (a_k != 1) {
                 pack_block(rows, whole, a_at, a_m, a_k, a_block, BLOCK_K);
@@ -124,7 +125,7 @@ inline void gemm_tiles(int64_t M, int64_t N, int64_t K, const pair* a, int64_t a
                     const TileConfig config(shape[0], shape[1], shape[2], shape[3]);
                     _tile_loadconfig(&config);
                 }
-                const pair* b_at = b + k0 * ldb + j0;
+                const bf16x2* b_at = b + k0 * ldb + j0;
                 if (rest > 0) {
                     std::memset(static_cast<void*>(b_rest), 0, sizeof b_rest);
                     pack_block(rest, columns, b_at + whole * ldb, ldb, 1, b_rest, BLOCK);

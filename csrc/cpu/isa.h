@@ -27,40 +27,38 @@ void set_isa(Isa chosen);
     }
 
 #if defined(__x86_64__)
-#define CNM_KERNEL(name, Params)                   \
-    CNM_DECLARE_IN(portable, name, Params)         \
-    CNM_DECLARE_IN(avx2, name, Params)             \
-    CNM_DECLARE_IN(avx512, name, Params)           \
-    inline void name(const Params& params) {       \
-        if (isa() >= Isa::avx512) {                \
-            avx512::name(params);                  \
-        } else if (isa() == Isa::avx2) {           \
-            avx2::name(params);                    \
-        } else {                                   \
-            portable::name(params);                \
-        }                                          \
-    }
-// For kernels that multiply matrices: compiled for the bfloat16 sets too (MATRIX_KERNELS in setup.py).
-#define CNM_MATRIX_KERNEL(name, Params)                              \
-    CNM_DECLARE_IN(portable, name, Params)                           \
-    CNM_DECLARE_IN(avx2, name, Params)                               \
-    CNM_DECLARE_IN(avx512, name, Params)                             \
-    CNM_DECLARE_IN(avx512bf16, name, Params)                         \
-    CNM_DECLARE_IN(amx, name, Params)                                \
-    inline void name(const Params& params) {                         \
-        switch (isa()) {                                             \
-            case Isa::portable: return portable::name(params);       \
-            case Isa::avx2: return avx2::name(params);               \
-            case Isa::avx512: return avx512::name(params);           \
-            case Isa::avx512bf16: return avx512bf16::name(params);   \
-            case Isa::amx: return amx::name(params);                 \
-        }                                                            \
-    }
-#else
 #define CNM_KERNEL(name, Params)             \
     CNM_DECLARE_IN(portable, name, Params)   \
+    CNM_DECLARE_IN(avx2, name, Params)       \
+    CNM_DECLARE_IN(avx512, name, Params)     \
     inline void name(const Params& params) { \
-        portable::name(params);              \
+        if (isa() >= Isa::avx512) {          \
+            avx512::name(params);            \
+        } else if (isa() == Isa::avx2) {     \
+            avx2::name(params);              \
+        } else {                             \
+            portable::name(params);          \
+        }                                    \
     }
+// For kernels that multiply matrices: compiled for the bfloat16 sets too (MATRIX_KERNELS in setup.py).
+#define CNM_MATRIX_KERNEL(name, Params)                            \
+    CNM_DECLARE_IN(portable, name, Params)                         \
+    CNM_DECLARE_IN(avx2, name, Params)                             \
+    CNM_DECLARE_IN(avx512, name, Params)                           \
+    CNM_DECLARE_IN(avx512bf16, name, Params)                       \
+    CNM_DECLARE_IN(amx, name, Params)                              \
+    inline void name(const Params& params) {                       \
+        switch (isa()) {                                           \
+            case Isa::portable: return portable::name(params);     \
+            case Isa::avx2: return avx2::name(params);             \
+            case Isa::avx512: return avx512::name(params);         \
+            case Isa::avx512bf16: return avx512bf16::name(params); \
+            case Isa::amx: return amx::name(params);               \
+        }                                                          \
+    }
+#else
+#define CNM_KERNEL(name, Params)           \
+    CNM_DECLARE_IN(portable, name, Params) \
+    inline void name(const Params& params) { portable::name(params); }
 #define CNM_MATRIX_KERNEL(name, Params) CNM_KERNEL(name, Params)
 #endif

@@ -3,8 +3,9 @@
 //   g = d_out, 0 where ReLU was 0; d_x = g W, d_weight = g^T x, d_bias = sum g
 //
 // Groups of a row's columns have a weight each. y and d_x are parallel over blocks of rows; the right operands are
-// packed once per call. d_weight sums over all rows: it is cut into blocks and the rows into slices, both by the problem
-// alone, and the slices' sums are added in order. Rows that do not count are left out of every block, and written as 0.
+// packed once per call. d_weight sums over all rows: it is cut into blocks and the rows into slices, both by the
+// problem alone, and the slices' sums are added in order. Rows that do not count are left out of every block, and
+// written as 0.
 #include "linear.h"
 
 #include <algorithm>
@@ -16,11 +17,11 @@
 namespace cnm::CNM_ISA {
 namespace {
 
-constexpr int64_t ROWS = 96;             // of a block of y or d_x
-constexpr int64_t SUMMED_ROWS = 192;     // that d_weight takes at a time
-constexpr int64_t WEIGHT_BLOCK = 256;    // rows and columns of a block of d_weight: its sums and operands fit the caches
-constexpr int64_t SLICE_ROWS = 512;      // at least, of a slice
-constexpr int64_t MOST_SLICES = 16;
+constexpr int64_t ROWS = 96;           // of a block of y or d_x
+constexpr int64_t SUMMED_ROWS = 192;   // that d_weight takes at a time
+constexpr int64_t WEIGHT_BLOCK = 256;  // rows and columns of a block of d_weight: its sums and operands fit the caches
+constexpr int64_t SLICE_ROWS = 512;    // at least, of a slice
+constexpr int64_t MAX_SLICES = 16;
 constexpr int64_t PARTIAL_ELEMENTS = 1 << 21;  // at most, of all slices' d_weight
 constexpr int64_t PAD = W;  // added to rows of scratch, or rows a power of two apart would share few cache sets
 
@@ -28,7 +29,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The rows that count, in order.
 class RowList {
-   public:
+  public:
     explicit RowList(const LinearInputs& p) : count(p.N) {
         if (p.lengths == nullptr) return;
         buffer_ = Buffer(static_cast<size_t>(p.N) * sizeof(int64_t));
@@ -41,7 +42,7 @@ class RowList {
     const int64_t* index() const { return data(); }  // null: every row
     int64_t count;
 
-   private:
+  private:
     int64_t* data() const { return buffer_.as<int64_t>(); }
     Buffer buffer_;
 };
@@ -94,7 +95,8 @@ struct Rows {
         }
     }
     int64_t line_capacity(int64_t rows) const {
-        return (positive == nullptr ? 1 : 2) * PrefetchList::capacity(rows, (width + W) * static_cast<int64_t>(sizeof(T)));
+        return (positive == nullptr ? 1 : 2) *
+               PrefetchList::capacity(rows, (width + W) * static_cast<int64_t>(sizeof(T)));
     }
 };
 
@@ -108,7 +110,7 @@ Prefetch spread(PrefetchList& list, int64_t M, int64_t N, int64_t K) {
 
 inline Vec add_element(const float* p, int64_t n, Vec sum) { return sum + load_tail(p, n); }
 #if defined(__AVX512BF16__)
-inline Vec add_element(const pair* p, int64_t n, Vec sum) {  // both of each pair, by products with one
+inline Vec add_element(const bf16x2* p, int64_t n, Vec sum) {  // both of each pair, by products with one
     const __m512i ones = _mm512_set1_epi16(0x3F80);
     const Vec pairs = load_tail(reinterpret_cast<const float*>(p), n);
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)pairs.v, (__m512bh)ones)};
@@ -151,7 +153,8 @@ struct RightOperands {
     int64_t ld, group;
 
     // Element (k, n) of a group is source[k * k_step + n * n_step], one of which is 1.
-    RightOperands(int64_t G, int64_t K, int64_t N, const S* source, int64_t source_group, int64_t k_step, int64_t n_step) {
+    RightOperands(int64_t G, int64_t K, int64_t N, const S* source, int64_t source_group, int64_t k_step,
+                  int64_t n_step) {
         const bool transposed = n_step != 1;
         if constexpr (std::is_same_v<S, E>) {
             if (!transposed) {
@@ -180,7 +183,7 @@ struct RightOperands {
         });
     }
 
-   private:
+  private:
     Buffer buffer_;
 };
 
@@ -202,13 +205,13 @@ void rows_times(int64_t G, int64_t depth, int64_t columns, const Rows<T>& x, con
         size_t bytes;
 
         Scratch(void* memory, const Rows<T>& x, int64_t wide, int64_t deep, int64_t copy_ld, int64_t result_ld) {
-            Layout layout(memory);
-            sums = layout.take<float>(DIRECT<T> ? 0 : ROWS * wide);
-            copy = layout.take<T>(x.in_place() ? 0 : ROWS * copy_ld);
-            result = layout.take<T>(DIRECT<T> && x.index != nullptr ? ROWS * result_ld : 0);
-            packed = layout.take<E>(std::is_same_v<T, E> ? 0 : ROWS * deep);
-            lines = layout.take<const char*>(x.line_capacity(ROWS));
-            bytes = layout.bytes();
+            Arena arena(memory);
+            sums = arena.alloc<float>(DIRECT<T> ? 0 : ROWS * wide);
+            copy = arena.alloc<T>(x.in_place() ? 0 : ROWS * copy_ld);
+            result = arena.alloc<T>(DIRECT<T> && x.index != nullptr ? ROWS * result_ld : 0);
+            packed = arena.alloc<E>(std::is_same_v<T, E> ? 0 : ROWS * deep);
+            lines = arena.alloc<const char*>(x.line_capacity(ROWS));
+            bytes = arena.bytes();
         }
     };
     const size_t bytes = Scratch(nullptr, x, wide, deep, copy_ld, result_ld).bytes;
@@ -284,7 +287,7 @@ void forward(const LinearParams& p) {
 }
 
 int64_t slices_of(int64_t rows, int64_t elements) {
-    const int64_t most = std::min(MOST_SLICES, PARTIAL_ELEMENTS / std::max<int64_t>(elements, 1));
+    const int64_t most = std::min(MAX_SLICES, PARTIAL_ELEMENTS / std::max<int64_t>(elements, 1));
     return std::clamp<int64_t>(rows / SLICE_ROWS, 1, std::max<int64_t>(most, 1));
 }
 
@@ -293,7 +296,8 @@ void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g, const Rows
     using E = Operand<T>;
     constexpr bool FLOAT = std::is_same_v<T, float>;
     const int64_t size = p.G * p.M * p.K, slices = slices_of(g.count, size), steps = ceil_div(g.count, SUMMED_ROWS);
-    const int64_t row_blocks = ceil_div(p.M, WEIGHT_BLOCK), column_blocks = std::max<int64_t>(ceil_div(p.K, WEIGHT_BLOCK), 1);
+    const int64_t row_blocks = ceil_div(p.M, WEIGHT_BLOCK),
+                  column_blocks = std::max<int64_t>(ceil_div(p.K, WEIGHT_BLOCK), 1);
     const int64_t blocks = p.G * row_blocks * column_blocks;
     constexpr int64_t WIDE = WEIGHT_BLOCK + PAD;
     const Buffer partial_buffer(p.d_weight == nullptr ? 0 : static_cast<size_t>(slices * size) * sizeof(float));
@@ -308,15 +312,15 @@ void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g, const Rows
         size_t bytes;
 
         Scratch(void* memory, const Rows<T>& rows_of_g, const Rows<T>& rows_of_x, bool copies_g) {
-            Layout layout(memory);
-            g = layout.take<T>(copies_g ? SUMMED_ROWS * WIDE : 0);
-            x = layout.take<T>(rows_of_x.in_place() ? 0 : SUMMED_ROWS * WIDE);
-            packed_g = layout.take<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * WIDE);
-            packed_x = layout.take<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * WIDE);
+            Arena arena(memory);
+            g = arena.alloc<T>(copies_g ? SUMMED_ROWS * WIDE : 0);
+            x = arena.alloc<T>(rows_of_x.in_place() ? 0 : SUMMED_ROWS * WIDE);
+            packed_g = arena.alloc<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * WIDE);
+            packed_x = arena.alloc<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * WIDE);
             const int64_t width = WEIGHT_BLOCK;
-            lines = layout.take<const char*>(rows_of_g.columns(0, width).line_capacity(SUMMED_ROWS) +
+            lines = arena.alloc<const char*>(rows_of_g.columns(0, width).line_capacity(SUMMED_ROWS) +
                                              rows_of_x.columns(0, width).line_capacity(SUMMED_ROWS));
-            bytes = layout.bytes();
+            bytes = arena.bytes();
         }
     };
     const size_t bytes = Scratch(nullptr, g, x, copies_g).bytes;
@@ -324,7 +328,8 @@ void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g, const Rows
         const Scratch scratch(thread_scratch(bytes), g, x, copies_g);
         const int64_t slice = task / blocks, block = task % blocks;
         const int64_t group = block / (row_blocks * column_blocks);
-        const int64_t row = block / column_blocks % row_blocks * WEIGHT_BLOCK, height = std::min(WEIGHT_BLOCK, p.M - row);
+        const int64_t row = block / column_blocks % row_blocks * WEIGHT_BLOCK,
+                      height = std::min(WEIGHT_BLOCK, p.M - row);
         const int64_t column = block % column_blocks * WEIGHT_BLOCK, width = std::min(WEIGHT_BLOCK, p.K - column);
         const Rows<T> own_g = g.columns(group * p.M + row, height), own_x = x.columns(group * p.K + column, width);
         float* sums = partial + slice * size + (group * p.M + row) * p.K + column;
@@ -380,7 +385,12 @@ template <class T, class S>
 void backward(const LinearBackwardParams& p) {
     const RowList rows(p);
     const int64_t width = p.G * p.M;
-    const Rows<T> g{static_cast<const T*>(p.d_out), p.d_out_ld, width, static_cast<const T*>(p.out), width, rows.index(),
+    const Rows<T> g{static_cast<const T*>(p.d_out),
+                    p.d_out_ld,
+                    width,
+                    static_cast<const T*>(p.out),
+                    width,
+                    rows.index(),
                     rows.count};
     if (p.d_x != nullptr) {
         const RightOperands<T, S> weight(p.G, p.M, p.K, static_cast<const S*>(p.weight), p.weight_group, p.weight_row,

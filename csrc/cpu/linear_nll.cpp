@@ -68,25 +68,26 @@ struct Vocabulary {
             rows = summed = weight;
             rows_ld = summed_ld = p.D;
         } else {
-            const bool in_place = lies_ready(p.D, weight, p.D);
+            const bool in_place = usable_in_place(p.D, weight, p.D);
             if (!in_place) rows_buffer_ = Buffer(static_cast<size_t>(p.V * wide) * sizeof(E));
             rows = rows_buffer_.as<E>();
             rows_ld = wide;
-            if constexpr (std::is_same_v<E, pair>) {
+            if constexpr (std::is_same_v<E, bf16x2>) {
                 if (in_place) {
-                    rows = as_pairs(weight);
+                    rows = as_bf16x2(weight);
                     rows_ld = p.D / 2;
                 }
             }
             // Converted rows are float, and then serve both ways.
-            const bool pack = want_summed && std::is_same_v<E, pair>;
+            const bool pack = want_summed && std::is_same_v<E, bf16x2>;
             if (pack) summed_buffer_ = Buffer(static_cast<size_t>(round_up(p.V, 2) * wide) / 2 * sizeof(E));
             summed = pack ? summed_buffer_.as<E>() : rows;
             summed_ld = wide;
             parallel_for(in_place && !pack ? 0 : blocks(p), [&](int64_t block) {
                 const int64_t begin = block * WORDS;
                 const T* source = weight + begin * p.D;
-                if (!in_place) pack_a(words_from(p, begin), p.D, source, p.D, rows_buffer_.as<E>() + begin * wide, wide);
+                if (!in_place)
+                    pack_a(words_from(p, begin), p.D, source, p.D, rows_buffer_.as<E>() + begin * wide, wide);
                 if (pack) {
                     E* to = summed_buffer_.as<E>() + packed_k<T>(begin) * wide;
                     pack_rows(words_from(p, begin), p.D, source, p.D, to, wide);
@@ -95,23 +96,23 @@ struct Vocabulary {
         }
     }
 
-   private:
+  private:
     Buffer rows_buffer_, summed_buffer_;
 };
 
 // One tile of tokens, and logits of a block of words.
 template <class T>
 class Tile {
-   public:
+  public:
     using E = Operand<T>;
 
-    Tile(const LinearNllInputs& p, const Vocabulary<T>& vocabulary, Layout& layout)
-        : p_(p), vocabulary_(vocabulary), wide_(round_up(p.D, W)) {
-        logits = layout.take<float>(WORDS * TOKENS);
-        rows_ = layout.take<T>(TOKENS * p.D);
-        transposed_ = layout.take<E>(packed_k<T>(p.D) * TOKENS);
-        packed_ = layout.take<E>(WORDS * TOKENS);
-        sums = layout.take<float>(TOKENS * wide_);
+    Tile(const LinearNllInputs& p, const Vocabulary<T>& vocabulary, Arena& arena)
+        : p_(p), vocabulary_(vocabulary), width_padded_(round_up(p.D, W)) {
+        logits = arena.alloc<float>(WORDS * TOKENS);
+        rows_ = arena.alloc<T>(TOKENS * p.D);
+        transposed_ = arena.alloc<E>(packed_k<T>(p.D) * TOKENS);
+        packed_ = arena.alloc<E>(WORDS * TOKENS);
+        sums = arena.alloc<float>(TOKENS * width_padded_);
     }
 
     void load(const Tokens& tokens, int64_t tile) {
@@ -136,21 +137,22 @@ class Tile {
         const int64_t words = words_from(p_, begin);
         const E* a = right_rows(words, TOKENS, z, TOKENS, packed_, TOKENS).data;
         gemm(size, p_.D, packed_k<T>(words), a, 1, TOKENS,
-             vocabulary_.summed + packed_k<T>(begin) * vocabulary_.summed_ld, vocabulary_.summed_ld, sums, wide_, true);
+             vocabulary_.summed + packed_k<T>(begin) * vocabulary_.summed_ld, vocabulary_.summed_ld, sums,
+             width_padded_, true);
     }
 
-    void clear_sums() const { std::fill(sums, sums + TOKENS * wide_, 0.0f); }
+    void clear_sums() const { std::fill(sums, sums + TOKENS * width_padded_, 0.0f); }
     const T* rows() const { return rows_; }
-    int64_t sums_ld() const { return wide_; }
+    int64_t sums_ld() const { return width_padded_; }
 
     float* logits;  // [WORDS, TOKENS]
     float* sums;    // [TOKENS, sums_ld]
     int64_t first = 0, size = 0;
 
-   private:
+  private:
     const LinearNllInputs& p_;
     const Vocabulary<T>& vocabulary_;
-    const int64_t wide_;
+    const int64_t width_padded_;
     T* rows_;
     E *transposed_, *packed_;
 };
@@ -217,11 +219,11 @@ void forward(const LinearNllParams& p) {
     const Vocabulary<T> vocabulary(p, p.expected != nullptr);
     std::vector<float> token_nll(tokens.index.size());
     std::vector<char> correct(tokens.index.size());
-    Layout counted(nullptr);
+    Arena counted(nullptr);
     Tile<T>(p, vocabulary, counted);
     parallel_for(tokens.tiles(), [&](int64_t index) {
-        Layout layout(thread_scratch(counted.bytes()));
-        Tile<T> tile(p, vocabulary, layout);
+        Arena arena(thread_scratch(counted.bytes()));
+        Tile<T> tile(p, vocabulary, arena);
         tile.load(tokens, index);
         Softmax softmax;
         int64_t target[TOKENS];
@@ -364,7 +366,7 @@ void backward(const LinearNllBackwardParams& p) {
     if (!want_words && !want_hidden) return;
 
     const Vocabulary<T> vocabulary(p, want_hidden);
-    Layout counted(nullptr);
+    Arena counted(nullptr);
     Tile<T>(p, vocabulary, counted);
 
     // dz of the tiles at hand [word][tile, token], their hidden states [tile, token] and their shares of d_bias
@@ -388,9 +390,9 @@ void backward(const LinearNllBackwardParams& p) {
     std::vector<float> d_bias(want_words ? static_cast<size_t>(p.V) : 0);
 
     const auto do_tile = [&](int64_t index, int64_t slot) {
-        Layout layout(thread_scratch(counted.bytes() + WORDS * sizeof(float)));
-        Tile<T> tile(p, vocabulary, layout);
-        float* unwanted = layout.take<float>(WORDS);
+        Arena arena(thread_scratch(counted.bytes() + WORDS * sizeof(float)));
+        Tile<T> tile(p, vocabulary, arena);
+        float* unwanted = arena.alloc<float>(WORDS);
         tile.load(tokens, index);
         const TileGradient gradient(p, tokens, tile.first, tile.size);
         if (want_hidden) tile.clear_sums();

@@ -30,7 +30,8 @@ struct RowsOf {
     }
 };
 
-// A weight [M, K], or [G, M, K] for groups of columns, in the strides that the kernels take: a copy where it has others.
+// A weight [M, K], or [G, M, K] for groups of columns, in the strides that the kernels take: a copy where it has
+// others.
 struct Weight {
     Tensor tensor;
     int64_t G, M, K, group, row, column;
@@ -56,7 +57,8 @@ struct Arguments {
     std::optional<Tensor> lengths;
 
     Arguments(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& lengths)
-        : weight(weight), x(weight.dim() == 3 ? columns_together(x, this->weight) : x, this->weight.G * this->weight.K),
+        : weight(weight),
+          x(weight.dim() == 3 ? columns_together(x, this->weight) : x, this->weight.G * this->weight.K),
           lengths(packed(lengths)) {
         STD_TORCH_CHECK(!lengths.has_value() || (x.dim() >= 3 && lengths->numel() == x.size(0)),
                         "linear: the lengths do not fit x");

@@ -24,7 +24,7 @@ int64_t thread_count();
 
 // Memory of one call, aligned to 64, that threads share.
 class Buffer {
-   public:
+  public:
     Buffer() = default;
     explicit Buffer(size_t bytes);
 
@@ -33,7 +33,7 @@ class Buffer {
         return static_cast<E*>(data_.get());
     }
 
-   private:
+  private:
     struct Free {
         void operator()(void* data) const { std::free(data); }
     };
@@ -41,19 +41,19 @@ class Buffer {
 };
 
 // Hands out parts of one piece of memory, each aligned to 64. On a null piece it only counts.
-class Layout {
-   public:
-    explicit Layout(void* memory) : base_(reinterpret_cast<uintptr_t>(memory)) {}
+class Arena {
+  public:
+    explicit Arena(void* memory) : base_(reinterpret_cast<uintptr_t>(memory)) {}
 
     template <class E>
-    E* take(int64_t count) {
+    E* alloc(int64_t count) {
         const uintptr_t at = base_ + bytes_;
         bytes_ += (static_cast<size_t>(count) * sizeof(E) + 63) / 64 * 64;
         return reinterpret_cast<E*>(at);
     }
     size_t bytes() const { return bytes_; }
 
-   private:
+  private:
     uintptr_t base_;
     size_t bytes_ = 0;
 };

@@ -20,8 +20,8 @@ constexpr int PHILOX_ROUNDS = 10;
 
 struct Dropout {
     uint64_t offset;
-    uint32_t threshold;  // of the 65,536 values of a draw, how many drop
-    float scale;         // of what is kept
+    uint32_t threshold;               // of the 65,536 values of a draw, how many drop
+    float scale;                      // of what is kept
     uint64_t keys[PHILOX_ROUNDS][2];  // of each round, 32 bits each; this wide, an instruction can broadcast it itself
 
     Dropout(double p, int64_t seed, int64_t offset)
@@ -138,13 +138,12 @@ inline void draw(const Dropout& dropout, uint64_t first, uint8_t* out) {
 
 // Which of a run of elements are kept, one bit each. One per thread: the bits lie in memory the caller gives.
 class KeepBits {
-   public:
+  public:
     // What `memory` must hold for `count` elements, wherever they start.
     static constexpr int64_t bytes(int64_t count) { return count / 8 + 2 + COUNTERS + 4; }
 
     // Draws for elements [start, start + count).
-    KeepBits(const Dropout& dropout, int64_t start, int64_t count, uint8_t* memory)
-        : bits_(memory), shift_(start % 8) {
+    KeepBits(const Dropout& dropout, int64_t start, int64_t count, uint8_t* memory) : bits_(memory), shift_(start % 8) {
         if (dropout.threshold >= DROPOUT_LEVELS) {  // more than 16 bits can say: everything drops
             std::memset(memory, 0, static_cast<size_t>(bytes(count)));
             return;
@@ -162,7 +161,7 @@ class KeepBits {
         return mask_bits(word >> ((shift_ + i) % 8));
     }
 
-   private:
+  private:
     const uint8_t* bits_;
     int64_t shift_;
 };

@@ -23,7 +23,7 @@ struct Prefetch {
 
 // Lists the lines of rows, in memory for capacity() addresses.
 class PrefetchList {
-   public:
+  public:
     explicit PrefetchList(const char** memory) : begin_(memory), end_(memory) {}
 
     static int64_t capacity(int64_t rows, int64_t row_bytes) {
@@ -47,7 +47,7 @@ class PrefetchList {
         return {begin_, end_, shift};
     }
 
-   private:
+  private:
     static constexpr int64_t LINE = 64;
     const char **begin_, **end_;
 };

@@ -87,7 +87,7 @@ inline Vec within(Vec v, int64_t n) { return n >= W ? v : select(first_n(static_
 // every line before it is overwritten.
 template <class T>
 class Output {
-   public:
+  public:
     explicit Output(int64_t count) : streams_(count * static_cast<int64_t>(sizeof(T)) >= STREAM_BYTES) {}
 
     void operator()(T* p, Vec v, int64_t n) const {
@@ -103,7 +103,7 @@ class Output {
         if (streams_) stream_fence();
     }
 
-   private:
+  private:
     static constexpr int64_t STREAM_BYTES = 8 << 20;
     bool streams_;
 };

@@ -100,8 +100,12 @@ inline void transpose(Vec (&rows)[W]) {
     __m512 u[W];  // u[4 g + c]: of rows 4 g to 4 g + 3, elements c of each quad
 #pragma GCC unroll 4
     for (int g = 0; g < W; g += 4) {
-        const auto low = [&](int i, int j) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[j]))); };
-        const auto high = [&](int i, int j) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[j]))); };
+        const auto low = [&](int i, int j) {
+            return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[j])));
+        };
+        const auto high = [&](int i, int j) {
+            return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[j])));
+        };
         u[g] = low(g, g + 2);
         u[g + 1] = high(g, g + 2);
         u[g + 2] = low(g + 1, g + 3);
@@ -109,8 +113,10 @@ inline void transpose(Vec (&rows)[W]) {
     }
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
-        const __m512 even_01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88), odd_01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xDD);
-        const __m512 even_23 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88), odd_23 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xDD);
+        const __m512 even_01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88),
+                     odd_01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xDD);
+        const __m512 even_23 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88),
+                     odd_23 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xDD);
         rows[c].v = _mm512_shuffle_f32x4(even_01, even_23, 0x88);
         rows[4 + c].v = _mm512_shuffle_f32x4(odd_01, odd_23, 0x88);
         rows[8 + c].v = _mm512_shuffle_f32x4(even_01, even_23, 0xDD);

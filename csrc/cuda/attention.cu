@@ -1,10 +1,10 @@
 // weighted_attention, gaussian_attention and branched_attention on GPUs, forward.
 //
-// A block has 64 queries of a head, a warp 16 of them with their scores in registers; keys and values come through shared
-// memory in tiles of 64 while the tile before is worked on. With e_ij = exp(s_ij - max) and weights m_j of the keys,
-// P_ij = e_ij m_j / Z_i, Z_i = sum_j e_ij m_j. Where all keys are one tile there is nothing online about it, and all
-// branches are made of the same e; longer rows keep max, Z and the output over the keys seen so far, already divided by
-// Z, so that weights as small as 1e-10 do not vanish in float16.
+// A block has 64 queries of a head, a warp 16 of them with their scores in registers; keys and values come through
+// shared memory in tiles of 64 while the tile before is worked on. With e_ij = exp(s_ij - max) and weights m_j of the
+// keys, P_ij = e_ij m_j / Z_i, Z_i = sum_j e_ij m_j. Where all keys are one tile there is nothing online about it, and
+// all branches are made of the same e; longer rows keep max, Z and the output over the keys seen so far, already
+// divided by Z, so that weights as small as 1e-10 do not vanish in float16.
 #include "attention.cuh"
 
 namespace cnm {
@@ -45,7 +45,9 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
     };
     copy_tile<TILE, D>(
         query, static_cast<int>(p.d), aligned,
-        [&](int r) -> const T* { return first_row + r < p.Lq ? row_of_head<T>(p.query, b, h, first_row + r) : nullptr; },
+        [&](int r) -> const T* {
+            return first_row + r < p.Lq ? row_of_head<T>(p.query, b, h, first_row + r) : nullptr;
+        },
         STRIDE);
     copy_both(0);
 
@@ -168,7 +170,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_weights_kernel
         add_products<D>(s, query + warp() * 16 * STRIDE, keys, STRIDE);
         for (int r = 0; r < 2; ++r) {
             const int64_t row = own_row + row_of(2 * r);
-            for (int i = 0; i < 2 && row < p.Lq; ++i) stats[r][i] = load(p.stats + ((b * p.H + h) * p.Lq + row) * 2 + i);
+            for (int i = 0; i < 2 && row < p.Lq; ++i)
+                stats[r][i] = load(p.stats + ((b * p.H + h) * p.Lq + row) * 2 + i);
         }
 #pragma unroll
         for (int n = 0; n < N; ++n) {

@@ -44,10 +44,10 @@ __device__ __forceinline__ void load_key_weights(const AttentionInputs& p, const
 
 inline bool rows_aligned(Dtype dtype, int64_t d, std::initializer_list<Heads> tensors) {
     const int64_t element = dtype == Dtype::float32 ? 4 : 2;
-    const auto whole = [&](int64_t numbers) { return numbers * element % static_cast<int64_t>(sizeof(Words)) == 0; };
+    const auto whole = [&](int64_t numbers) { return numbers * element % static_cast<int64_t>(sizeof(Vec16B)) == 0; };
     return whole(d) && std::all_of(tensors.begin(), tensors.end(), [&](const Heads& heads) {
-        return aligned_to_words(heads.data) && whole(heads.batch) && whole(heads.head) && whole(heads.row);
-    });
+               return aligned_to_vec16b(heads.data) && whole(heads.batch) && whole(heads.head) && whole(heads.row);
+           });
 }
 
 // Calls body(T, D) with the element type and the padded head dimension.

@@ -3,12 +3,12 @@
 // With P as in attention.cu and p0 = e / Z:  dS = P (dP - delta), delta_i = sum_j P_ij dP_ij, dP = dO V^T,
 // dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO, dm_j = sum over heads and queries of p0_ij (dP_ij - delta_i).
 //
-// A block works for one head. Its first phase has 64 queries to a tile, a warp 16 of them: delta, then dQ. Its second has
-// 64 keys to a tile, a warp 16 of them, and computes the transposed scores and dP, whose accumulators are the operands
-// that dK and dV need: nothing is exchanged between warps, nothing added to memory, no order left to chance. Heads that
-// are one tile of queries and keys stay in shared memory from the first phase to the second. Where heads are too few to
-// fill a GPU, the phases are two launches with a block for each tile. A last kernel adds dm over the heads in order and
-// takes it to the center and width.
+// A block works for one head. Its first phase has 64 queries to a tile, a warp 16 of them: delta, then dQ. Its second
+// has 64 keys to a tile, a warp 16 of them, and computes the transposed scores and dP, whose accumulators are the
+// operands that dK and dV need: nothing is exchanged between warps, nothing added to memory, no order left to chance.
+// Heads that are one tile of queries and keys stay in shared memory from the first phase to the second. Where heads are
+// too few to fill a GPU, the phases are two launches with a block for each tile. A last kernel adds dm over the heads
+// in order and takes it to the center and width.
 #include "attention.cuh"
 
 namespace cnm {
@@ -92,9 +92,7 @@ struct Block {
 
     __device__ int rows() const { return static_cast<int>(p.Lq); }
 
-    __device__ void load_weights(int first_key) const {
-        load_key_weights(p, p.branches, b, 0, n, first_key, weights);
-    }
+    __device__ void load_weights(int first_key) const { load_key_weights(p, p.branches, b, 0, n, first_key, weights); }
 
     __device__ bool visible(int row, int key) const { return key < limit && (!p.causal || key <= row); }
 
@@ -247,7 +245,8 @@ struct Block {
                             d_p[q][i] = probability[q][i] * centered;
                         }
                     }
-                    if (p.d_value.data != nullptr) add_weighted<T>(d_value, probability, upstream + part * STRIDE, STRIDE);
+                    if (p.d_value.data != nullptr)
+                        add_weighted<T>(d_value, probability, upstream + part * STRIDE, STRIDE);
                     if (p.d_key.data != nullptr) add_weighted<T>(d_key, d_p, query + part * STRIDE, STRIDE);
                     if (d_weight_parts == nullptr) continue;
 #pragma unroll

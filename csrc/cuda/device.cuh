@@ -1,5 +1,6 @@
-// The one place where kernels meet the GPU: what has no meaning in plain C++ is here, twice. Kernels include nothing else
-// of CUDA, so that the tests compile the very same .cu files as C++ and run them on tests/cuda_emulation/emulator.h.
+// The one place where kernels meet the GPU: what has no meaning in plain C++ is here, twice. Kernels include nothing
+// else of CUDA, so that the tests compile the very same .cu files as C++ and run them on
+// tests/cuda_emulation/emulator.h.
 #pragma once
 
 #include <cmath>
@@ -31,7 +32,7 @@ __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); 
 __device__ __forceinline__ int threads() { return static_cast<int>(blockDim.x); }
 
 // Sixteen bytes, as they move at once.
-struct alignas(16) Words {
+struct alignas(16) Vec16B {
     uint32_t word[4];
 };
 
@@ -117,9 +118,8 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 }
 template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emulator::multiply<16>("mma.16", c, a, b, [](uint32_t word, int i) {
-        return to_float(T{static_cast<uint16_t>(word >> (16 * i))});
-    });
+    emulator::multiply<16>("mma.16", c, a, b,
+                           [](uint32_t word, int i) { return to_float(T{static_cast<uint16_t>(word >> (16 * i))}); });
 }
 
 #else
@@ -239,14 +239,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 }
 
 template <class T>
-constexpr int PER_WORDS = 16 / static_cast<int>(sizeof(T));  // numbers in sixteen bytes
+constexpr int PER_VEC16B = 16 / static_cast<int>(sizeof(T));  // numbers in sixteen bytes
 
 // Sixteen bytes as numbers and back.
-__device__ __forceinline__ void unpack(const Words& words, float (&out)[4], float) {
+__device__ __forceinline__ void unpack(const Vec16B& words, float (&out)[4], float) {
     for (int i = 0; i < 4; ++i) out[i] = float_of(words.word[i]);
 }
 template <class T>
-__device__ __forceinline__ void unpack(const Words& words, float (&out)[8], T) {
+__device__ __forceinline__ void unpack(const Vec16B& words, float (&out)[8], T) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         out[i] = to_float(T{static_cast<uint16_t>(words.word[i / 2] >> (16 * (i % 2)))});
@@ -254,8 +254,8 @@ __device__ __forceinline__ void unpack(const Words& words, float (&out)[8], T) {
 }
 
 template <class T>
-__device__ __forceinline__ Words pack_words(const float (&values)[PER_WORDS<T>]) {
-    Words words;
+__device__ __forceinline__ Vec16B pack_vec16b(const float (&values)[PER_VEC16B<T>]) {
+    Vec16B words;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if constexpr (sizeof(T) == 4) {
@@ -296,7 +296,9 @@ __device__ __forceinline__ float sum_over_block(float x, float* scratch) {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline bool aligned_to_words(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(Words) == 0; }
+inline bool aligned_to_vec16b(const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vec16B) == 0;
+}
 
 struct Grid {
     int64_t x = 1, y = 1, z = 1;
@@ -306,7 +308,8 @@ struct Grid {
 
 template <class... Params, class... Arguments>
 void launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_bytes, const Arguments&... arguments) {
-    emulator::launch(reinterpret_cast<const void*>(kernel), {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
+    emulator::launch(reinterpret_cast<const void*>(kernel),
+                     {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
                      {static_cast<unsigned>(threads), 1, 1}, shared_bytes, [&] { kernel(arguments...); });
 }
 
@@ -320,7 +323,7 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_byt
               "a block of this GPU has too little shared memory");
     }
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
-    kernel<<<blocks, threads, shared_bytes, current_stream()>>>(arguments...);
+    kernel<<<blocks, threads, shared_bytes, current_stream()> > >(arguments...);
     check(cudaGetLastError(), "a kernel could not be launched");
 }
 

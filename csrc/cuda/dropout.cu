@@ -10,8 +10,8 @@ namespace {
 constexpr int THREADS = 256;
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) dropout_kernel(const T* x, T* out, int64_t numel, const int64_t* seed,
-                                                          Dropout dropout, bool aligned) {
+__global__ void __launch_bounds__(THREADS)
+    dropout_kernel(const T* x, T* out, int64_t numel, const int64_t* seed, Dropout dropout, bool aligned) {
     const int64_t group = static_cast<int64_t>(blockIdx.x) * THREADS + thread(), first = group * GROUP;
     if (first >= numel) return;
     const uint32_t keep = keep_bits(dropout, static_cast<uint64_t>(load(seed)), static_cast<uint64_t>(group));
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(THREADS) dropout_kernel(const T* x, T* out, in
 
 void dropout(const DropoutParams& p) {
     if (p.numel == 0) return;
-    const bool aligned = cuda::aligned_to_words(p.x) && cuda::aligned_to_words(p.out);
+    const bool aligned = cuda::aligned_to_vec16b(p.x) && cuda::aligned_to_vec16b(p.out);
     with_type(p.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         cuda::launch(cuda::dropout_kernel<T>, {cuda::ceil_div(p.numel, cuda::THREADS * cuda::GROUP)}, cuda::THREADS, 0,

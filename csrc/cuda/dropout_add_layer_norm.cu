@@ -1,4 +1,5 @@
-// dropout_add_layer_norm on GPUs: a warp takes a row at a time, its lanes groups of eight columns, one Philox draw each.
+// dropout_add_layer_norm on GPUs: a warp takes a row at a time, its lanes groups of eight columns, one Philox draw
+// each.
 //
 // The gradients of weight and bias are summed per chunk of rows, and the chunks' sums in order by a second kernel.
 #include "dropout_add_layer_norm.h"
@@ -15,7 +16,8 @@ namespace {
 
 constexpr int WARPS = 4;
 
-// residual + dropout(x) of one row. A lane's k-th group is computed once and kept, if k < HELD; else whenever asked for.
+// residual + dropout(x) of one row. A lane's k-th group is computed once and kept, if k < HELD; else whenever asked
+// for.
 template <class T, int HELD>
 struct Total {
     const T *x, *residual;
@@ -93,7 +95,8 @@ __device__ __forceinline__ void for_groups(int D, Body body) {
 template <class Params>
 __device__ __forceinline__ int64_t drawn_row(const Params& p, int64_t row) {
     if (p.sample_indices == nullptr) return row;
-    const uint32_t sample = static_cast<uint32_t>(row) / static_cast<uint32_t>(p.sample_rows);  // the launch checks rows
+    const uint32_t sample =
+        static_cast<uint32_t>(row) / static_cast<uint32_t>(p.sample_rows);  // the launch checks rows
     return row + (load(p.sample_indices + sample) - sample) * p.sample_rows;
 }
 
@@ -238,7 +241,7 @@ void dispatch(Dtype dtype, int64_t D, Body body) {
 }
 
 bool all_aligned(int64_t D, std::initializer_list<const void*> pointers) {
-    return D % GROUP == 0 && std::all_of(pointers.begin(), pointers.end(), aligned_to_words);
+    return D % GROUP == 0 && std::all_of(pointers.begin(), pointers.end(), aligned_to_vec16b);
 }
 
 }  // namespace
@@ -273,15 +276,17 @@ void dropout_add_layer_norm_backward(const DropoutAddLayerNormBackwardParams& p)
     if (chunks > 0) {
         cuda::dispatch(p.dtype, p.D, [&](auto* type, auto held) {
             using T = std::remove_pointer_t<decltype(type)>;
-            const int warps = held() > 0 ? cuda::WARPS : 1;  // a row too wide for registers: its sums fill shared memory
+            const int warps =
+                held() > 0 ? cuda::WARPS : 1;  // a row too wide for registers: its sums fill shared memory
             const size_t shared = p.partial ? sizeof(float) * static_cast<size_t>(warps * 2 * p.D) : 0;
-            cuda::launch(cuda::dropout_add_layer_norm_backward_kernel<T, held()>, {chunks}, warps * cuda::WARP, shared, p,
-                         cuda::Dropout::of(p.p, p.offset), aligned);
+            cuda::launch(cuda::dropout_add_layer_norm_backward_kernel<T, held()>, {chunks}, warps * cuda::WARP, shared,
+                         p, cuda::Dropout::of(p.p, p.offset), aligned);
         });
     }
     if (p.partial && p.D > 0) {
         cuda::launch(cuda::layer_norm_parameters_kernel, {cuda::ceil_div(2 * p.D, cuda::WARPS)},
-                     cuda::WARPS * cuda::WARP, 0, static_cast<const float*>(p.partial), chunks, p.D, p.d_weight, p.d_bias);
+                     cuda::WARPS * cuda::WARP, 0, static_cast<const float*>(p.partial), chunks, p.D, p.d_weight,
+                     p.d_bias);
     }
 }
 

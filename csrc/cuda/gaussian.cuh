@@ -30,8 +30,8 @@ struct Gaussian {
     }
     __device__ float value(float x) const { return complement ? 1.0f - bell(x) : bell(x); }
 
-    // Adds upstream . dm/dc and upstream . dm/dw: dg/dc = g 2 alpha (x - c) / w^2, dg/dw = g 2 alpha (x - c)^2 / w^3; the
-    // clamp passes a gradient where `width_passes`.
+    // Adds upstream . dm/dc and upstream . dm/dw: dg/dc = g 2 alpha (x - c) / w^2, dg/dw = g 2 alpha (x - c)^2 / w^3;
+    // the clamp passes a gradient where `width_passes`.
     __device__ void add_gradient(float x, float upstream, float& d_center, float& d_width) const {
         const float slope = (complement ? -2.0f : 2.0f) * alpha / width, u = (x - center) / width;
         const float common = upstream * bell(x) * slope * u;

@@ -1,12 +1,12 @@
 // linear_nll on GPUs: the vocabulary is the key axis of an attention whose keys and values are both W; logits stay in
 // registers.
 //
-// Tokens that count are listed first, so that padding, and rows without a gradient, take no part in anything. Forward, a
-// block has a tile of tokens and one of several parts of the vocabulary: with z = h W^T + b it keeps max z,
-// sum exp(z - max), sum z, z_y and, for the backward, O = softmax(z) W; a second kernel puts the parts together in order.
-// Backward, dh = g (O - (1 - e) W[y] - e mean W) needs no logits; dW = dz^T h, dz = g (softmax(z) - (1 - e) 1_y - e / V),
-// takes a block for each tile of words and each of several parts of the tokens, whose sums are added in order.
-// Rows wider than a tile come in chunks; the last chunk loaded is the one whose columns of the result the block computes.
+// Tokens that count are listed first, so that padding, and rows without a gradient, take no part in anything. Forward,
+// a block has a tile of tokens and one of several parts of the vocabulary: with z = h W^T + b it keeps max z, sum exp(z
+// - max), sum z, z_y and, for the backward, O = softmax(z) W; a second kernel puts the parts together in order.
+// Backward, dh = g (O - (1 - e) W[y] - e mean W) needs no logits; dW = dz^T h, dz = g (softmax(z) - (1 - e) 1_y - e /
+// V), takes a block for each tile of words and each of several parts of the tokens, whose sums are added in order. Rows
+// wider than a tile come in chunks; the last chunk loaded is the one whose columns of the result the block computes.
 #include "linear_nll.h"
 
 #include <algorithm>
@@ -17,9 +17,9 @@ namespace cnm {
 namespace cuda {
 namespace {
 
-constexpr int64_t BLOCKS = 256;     // enough for any GPU; not the present one's processors, for the same bits on all
-constexpr int64_t MOST_PARTS = 8;   // of the vocabulary, or of the tokens
-constexpr int COLUMN_SUM_PARTS = 32, SUM_THREADS = 256, MOST_WARPS = 8;
+constexpr int64_t BLOCKS = 256;   // enough for any GPU; not the present one's processors, for the same bits on all
+constexpr int64_t MAX_PARTS = 8;  // of the vocabulary, or of the tokens
+constexpr int COLUMN_SUM_PARTS = 32, SUM_THREADS = 256, MAX_WARPS = 8;
 
 // Keys (words, backward: tokens) of a tile, for chunks of D columns: what registers allow.
 template <class T, int D>
@@ -42,7 +42,8 @@ __device__ __forceinline__ int64_t tokens_before(const LinearNllInputs& p, const
         low += static_cast<float>(length & 0xFFF);
         high += static_cast<float>(length >> 12);
     }
-    return static_cast<int64_t>(sum_over_block(low, scratch)) + (static_cast<int64_t>(sum_over_block(high, scratch)) << 12);
+    return static_cast<int64_t>(sum_over_block(low, scratch)) +
+           (static_cast<int64_t>(sum_over_block(high, scratch)) << 12);
 }
 
 // tokens [M L]: indices of those that count, in order; count []: how many. A block for each row.
@@ -99,10 +100,10 @@ struct Products {
                 const T* const row = row_at(r);
                 return row == nullptr ? nullptr : row + first;
             };
-            if (threads() == MOST_WARPS * WARP) {
-                copy_tile<MOST_WARPS * 16, D>(to, width, aligned, at, STRIDE);
+            if (threads() == MAX_WARPS * WARP) {
+                copy_tile<MAX_WARPS * 16, D>(to, width, aligned, at, STRIDE);
             } else {
-                copy_tile<MOST_WARPS / 2 * 16, D>(to, width, aligned, at, STRIDE);
+                copy_tile<MAX_WARPS / 2 * 16, D>(to, width, aligned, at, STRIDE);
             }
         }
         copy_tile<KEYS<T, D>, D>(
@@ -155,7 +156,7 @@ struct ForwardScratch {
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(MOST_WARPS* WARP, 1)
+__global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     linear_nll_kernel(LinearNllInputs p, ForwardScratch scratch, int words_per_part, int stages, bool aligned) {
     const int warps = threads() / WARP, first = static_cast<int>(blockIdx.x) * warps * 16, count = load(scratch.count);
     if (first >= count) return;
@@ -181,9 +182,7 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1)
     }
     products.walk(
         (end - first_word + KEYS<T, D> - 1) / KEYS<T, D>,
-        [&](int r) -> const T* {
-            return tokens[r] < 0 ? nullptr : static_cast<const T*>(p.hidden) + tokens[r] * p.D;
-        },
+        [&](int r) -> const T* { return tokens[r] < 0 ? nullptr : static_cast<const T*>(p.hidden) + tokens[r] * p.D; },
         [&](int tile, int r) -> const T* {
             const int word = first_word + tile * KEYS<T, D> + r;
             return word < end ? static_cast<const T*>(p.weight) + word * p.D : nullptr;
@@ -215,7 +214,8 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1)
 #pragma unroll
                 for (int mask = 1; mask < 4; mask *= 2) {  // the likeliest word, the first of equals
                     const float other = shuffle_xor(here[r], mask);
-                    const int other_at = static_cast<int>(bits_of(shuffle_xor(float_of(static_cast<uint32_t>(at[r])), mask)));
+                    const int other_at =
+                        static_cast<int>(bits_of(shuffle_xor(float_of(static_cast<uint32_t>(at[r])), mask)));
                     if (other > here[r] || (other == here[r] && other_at < at[r])) at[r] = other_at;
                     here[r] = fmaxf(here[r], other);
                 }
@@ -271,8 +271,7 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1)
 }
 
 // Per row of tokens: the parts put together, lse and O of each token, the mean nll. A warp takes a token at a time.
-__global__ void __launch_bounds__(SUM_THREADS)
-    combine_kernel(LinearNllParams p, ForwardScratch scratch, int parts) {
+__global__ void __launch_bounds__(SUM_THREADS) combine_kernel(LinearNllParams p, ForwardScratch scratch, int parts) {
     float* const shared = dynamic_shared<float>();
     const int64_t m = blockIdx.x, N = p.M * p.L, before = tokens_before(p, nullptr, m, shared);
     const int64_t length = valid_length(p, nullptr, m);
@@ -303,8 +302,10 @@ __global__ void __launch_bounds__(SUM_THREADS)
         }
         const float log_total = logf(total), lse = highest + log_total;
         const int64_t target = load(p.target + token);
-        const bool known = target >= 0 && target < p.V;  // a word that is none gives NaN: nothing here can raise an error
-        nll += known ? log_total + (1.0f - smoothing) * (highest - z_target) + smoothing * (highest - z_sum / count) : NAN;
+        const bool known =
+            target >= 0 && target < p.V;  // a word that is none gives NaN: nothing here can raise an error
+        nll +=
+            known ? log_total + (1.0f - smoothing) * (highest - z_target) + smoothing * (highest - z_sum / count) : NAN;
         correct += static_cast<float>(best == target);
         if (lane() == 0) store(p.lse + token, lse);
         if (p.expected == nullptr) continue;
@@ -355,7 +356,8 @@ __global__ void __launch_bounds__(SUM_THREADS)
             if (token < m * p.L + length) {
                 const int64_t target = load(p.target + token);
                 const bool known = target >= 0 && target < p.V;
-                const float of_target = known ? to_float(load(static_cast<const T*>(p.weight) + target * p.D + c)) : NAN;
+                const float of_target =
+                    known ? to_float(load(static_cast<const T*>(p.weight) + target * p.D + c)) : NAN;
                 gradient = d_nll * (load(p.expected + token * p.D + c) - (1.0f - p.label_smoothing) * of_target -
                                     p.label_smoothing * mean);
             }
@@ -372,7 +374,7 @@ struct WordScratch {
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(MOST_WARPS* WARP, 1)
+__global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     linear_nll_word_gradient_kernel(LinearNllBackwardParams p, WordScratch scratch, int stages, bool aligned) {
     constexpr int N = KEYS<T, D> / 8;
     const int warps = threads() / WARP, vocabulary = static_cast<int>(p.V);
@@ -452,8 +454,7 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1)
 
 // out [size] = the sum of parts [parts, size], in order.
 template <class T>
-__global__ void __launch_bounds__(SUM_THREADS)
-    sum_parts_kernel(const float* parts, int64_t size, int count, T* out) {
+__global__ void __launch_bounds__(SUM_THREADS) sum_parts_kernel(const float* parts, int64_t size, int count, T* out) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * SUM_THREADS + thread();
     if (i >= size) return;
     float sum = 0;
@@ -486,7 +487,8 @@ template <class T, int D>
 Plan plan(int most_warps, int64_t columns, size_t rest_per_row, size_t rest) {
     const size_t limit = static_cast<size_t>(most_shared_bytes());
     Plan found{};
-    for (const auto& [warps, stages] : {std::pair{MOST_WARPS, 2}, {MOST_WARPS, 1}, {MOST_WARPS / 2, 2}, {MOST_WARPS / 2, 1}}) {
+    for (const auto& [warps, stages] :
+         {std::pair{MAX_WARPS, 2}, {MAX_WARPS, 1}, {MAX_WARPS / 2, 2}, {MAX_WARPS / 2, 1}}) {
         found = {warps, stages,
                  Products<T, D>::bytes(warps, columns, stages) + rest + rest_per_row * static_cast<size_t>(warps * 16)};
         if (warps <= most_warps && found.bytes <= limit) return found;
@@ -495,7 +497,7 @@ Plan plan(int most_warps, int64_t columns, size_t rest_per_row, size_t rest) {
 }
 
 constexpr int64_t parts_to_fill(int64_t tiles, int64_t most) {
-    return std::max<int64_t>(1, std::min({BLOCKS / std::max<int64_t>(tiles, 1), MOST_PARTS, most}));
+    return std::max<int64_t>(1, std::min({BLOCKS / std::max<int64_t>(tiles, 1), MAX_PARTS, most}));
 }
 
 void list_tokens(const LinearNllInputs& p, const float* d_nll, int* tokens, int* count) {
@@ -516,8 +518,8 @@ void linear_nll(const LinearNllParams& p) {
         using T = std::remove_pointer_t<decltype(type)>;
         constexpr int D = size();
         // float32's operands take twice the registers: 16 rows a warp, but four warps
-        const Plan chosen = plan<T, D>(sizeof(T) == 4 ? MOST_WARPS / 2 : MOST_WARPS, p.D, sizeof(int),
-                                       sizeof(float) * KEYS<T, D>);
+        const Plan chosen =
+            plan<T, D>(sizeof(T) == 4 ? MAX_WARPS / 2 : MAX_WARPS, p.D, sizeof(int), sizeof(float) * KEYS<T, D>);
         const int64_t tiles = ceil_div(N, chosen.warps * 16), word_tiles = ceil_div(p.V, KEYS<T, D>);
         const int64_t per_part = ceil_div(word_tiles, parts_to_fill(tiles, ceil_div(word_tiles, 4))) * KEYS<T, D>;
         const int64_t parts = std::max<int64_t>(ceil_div(p.V, std::max<int64_t>(per_part, 1)), 1);
@@ -526,7 +528,8 @@ void linear_nll(const LinearNllParams& p) {
         const Scratch expected(p.expected ? parts * N * p.D * int64_t{sizeof(float)} : 0);
         const ForwardScratch scratch{tokens, count, partial.as<float>(), p.accuracy ? likeliest.as<int>() : nullptr,
                                      p.expected ? expected.as<float>() : nullptr};
-        const bool aligned = p.D * sizeof(T) % sizeof(Words) == 0 && aligned_to_words(p.hidden) && aligned_to_words(p.weight);
+        const bool aligned =
+            p.D * sizeof(T) % sizeof(Vec16B) == 0 && aligned_to_vec16b(p.hidden) && aligned_to_vec16b(p.weight);
         if (tiles > 0 && p.V > 0) {
             launch(linear_nll_kernel<T, D>, {tiles, parts, p.expected ? ceil_div(p.D, D) : 1}, chosen.warps * WARP,
                    chosen.bytes, static_cast<const LinearNllInputs&>(p), scratch, static_cast<int>(per_part),
@@ -542,7 +545,8 @@ void linear_nll_backward(const LinearNllBackwardParams& p) {
     dispatch(p.dtype, p.D, [&](auto* type, auto size) {
         using T = std::remove_pointer_t<decltype(type)>;
         constexpr int D = size();
-        const bool aligned = p.D * sizeof(T) % sizeof(Words) == 0 && aligned_to_words(p.hidden) && aligned_to_words(p.weight);
+        const bool aligned =
+            p.D * sizeof(T) % sizeof(Vec16B) == 0 && aligned_to_vec16b(p.hidden) && aligned_to_vec16b(p.weight);
         if (p.d_hidden != nullptr && N > 0 && p.D > 0) {
             const Scratch sums(COLUMN_SUM_PARTS * p.D * int64_t{sizeof(float)});
             launch(column_sums_kernel<T>, {ceil_div(p.D, SUM_THREADS), COLUMN_SUM_PARTS}, SUM_THREADS, 0,
@@ -554,7 +558,7 @@ void linear_nll_backward(const LinearNllBackwardParams& p) {
         const Scratch list((N + 1) * int64_t{sizeof(int)});
         int *const count = list.as<int>(), *const tokens = count + 1;
         list_tokens(p, p.d_nll, tokens, count);
-        const Plan chosen = plan<T, D>(sizeof(T) == 4 || p.V <= 4096 ? MOST_WARPS / 2 : MOST_WARPS, p.D, 0,
+        const Plan chosen = plan<T, D>(sizeof(T) == 4 || p.V <= 4096 ? MAX_WARPS / 2 : MAX_WARPS, p.D, 0,
                                        3 * sizeof(float) * KEYS<T, D>);
         const int64_t tiles = ceil_div(p.V, chosen.warps * 16);
         const int64_t parts = parts_to_fill(tiles, ceil_div(N, 4 * KEYS<T, D>));
@@ -570,9 +574,8 @@ void linear_nll_backward(const LinearNllBackwardParams& p) {
                    0, from, numbers, static_cast<int>(parts), to);
         };
         if (p.d_weight) {
-            with_type(p.d_weight_dtype, [&](auto* to) {
-                sum_parts(scratch.d_weight, p.V * p.D, static_cast<decltype(to)>(p.d_weight));
-            });
+            with_type(p.d_weight_dtype,
+                      [&](auto* to) { sum_parts(scratch.d_weight, p.V * p.D, static_cast<decltype(to)>(p.d_weight)); });
         }
         if (p.d_bias) sum_parts(scratch.d_bias, p.V, p.d_bias);
     });

@@ -4,9 +4,15 @@
 namespace {
 
 PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C_cuda", "CUDA kernels; importing registers them with torch.", -1,
-    nullptr,               nullptr,   nullptr,
-    nullptr,               nullptr,
+    PyModuleDef_HEAD_INIT,
+    "_C_cuda",
+    "CUDA kernels; importing registers them with torch.",
+    -1,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace

@@ -51,11 +51,11 @@ __device__ __forceinline__ uint32_t keep_bits(const Dropout& dropout, uint64_t s
 template <class T, class Index>
 __device__ __forceinline__ void load_group(const T* row, Index column, Index D, bool aligned, float (&out)[GROUP]) {
     if (aligned) {
-        constexpr int PER = PER_WORDS<T>;
+        constexpr int PER = PER_VEC16B<T>;
 #pragma unroll
         for (int part = 0; part < GROUP / PER; ++part) {
             float values[PER];
-            unpack(load(reinterpret_cast<const Words*>(row + column) + part), values, T{});
+            unpack(load(reinterpret_cast<const Vec16B*>(row + column) + part), values, T{});
 #pragma unroll
             for (int i = 0; i < PER; ++i) out[part * PER + i] = values[i];
         }
@@ -68,13 +68,13 @@ __device__ __forceinline__ void load_group(const T* row, Index column, Index D, 
 template <class T, class Index>
 __device__ __forceinline__ void store_group(T* row, Index column, Index D, bool aligned, const float (&values)[GROUP]) {
     if (aligned) {
-        constexpr int PER = PER_WORDS<T>;
+        constexpr int PER = PER_VEC16B<T>;
 #pragma unroll
         for (int part = 0; part < GROUP / PER; ++part) {
             float some[PER];
 #pragma unroll
             for (int i = 0; i < PER; ++i) some[i] = values[part * PER + i];
-            store(reinterpret_cast<Words*>(row + column) + part, pack_words<T>(some));
+            store(reinterpret_cast<Vec16B*>(row + column) + part, pack_vec16b<T>(some));
         }
         return;
     }

@@ -1,5 +1,5 @@
-// What the kernels' host code needs of its surroundings: a stream, scratch memory, the limits of the device. runtime.cpp
-// gets it from PyTorch, the tests from the emulator.
+// What the kernels' host code needs of its surroundings: a stream, scratch memory, the limits of the device.
+// runtime.cpp gets it from PyTorch, the tests from the emulator.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ Stream current_stream();
 
 // Scratch memory on the current device, free for others once the kernels launched so far are through.
 class Scratch {
-public:
+  public:
     explicit Scratch(int64_t bytes);
     ~Scratch();
     Scratch(const Scratch&) = delete;
@@ -38,7 +38,7 @@ public:
         return static_cast<T*>(data_);
     }
 
-private:
+  private:
     void* owner_ = nullptr;
     void* data_ = nullptr;
 };

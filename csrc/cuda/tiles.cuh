@@ -1,12 +1,12 @@
 // Tiles in shared memory and what a warp's tensor cores make of them.
 //
-// A warp computes 16 rows. Its accumulators c[n][4] hold 16 x 8 numbers each: with g = lane / 4 and t = lane % 4, numbers
-// 0 and 1 are row g, columns 8n + 2t and the next; 2 and 3 the same of row g + 8. Two such products are all that attention
-// and the loss are made of:
+// A warp computes 16 rows. Its accumulators c[n][4] hold 16 x 8 numbers each: with g = lane / 4 and t = lane % 4,
+// numbers 0 and 1 are row g, columns 8n + 2t and the next; 2 and 3 the same of row g + 8. Two such products are all
+// that attention and the loss are made of:
 //     add_products:  c += A B^T, both from shared memory
 //     add_weighted:  out += C V, C from accumulators, V from shared memory
-// 16-bit operands take m16n8k16; float32 takes three tf32 products of what each number's leading and trailing 11 bits are
-// (big big + big small + small big), which lose about as much as float32 does.
+// 16-bit operands take m16n8k16; float32 takes three tf32 products of what each number's leading and trailing 11 bits
+// are (big big + big small + small big), which lose about as much as float32 does.
 #pragma once
 
 #include "device.cuh"
@@ -16,7 +16,7 @@ namespace cnm::cuda {
 // Rows are sixteen bytes longer than their numbers: eight rows' pieces then lie in different banks.
 template <class T>
 constexpr int tile_stride(int columns) {
-    return columns + PER_WORDS<T>;
+    return columns + PER_VEC16B<T>;
 }
 
 // Sixteen columns of A's 16 rows, and of 8 rows of B, as a lane holds them.
@@ -37,8 +37,8 @@ struct ColumnsOperand<float> {
     uint32_t big[2][2], small[2][2];
 };
 
-// Tensor cores read the leading 19 bits of a number: `big` is x rounded to them, and of `small`, which is exact, they lose
-// what is below 2^-23 of x. An infinity stays one, and a NaN is at least in `small`.
+// Tensor cores read the leading 19 bits of a number: `big` is x rounded to them, and of `small`, which is exact, they
+// lose what is below 2^-23 of x. An infinity stays one, and a NaN is at least in `small`.
 __device__ __forceinline__ void split(float x, uint32_t& big, uint32_t& small) {
     big = (bits_of(x) + 0x1000) & 0xFFFFE000;
     small = bits_of(x - float_of(big));
@@ -80,8 +80,8 @@ __device__ __forceinline__ void load_columns(ColumnsOperand<float> (&b)[2], cons
     }
 }
 
-// The same of V, whose sixteen rows are summed over. In float32 the k-th and (k + 4)-th of eight are rows 2k and 2k + 1,
-// which is how accumulators come (see `narrow`): the order of a sum over rows is free.
+// The same of V, whose sixteen rows are summed over. In float32 the k-th and (k + 4)-th of eight are rows 2k and 2k +
+// 1, which is how accumulators come (see `narrow`): the order of a sum over rows is free.
 template <class T>
 __device__ __forceinline__ void load_columns_of_sum(ColumnsOperand<T> (&b)[2], const T* rows, int stride) {
     uint32_t r[4];
@@ -184,7 +184,7 @@ __device__ __forceinline__ int column_of(int i) { return 2 * (lane() % 4) + i % 
 // Zeros fill what is not there. The whole block takes part; who reads waits (wait_async) and meets at a barrier first.
 template <int ROWS, int COLUMNS, class T, class RowAt>
 __device__ __forceinline__ void copy_tile(T* tile, int columns, bool aligned, RowAt row_at, int stride) {
-    constexpr int PER = PER_WORDS<T>, PIECES = COLUMNS / PER;
+    constexpr int PER = PER_VEC16B<T>, PIECES = COLUMNS / PER;
     for (int i = thread(); i < ROWS * PIECES; i += threads()) {
         const int r = i / PIECES, c = i % PIECES * PER;
         const T* const row = row_at(r);
@@ -205,8 +205,8 @@ __device__ __forceinline__ void copy_tile(T* tile, int columns, bool aligned, Ro
     }
 }
 
-// Writes a warp's 16 rows out[D][4], times `scale`, by way of its own rows of a tile that nobody else reads any more, so
-// that global memory sees sixteen bytes at a time.
+// Writes a warp's 16 rows out[D][4], times `scale`, by way of its own rows of a tile that nobody else reads any more,
+// so that global memory sees sixteen bytes at a time.
 template <class T, int D, class RowAt>
 __device__ __forceinline__ void store_rows(const float (&out)[D][4], float scale, T* tile, int stride, int columns,
                                            bool aligned, RowAt row_at) {
@@ -219,14 +219,14 @@ __device__ __forceinline__ void store_rows(const float (&out)[D][4], float scale
         }
     }
     sync_warp();
-    constexpr int PER = PER_WORDS<T>, PIECES = 8 * D / PER;
+    constexpr int PER = PER_VEC16B<T>, PIECES = 8 * D / PER;
     for (int i = lane(); i < 16 * PIECES; i += WARP) {
         const int r = i / PIECES, c = i % PIECES * PER;
         T* const row = row_at(r);
         if (row == nullptr) continue;
         const T* const from = tile + r * stride + c;
         if (aligned && c < columns) {
-            store(reinterpret_cast<Words*>(row + c), *reinterpret_cast<const Words*>(from));
+            store(reinterpret_cast<Vec16B*>(row + c), *reinterpret_cast<const Vec16B*>(from));
         } else if (!aligned) {
             for (int k = 0; k < PER && c + k < columns; ++k) store(row + c + k, from[k]);
         }

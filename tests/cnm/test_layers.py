@@ -66,15 +66,15 @@ def test_the_cheapest_form_is_taken(queries: int, keys: int, form: str, monkeypa
     for name in ("_project_both", *FORMS):
         monkeypatch.setattr(MultiheadAttention, name, lambda self, *_, name=name: taken.append(name))
     source = Source(torch.zeros(2, keys, 256), torch.full((2,), keys))
-    attention.attend_to(source, torch.zeros(2, queries, 256), frugal=True)
+    attention.attend_to(source, torch.zeros(2, queries, 256), minimize_flops=True)
     attention.attend_to(source, torch.zeros(2, queries, 256))
     gaussian = Source(source.states, source.lengths, Gaussian(torch.zeros(2), torch.ones(2), 5.5))
-    attention.attend_to(gaussian, torch.zeros(2, queries, 256), frugal=True)
+    attention.attend_to(gaussian, torch.zeros(2, queries, 256), minimize_flops=True)
     assert taken == [form, "_project_both", "_project_both"]
 
 
-def test_only_the_lean_steps_on_cpus_are_frugal() -> None:
+def test_only_the_lean_steps_on_cpus_minimize_flops() -> None:
     model = CNM(synthetic_config(dataset__vocab_size=9))
-    assert model.forward_pass(frugal=True).frugal
-    assert not model.forward_pass().frugal
-    assert not model.to("meta").forward_pass(frugal=True).frugal
+    assert model.forward_pass(minimize_flops=True).minimize_flops
+    assert not model.forward_pass().minimize_flops
+    assert not model.to("meta").forward_pass(minimize_flops=True).minimize_flops

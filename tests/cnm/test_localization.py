@@ -10,7 +10,7 @@ from small_runs import synthetic_config
 from cnm import CNM, InputError
 from cnm.data import load_features, load_vocabulary
 from cnm.data.features import pool
-from cnm.localizer import Found, Localizer
+from cnm.localizer import LocalizedMoment, Localizer
 
 CONFIG = synthetic_config()
 T, FRAME_DIM = CONFIG.dataset.max_num_frames, CONFIG.dataset.frame_dim
@@ -28,7 +28,7 @@ def frames(n: int, dtype: type = np.float32) -> np.ndarray:
     return np.random.default_rng(n).standard_normal((n, FRAME_DIM)).astype(dtype)
 
 
-def find(model: CNM, features: np.ndarray, query: str) -> Found:
+def find(model: CNM, features: np.ndarray, query: str) -> LocalizedMoment:
     localizer = Localizer(model, VOCABULARY)
     return localizer.find(localizer.encode(features), [query])[0]
 

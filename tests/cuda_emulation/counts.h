@@ -13,8 +13,9 @@
 
 namespace emulator {
 
-constexpr int64_t SECTOR = 32;                // bytes that global memory moves at least
-constexpr size_t LITTLE_SHARED = 8 << 10;     // kernels with more are sampled; others may be read by later kernels' control flow
+constexpr int64_t SECTOR = 32;  // bytes that global memory moves at least
+constexpr size_t LITTLE_SHARED =
+    8 << 10;  // kernels with more are sampled; others may be read by later kernels' control flow
 constexpr unsigned FEW_BLOCKS = 2000, SAMPLED_X = 3, SAMPLED_Y = 4;
 
 constexpr int64_t NOWHERE = -1;  // a lane that takes no part
@@ -59,7 +60,8 @@ struct LaunchCounts {
     void touch(const void* address, size_t size) {
         bytes += static_cast<int64_t>(size);
         const auto first = static_cast<int64_t>(reinterpret_cast<uintptr_t>(address));
-        for (int64_t s = first / SECTOR; s <= (first + static_cast<int64_t>(size) - 1) / SECTOR; ++s) of_block.insert(s);
+        for (int64_t s = first / SECTOR; s <= (first + static_cast<int64_t>(size) - 1) / SECTOR; ++s)
+            of_block.insert(s);
     }
     void copy_to(int thread, int64_t number, int64_t offset) {
         auto& lanes = copies[{thread / 32, number}];
@@ -73,7 +75,8 @@ struct LaunchCounts {
             for (const auto count : {&LaneCounts::loads, &LaneCounts::stores, &LaneCounts::copies,
                                      &LaneCounts::exponentials, &LaneCounts::shuffles, &LaneCounts::barriers}) {
                 int64_t most = 0;
-                for (size_t i = first; i < std::min(first + 32, lanes.size()); ++i) most = std::max(most, lanes[i]->*count);
+                for (size_t i = first; i < std::min(first + 32, lanes.size()); ++i)
+                    most = std::max(most, lanes[i]->*count);
                 warps.*count += most;
             }
         }
@@ -86,10 +89,25 @@ struct LaunchCounts {
 
     // In the order of tools/gpu_model.py's Counts.
     void numbers(double* out) const {
-        const int64_t all[] = {threads, static_cast<int64_t>(shared_bytes), blocks, memory, blocks_run, products,
-                               tf32_products, matrix_loads, matrix_wavefronts, copy_wavefronts, bytes,
-                               block_sectors * SECTOR, static_cast<int64_t>(sectors.size()) * SECTOR, warps.loads,
-                               warps.stores, warps.copies, warps.exponentials, warps.shuffles, warps.barriers};
+        const int64_t all[] = {threads,
+                               static_cast<int64_t>(shared_bytes),
+                               blocks,
+                               memory,
+                               blocks_run,
+                               products,
+                               tf32_products,
+                               matrix_loads,
+                               matrix_wavefronts,
+                               copy_wavefronts,
+                               bytes,
+                               block_sectors * SECTOR,
+                               static_cast<int64_t>(sectors.size()) * SECTOR,
+                               warps.loads,
+                               warps.stores,
+                               warps.copies,
+                               warps.exponentials,
+                               warps.shuffles,
+                               warps.barriers};
         std::transform(std::begin(all), std::end(all), out, [](int64_t n) { return static_cast<double>(n); });
     }
 };

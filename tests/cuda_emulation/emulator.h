@@ -1,10 +1,11 @@
 // GPUs in miniature: runs the kernels of csrc/cuda, compiled as C++, on one CPU thread.
 //
 // Every thread of a block is a fiber, and the order in which fibers run is drawn at random, in bursts that let one warp
-// get far ahead of the others: between two barriers any interleaving may happen, as on the real thing, so that a barrier
-// left out shows in the results. Warp instructions wait for their 32 lanes and check that all of them came to the same
-// instruction. An asynchronous copy lands at once or when it is waited for, as the dice fall. Shared memory is poisoned with NaNs before each block and ends in a guard; global memory is
-// what the binding made known, and any other access is an error.
+// get far ahead of the others: between two barriers any interleaving may happen, as on the real thing, so that a
+// barrier left out shows in the results. Warp instructions wait for their 32 lanes and check that all of them came to
+// the same instruction. An asynchronous copy lands at once or when it is waited for, as the dice fall. Shared memory is
+// poisoned with NaNs before each block and ends in a guard; global memory is what the binding made known, and any other
+// access is an error.
 #pragma once
 
 #include <setjmp.h>
@@ -27,9 +28,9 @@ namespace emulator {
 
 constexpr int WARP = 32;
 constexpr size_t STACK_BYTES = 128 << 10;
-constexpr size_t GUARD_BYTES = 1 << 10;  // behind a block's shared memory
+constexpr size_t GUARD_BYTES = 1 << 10;   // behind a block's shared memory
 constexpr uint32_t LONGEST_BURST = 4096;  // steps of one warp before another is preferred
-constexpr unsigned char POISON = 0xFF;   // a NaN in every floating type
+constexpr unsigned char POISON = 0xFF;    // a NaN in every floating type
 
 struct Index {
     unsigned x = 1, y = 1, z = 1;
@@ -56,7 +57,8 @@ inline void check_global(const void* address, size_t bytes, const char* what) {
     for (const Memory& memory : known) {
         if (first >= memory.begin && first + bytes <= memory.end) {
             if (reinterpret_cast<uintptr_t>(first) % bytes == 0) return;
-            throw std::runtime_error(std::string("misaligned global ") + what + " of " + std::to_string(bytes) + " bytes");
+            throw std::runtime_error(std::string("misaligned global ") + what + " of " + std::to_string(bytes) +
+                                     " bytes");
         }
     }
     throw std::runtime_error(std::string("out-of-bounds global ") + what + " of " + std::to_string(bytes) + " bytes");
@@ -175,7 +177,8 @@ inline Fiber& fiber(int index) {
     while (static_cast<int>(m.fibers.size()) <= index) {
         auto made = std::make_unique<Fiber>();
         getcontext(&made->start);
-        made->start.uc_stack.ss_sp = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        made->start.uc_stack.ss_sp =
+            mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         made->start.uc_stack.ss_size = STACK_BYTES;
         made->start.uc_link = nullptr;
         made->index = static_cast<int>(m.fibers.size());

@@ -103,7 +103,7 @@ def test_tiny_and_long_pictures(tmp_path: Path) -> None:
 
 def test_huge_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mkv", 3)
-    monkeypatch.setattr(decode, "MOST_PIXELS", 48 * 32 - 1)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 48 * 32 - 1)
     with pytest.raises(InputError, match=r"a\.mkv: frames are 48 x 32 pixels"):
         VideoFile(path)
 
