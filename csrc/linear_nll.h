@@ -28,13 +28,13 @@ struct LinearNllInputs {
 struct LinearNllParams : LinearNllInputs {
     float* nll;       // [M]
     float* accuracy;  // [M] or null
-    float* lse;       // [M, L], for the backward
+    float* stats;     // [2, M, L], max z and log sum exp(z - max) of each token, for the backward
     float* expected;  // [M, L, D], softmax(z) W, for the backward, or null
 };
 
 struct LinearNllBackwardParams : LinearNllInputs {
     const float* d_nll;     // [M]
-    const float* lse;       // [M, L]
+    const float* stats;     // [2, M, L]
     const float* expected;  // [M, L, D] or null
     void* d_hidden;         // [M, L, D] or null: not wanted
     void* d_weight;         // [V, D] or null

@@ -60,32 +60,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
     const OnDevice device(hidden);
     const Arguments arguments(hidden, weight, bias, target, valid_lengths, label_smoothing);
     auto p = arguments.params<LinearNllParams>();
-    const Tensor nll = empty({p.M}, ScalarType::Float), lse = empty({p.M, p.L}, ScalarType::Float);
+    const Tensor nll = empty({p.M}, ScalarType::Float), stats = empty({2, p.M, p.L}, ScalarType::Float);
     const Tensor accuracy = empty({return_accuracy ? p.M : 0}, ScalarType::Float);
     const Tensor expected = keep_expected ? empty({p.M, p.L, p.D}, ScalarType::Float) : empty({0}, ScalarType::Float);
     p.nll = nll.mutable_data_ptr<float>();
     p.accuracy = return_accuracy ? accuracy.mutable_data_ptr<float>() : nullptr;
-    p.lse = lse.mutable_data_ptr<float>();
+    p.stats = stats.mutable_data_ptr<float>();
     p.expected = keep_expected ? expected.mutable_data_ptr<float>() : nullptr;
     linear_nll(p);
-    return {nll, accuracy, lse, expected};
+    return {nll, accuracy, stats, expected};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_nll, const Tensor& hidden, const Tensor& weight,
                                             const Tensor& bias, const Tensor& target, const Tensor& valid_lengths,
-                                            double label_smoothing, const Tensor& lse, const Tensor& expected,
+                                            double label_smoothing, const Tensor& stats, const Tensor& expected,
                                             bool need_hidden, bool need_weight, bool need_bias) {
     const OnDevice device(hidden);
     const Arguments arguments(hidden, weight, bias, target, valid_lengths, label_smoothing);
     auto p = arguments.params<LinearNllBackwardParams>();
-    const Tensor upstream = floats(d_nll), kept_lse = packed(lse), kept_expected = packed(expected);
+    const Tensor upstream = floats(d_nll), kept_stats = packed(stats), kept_expected = packed(expected);
     const auto like = [](bool wanted, const Tensor& tensor) {
         return wanted ? empty_as(tensor, tensor.scalar_type()) : empty({0}, tensor.scalar_type());
     };
     const Tensor d_hidden = like(need_hidden, hidden), d_weight = like(need_weight, weight);
     const Tensor d_bias = empty({need_bias ? p.V : 0}, ScalarType::Float);
     p.d_nll = upstream.const_data_ptr<float>();
-    p.lse = kept_lse.const_data_ptr<float>();
+    p.stats = kept_stats.const_data_ptr<float>();
     p.expected = expected.numel() == 0 ? nullptr : kept_expected.const_data_ptr<float>();
     p.d_hidden = need_hidden ? d_hidden.mutable_data_ptr() : nullptr;
     p.d_weight = need_weight ? d_weight.mutable_data_ptr() : nullptr;

@@ -40,7 +40,7 @@ STABLE_TORCH_LIBRARY(CNM_LIBRARY, m) {
         "float label_smoothing, bool return_accuracy, bool keep_expected) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "linear_nll_backward(Tensor d_nll, Tensor hidden, Tensor weight, Tensor bias, Tensor target, "
-        "Tensor valid_lengths, float label_smoothing, Tensor lse, Tensor expected, bool need_hidden, "
+        "Tensor valid_lengths, float label_smoothing, Tensor stats, Tensor expected, bool need_hidden, "
         "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
     m.def(
         "absorbed_attention(Tensor query, Tensor key, Tensor? value, Tensor? key_bias, Tensor? key_weight, "

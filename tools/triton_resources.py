@@ -92,8 +92,8 @@ def attend_branches(dtype: torch.dtype, n: int = 3, B: int = 2, L: int = 50, H: 
 def reconstruct(V: int, D: int, dtype: torch.dtype, M: int = 128, L: int = 20) -> None:
     hidden, weight, bias = torch.zeros(M, L, D, dtype=dtype), torch.zeros(V, D), torch.zeros(V)
     target, lengths = torch.zeros(M, L, dtype=torch.int64), torch.full((M,), L)
-    nll, _, lse, expected = linear_nll.forward(hidden, weight, bias, target, lengths, 0.1, True, True)
-    linear_nll.backward(nll, hidden, weight, bias, target, lengths, 0.1, lse, expected, True, True, True)
+    nll, _, stats, expected = linear_nll.forward(hidden, weight, bias, target, lengths, 0.1, True, True)
+    linear_nll.backward(nll, hidden, weight, bias, target, lengths, 0.1, stats, expected, True, True, True)
 
 
 def add_and_norm(D: int, dtype: torch.dtype, N: int = 512) -> None:

@@ -27,7 +27,7 @@ def _fake(
         return hidden.new_empty(shape, dtype=torch.float32)
 
     accuracy = floats(M if return_accuracy else 0)
-    return floats(M), accuracy, floats(M, L), floats(M, L, D) if keep_expected else floats(0)
+    return floats(M), accuracy, floats(2, M, L), floats(M, L, D) if keep_expected else floats(0)
 
 
 def _fake_backward(d_nll: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -86,9 +86,9 @@ def register(
     def backward(ctx: Any, d_nll: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if d_nll is None:
             return (None,) * 8
-        *tensors, lse, expected = ctx.saved_tensors
+        *tensors, stats, expected = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        gradients = operator.backward(d_nll, *tensors, ctx.label_smoothing, lse, expected, *needs)
+        gradients = operator.backward(d_nll, *tensors, ctx.label_smoothing, stats, expected, *needs)
         return (*(d if needed else None for d, needed in zip(gradients, needs, strict=True)), *(None,) * 5)
 
     operator.register_fake(_fake, _fake_backward)

@@ -1,9 +1,9 @@
 """Label-smoothed negative log likelihood of logits that exist already, without further tensors of their size.
 
 Per token (1-e)(lse - z_y) + e (lse - mean_v z_v); its gradient softmax(z) - (1-e) 1_y - e/V is computed from the logits
-and the lse in the backward, straight into the one tensor it needs. PyTorch's composition keeps the log softmax as well.
-Rows are worked through in blocks that stay in a cache. Where the layer that makes the logits is at hand, ``linear_nll``
-does without them.
+and two numbers a row in the backward, straight into the one tensor it needs. PyTorch's composition keeps the log
+softmax as well. Rows are worked through in blocks that stay in a cache. Where the layer that makes the logits is at
+hand, ``linear_nll`` does without them.
 """
 
 from __future__ import annotations
@@ -39,18 +39,21 @@ class _LogitsNLL(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         N = logits.size(0)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        lse, nll = (torch.empty(N, dtype=dtype, device=logits.device) for _ in range(2))
+        nll = torch.empty(N, dtype=dtype, device=logits.device)
+        # A large maximum would swallow the logarithm in max z + log sum exp(z - max).
+        stats = torch.empty(2, N, dtype=dtype, device=logits.device)
         correct = torch.empty(N, dtype=torch.bool, device=logits.device)
         for rows in _blocks(logits):
             z, y = logits[rows].to(dtype), target[rows]
             highest, likeliest = z.max(-1)
             picked = z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-            mean = z.mean(-1)
-            total = (z - highest.unsqueeze(-1)).exp_().sum(-1).log_().add_(highest)
-            lse[rows] = total
-            nll[rows] = total - (1 - smoothing) * picked - smoothing * mean
+            less = z - highest.unsqueeze(-1)
+            below = less.mean(-1)
+            log_total = less.exp_().sum(-1).log_()
+            stats[0, rows], stats[1, rows] = highest, log_total
+            nll[rows] = log_total + (1 - smoothing) * (highest - picked) - smoothing * below
             correct[rows] = likeliest == y
-        ctx.save_for_backward(logits, target, lse)
+        ctx.save_for_backward(logits, target, stats)
         ctx.smoothing = smoothing
         ctx.mark_non_differentiable(correct)
         return nll, correct
@@ -58,12 +61,13 @@ class _LogitsNLL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_nll: Tensor, _: None) -> tuple[Tensor, None, None]:
-        logits, target, lse = ctx.saved_tensors
+        logits, target, stats = ctx.saved_tensors
         V, smoothing = logits.size(-1), ctx.smoothing
         d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for rows in _blocks(logits):
             d = d_nll[rows].unsqueeze(-1)
-            gradient = (logits[rows] - lse[rows].unsqueeze(-1)).exp_().sub_(smoothing / V).mul_(d)
+            highest, log_total = stats[:, rows].unsqueeze(-1)
+            gradient = (logits[rows] - highest).sub_(log_total).exp_().sub_(smoothing / V).mul_(d)
             gradient.scatter_add_(-1, target[rows].unsqueeze(-1), (smoothing - 1) * d)
             d_logits[rows] = gradient
         return d_logits, None, None

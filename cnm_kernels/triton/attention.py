@@ -66,7 +66,7 @@ def _forward_tile(
             branch_first = first_ptr
             if BRANCHES > 1:
                 branch_first = first_ptr + branch * weights_n
-            m = load_key_weights(branch_first, second_ptr, b, keys, Lk, alpha, min_width, KIND)
+            m = load_key_weights(branch_first, second_ptr, b, keys, limit, Lk, alpha, min_width, KIND)
             e = unweighted * m[None, :]
             total = tl.sum(e, 1)
             inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
@@ -153,7 +153,7 @@ def _backward_kernel(
                 branch_first = first_ptr
                 if BRANCHES > 1:
                     branch_first = first_ptr + branch * weights_n
-                m = load_key_weights(branch_first, second_ptr, b, keys, Lk, alpha, min_width, KIND)
+                m = load_key_weights(branch_first, second_ptr, b, keys, limit, Lk, alpha, min_width, KIND)
                 d_out_h_ptr = d_out_ptr + branch * d_out_n + b * d_out_b + h * d_out_h
                 d_out = load_rows(d_out_h_ptr, rows, Lq, d_out_l, d, BLOCK_D)
                 inverse = tl.load(stats + branch * stats_n + 1, mask=rows < Lq, other=0.0)

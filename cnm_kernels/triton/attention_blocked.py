@@ -45,7 +45,7 @@ def _forward_kernel(
         k = load_rows(k_ptr + b * k_b + h * k_h, keys, limit, k_l, d, BLOCK_D)
         v = load_rows(v_ptr + b * v_b + h * v_h, keys, limit, v_l, d, BLOCK_D)
         s = dot(q, tl.trans(k)) * scale
-        m = load_key_weights(first_ptr, second_ptr, b, keys, Lk, alpha, min_width, KIND)
+        m = load_key_weights(first_ptr, second_ptr, b, keys, limit, Lk, alpha, min_width, KIND)
         seen = visible(rows, keys, limit, CAUSAL) & (m > 0)[None, :]
         reached = s
         if KIND != _NONE:
@@ -90,7 +90,7 @@ def _weights_kernel(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     keys = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     limit = real_keys(lengths_ptr, b, Lk, HAS_LENGTHS)
-    m = load_key_weights(first_ptr, second_ptr, b, keys, Lk, alpha, min_width, KIND)
+    m = load_key_weights(first_ptr, second_ptr, b, keys, limit, Lk, alpha, min_width, KIND)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for h in range(0, H):
         q = load_rows(q_ptr + b * q_b + h * q_h, rows, Lq, q_l, d, BLOCK_D)
@@ -126,7 +126,7 @@ def _query_gradient_kernel(
             keys = start + tl.arange(0, BLOCK_N)
             k = load_rows(k_ptr + b * k_b + h * k_h, keys, limit, k_l, d, BLOCK_D)
             v = load_rows(v_ptr + b * v_b + h * v_h, keys, limit, v_l, d, BLOCK_D)
-            m = load_key_weights(first_ptr, second_ptr, b, keys, Lk, alpha, min_width, KIND)
+            m = load_key_weights(first_ptr, second_ptr, b, keys, limit, Lk, alpha, min_width, KIND)
             p = _unweighted(q, k, stats_ptr, b, h, rows, keys, limit, m, H, Lq, scale, CAUSAL) * m[None, :]
             d_p = dot(d_out, tl.trans(v))
             if HAS_D_WEIGHTS:
@@ -158,7 +158,7 @@ def _key_gradient_kernel(
     first_head = (tl.program_id(0) % groups) * HEADS
     keys = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     limit = real_keys(lengths_ptr, b, Lk, HAS_LENGTHS)
-    m = load_key_weights(first_ptr, second_ptr, b, keys, Lk, alpha, min_width, KIND)
+    m = load_key_weights(first_ptr, second_ptr, b, keys, limit, Lk, alpha, min_width, KIND)
     d_m = tl.zeros([BLOCK_N], tl.float32)
     begin = 0
     if CAUSAL:  # earlier queries see none of these keys

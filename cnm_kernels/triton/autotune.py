@@ -62,7 +62,7 @@ def calls(device: str) -> Iterator[tuple[str, tuple[Key, Key], tuple[Call, Call]
         weight, bias = torch.randn(8001, 256, device=device).to(dtype), torch.zeros(8001, device=device)
         target = torch.randint(8001, (384, 20), device=device)
         lengths = torch.full((384,), 20, device=device)
-        nll, _, lse, expected = linear_nll.forward(hidden, weight, bias, target, lengths, 0.1, False, True)
+        nll, _, stats, expected = linear_nll.forward(hidden, weight, bias, target, lengths, 0.1, False, True)
         words = (hidden, weight, bias, target, lengths, 0.1)
 
         def forward_loss(words: tuple = words) -> None:
@@ -70,7 +70,7 @@ def calls(device: str) -> Iterator[tuple[str, tuple[Key, Key], tuple[Call, Call]
 
         def backward_loss(
             words: tuple = words,
-            kept: tuple = (nll, lse, expected),
+            kept: tuple = (nll, stats, expected),
         ) -> None:
             linear_nll.backward(kept[0], *words, kept[1], kept[2], True, True, True)
 

@@ -50,12 +50,12 @@ class KeyWeights:
 
 
 @triton.jit
-def load_key_weights(first_ptr, second_ptr, b, keys, Lk, alpha, min_width, KIND: tl.constexpr):
-    """m + eps of keys [N] float32; of keys past the end whatever is finite."""
+def load_key_weights(first_ptr, second_ptr, b, keys, limit, Lk, alpha, min_width, KIND: tl.constexpr):
+    """m + eps of keys [N] float32; of keys past the real ones (``limit`` of Lk) whatever is finite."""
     if KIND == _NONE:
         return tl.full(keys.shape, 1.0, tl.float32)
     elif KIND == _TENSOR:
-        return tl.load(first_ptr + b * Lk + keys, mask=keys < Lk, other=0.0).to(tl.float32) + _EPS
+        return tl.load(first_ptr + b * Lk + keys, mask=keys < limit, other=0.0).to(tl.float32) + _EPS
     else:
         center = tl.load(first_ptr + b).to(tl.float32)
         width = clamp(tl.load(second_ptr + b).to(tl.float32), min_width)

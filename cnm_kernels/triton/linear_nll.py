@@ -3,7 +3,8 @@
 The forward keeps O = softmax(z) W, so that dh = g (O - (1-e) W[y] - e mean W) for whatever g, without logits. The
 backward to W recomputes z per tile of words: dz = g (softmax(z) - (1-e) 1_y - e/V), dW = dz^T h. Tokens that are
 padding or have no gradient are left out (see ``packed_tokens``). Where there are too few tiles to fill a GPU, the words
-(the backward: the tokens) are split, and the parts summed in a fixed order by a second kernel.
+(the backward: the tokens) are split, and the parts summed in a fixed order by a second kernel. max z and
+log sum exp(z - max) are kept apart: a large maximum would swallow the logarithm.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ def _forward_kernel(
     STEPS: tl.constexpr, ACCURACY: tl.constexpr, EXPECTED: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Per packed token and split: partial [split, 4, N] = max z, sum exp(z - max), sum z, z_y; likeliest word; O."""
+    """Per packed token and split: partial [split, 4, N], likeliest word, O.
+
+    partial: max z, sum exp(z - max), sum (z - max), z_y.
+    """
     count = tl.load(offsets_ptr + M)
     split = tl.program_id(1)
     packed = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -67,7 +71,7 @@ def _forward_kernel(
         h = _tile(hidden_ptr, token, valid, columns, D, dtype)
         highest = tl.full([BLOCK_T], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_T], tl.float32)
-        z_sum = tl.zeros([BLOCK_T], tl.float32)
+        below = tl.zeros([BLOCK_T], tl.float32)
         z_target = tl.zeros([BLOCK_T], tl.float32)
         best = tl.zeros([BLOCK_T], tl.int32)
         expected = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -77,7 +81,6 @@ def _forward_kernel(
             w = _tile(weight_ptr, words, words < V, columns, D, dtype)
             z = _logits(hidden_ptr, weight_ptr, bias_ptr, h, w, token, valid, words, D, V, dtype, CHUNKS, BLOCK_D)
             inside = (words < V)[None, :]
-            z_sum += tl.sum(tl.where(inside, z, 0.0), 1)
             z_target += tl.sum(tl.where(words[None, :] == target[:, None], z, 0.0), 1)
             z = tl.where(inside, z, float("-inf"))
             here = tl.max(z, 1)
@@ -85,6 +88,8 @@ def _forward_kernel(
                 best = tl.where(here > highest, start + tl.argmax(z, 1, tie_break_left=True), best)
             higher = tl.maximum(highest, here)
             shrink = tl.exp(highest - higher)
+            below += tl.where(highest == float("-inf"), 0.0, highest - higher) * (start - first)
+            below += tl.sum(tl.where(inside, z - higher[:, None], 0.0), 1)
             e = tl.exp(z - higher[:, None])
             total = total * shrink + tl.sum(e, 1)
             if EXPECTED:
@@ -94,7 +99,7 @@ def _forward_kernel(
             place_of = partial_ptr + split * 4 * N + packed
             tl.store(place_of, highest, mask=valid)
             tl.store(place_of + N, total, mask=valid)
-            tl.store(place_of + 2 * N, z_sum, mask=valid)
+            tl.store(place_of + 2 * N, below, mask=valid)
             tl.store(place_of + 3 * N, z_target, mask=valid)
             if ACCURACY:
                 tl.store(word_ptr + split * N + packed, best, mask=valid)
@@ -106,11 +111,11 @@ def _forward_kernel(
 
 @triton.jit
 def _combine_kernel(
-    partial_ptr, word_ptr, parts_ptr, target_ptr, offsets_ptr, nll_ptr, accuracy_ptr, lse_ptr, expected_ptr,
-    L, D, V, N, splits, smoothing,
+    partial_ptr, word_ptr, parts_ptr, target_ptr, offsets_ptr, nll_ptr, accuracy_ptr, stats_ptr, expected_ptr,
+    L, D, V, N, splits, words_per_split, smoothing,
     ACCURACY: tl.constexpr, EXPECTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Per row of tokens: the splits put together, lse and O of each token, the mean nll."""
+    """Per row of tokens: the splits put together, statistics and O of each token, the mean nll."""
     row = tl.program_id(0)
     begin = tl.load(offsets_ptr + row)
     length = tl.load(offsets_ptr + row + 1) - begin
@@ -130,18 +135,20 @@ def _combine_kernel(
                 best = tl.where(here > highest, word, best)
             highest = tl.maximum(highest, here)
         total = tl.zeros([BLOCK_T], tl.float32)
-        z_sum = tl.zeros([BLOCK_T], tl.float32)
+        below = tl.zeros([BLOCK_T], tl.float32)
         z_target = tl.zeros([BLOCK_T], tl.float32)
         for split in range(0, splits):
             place_of = partial_ptr + split * 4 * N + packed
-            share = tl.exp(tl.load(place_of, mask=valid, other=0.0) - highest)
-            total += share * tl.load(place_of + N, mask=valid, other=1.0)
-            z_sum += tl.load(place_of + 2 * N, mask=valid, other=0.0)
+            less = tl.load(place_of, mask=valid, other=0.0) - highest
+            words = tl.minimum(words_per_split, V - split * words_per_split)
+            total += tl.exp(less) * tl.load(place_of + N, mask=valid, other=1.0)
+            below += tl.load(place_of + 2 * N, mask=valid, other=0.0) + less * words
             z_target += tl.load(place_of + 3 * N, mask=valid, other=0.0)
-        lse = highest + tl.log(total)
-        token_nll = tl.log(total) + (1.0 - smoothing) * (highest - z_target) + smoothing * (highest - z_sum / V)
+        log_total = tl.log(total)
+        token_nll = log_total + (1.0 - smoothing) * (highest - z_target) - smoothing * (below / V)
         nll += tl.sum(tl.where(valid, token_nll, 0.0), 0)
-        tl.store(lse_ptr + row * L + place, tl.where(valid, lse, 0.0), mask=inside)
+        tl.store(stats_ptr + row * L + place, tl.where(valid, highest, 0.0), mask=inside)
+        tl.store(stats_ptr + N + row * L + place, tl.where(valid, log_total, 0.0), mask=inside)
         if ACCURACY:
             target = tl.load(target_ptr + row * L + place, mask=valid, other=-1)
             correct += tl.sum((valid & (best == target)).to(tl.float32), 0)
@@ -192,7 +199,7 @@ def _hidden_gradient_kernel(
 
 @triton.jit
 def _word_gradient_kernel(
-    d_nll_ptr, hidden_ptr, weight_ptr, bias_ptr, target_ptr, lengths_ptr, lse_ptr, offsets_ptr,
+    d_nll_ptr, hidden_ptr, weight_ptr, bias_ptr, target_ptr, lengths_ptr, stats_ptr, offsets_ptr,
     d_weight_ptr, d_bias_ptr, M, L, D, V, smoothing,
     STEPS: tl.constexpr, SPLITS: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -216,7 +223,8 @@ def _word_gradient_kernel(
         d_nll = tl.where(valid, tl.load(d_nll_ptr + row) / length.to(tl.float32), 0.0)
         h = _tile(hidden_ptr, token, valid, columns, D, dtype)
         z = _logits(hidden_ptr, weight_ptr, bias_ptr, h, w, token, valid, words, D, V, dtype, CHUNKS, BLOCK_D)
-        likely = tl.exp(z - tl.load(lse_ptr + token)[:, None]) - smoothing / V
+        less = z - tl.load(stats_ptr + token)[:, None]
+        likely = tl.exp(less - tl.load(stats_ptr + M * L + token)[:, None]) - smoothing / V
         target = tl.load(target_ptr + token)
         d_z = tl.where(words[None, :] == target[:, None], likely - (1.0 - smoothing), likely) * d_nll[:, None]
         if NEED_BIAS:
@@ -248,7 +256,7 @@ SCHEMAS = {
     "linear_nll": "(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor valid_lengths, "
     "float label_smoothing, bool return_accuracy, bool keep_expected) -> (Tensor, Tensor, Tensor, Tensor)",
     "linear_nll_backward": "(Tensor d_nll, Tensor hidden, Tensor weight, Tensor bias, Tensor target, "
-    "Tensor valid_lengths, float label_smoothing, Tensor lse, Tensor expected, bool need_hidden, "
+    "Tensor valid_lengths, float label_smoothing, Tensor stats, Tensor expected, bool need_hidden, "
     "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
 }
 
@@ -274,10 +282,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (M, L, D), V = hidden.shape, weight.size(0)
     nll, accuracy = floats(hidden, M), floats(hidden, M if return_accuracy else 0)
-    lse = floats(hidden, M, L)
+    stats = floats(hidden, 2, M, L)
     expected = floats(hidden, M, L, D) if keep_expected else floats(hidden, 0)
     if M * L == 0:
-        return nll.zero_(), accuracy.zero_(), lse, expected
+        return nll.zero_(), accuracy.zero_(), stats, expected
     hidden, weight, bias, target, valid_lengths = (
         tensor.contiguous() for tensor in (hidden, weight, bias, target, valid_lengths)
     )
@@ -298,10 +306,11 @@ def forward(
         num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
     )  # fmt: skip
     _combine_kernel[(M,)](
-        partial, words, parts, target, places, nll, accuracy, lse, expected, L, D, V, N, splits, label_smoothing,
-        return_accuracy, keep_expected, min(triton.next_power_of_2(L), 16), BLOCK_D, num_warps=4, enable_fp_fusion=True,
+        partial, words, parts, target, places, nll, accuracy, stats, expected, L, D, V, N, splits, per_split,
+        label_smoothing, return_accuracy, keep_expected, min(triton.next_power_of_2(L), 16), BLOCK_D,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return nll, accuracy, lse, expected
+    return nll, accuracy, stats, expected
 
 
 def backward(
@@ -312,7 +321,7 @@ def backward(
     target: Tensor,
     valid_lengths: Tensor,
     label_smoothing: float,
-    lse: Tensor,
+    stats: Tensor,
     expected: Tensor,
     need_hidden: bool,
     need_weight: bool,
@@ -332,7 +341,7 @@ def backward(
     BLOCK_T, BLOCK_V, BLOCK_D = chosen.rows, chosen.columns, block(D, MAX_BLOCK_D[hidden.element_size()])
     chunks = triton.cdiv(D, BLOCK_D)
     if need_hidden:
-        mean = weight.mean(0, dtype=lse.dtype)
+        mean = weight.mean(0, dtype=stats.dtype)
         _hidden_gradient_kernel[(triton.cdiv(M * L, 16), chunks)](
             d_nll, weight, mean, target, valid_lengths, expected, d_hidden, M, L, D, label_smoothing, 16, BLOCK_D,
             num_warps=4, enable_fp_fusion=True,
@@ -346,7 +355,7 @@ def backward(
     if splits > 1:
         parts = (floats(hidden, splits, *d_weight.shape), floats(hidden, splits, *d_bias.shape))
     _word_gradient_kernel[(tiles, splits, chunks if need_weight else 1)](
-        d_nll, hidden, weight, bias, target, valid_lengths, lse, places, *parts, M, L, D, V, label_smoothing,
+        d_nll, hidden, weight, bias, target, valid_lengths, stats, places, *parts, M, L, D, V, label_smoothing,
         steps(M), splits, need_weight, need_bias, chunks, BLOCK_T, BLOCK_V, BLOCK_D,
         num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
     )  # fmt: skip

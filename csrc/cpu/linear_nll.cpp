@@ -1,6 +1,7 @@
 // Label-smoothed negative log likelihood of a linear layer, forward and backward, blockwise over the vocabulary.
 //
 //   z = h W^T + b, token nll = (1-e)(lse - z_y) + e (lse - mean_v z_v), averaged over each row's valid tokens
+//   lse = max z + log sum exp(z - max): two numbers, never added, because a large maximum would swallow the logarithm
 //   dz_v = g (softmax_v - (1-e) [v = y] - e / V), dh = dz W, dW = dz^T h, db = sum dz
 //
 // The tokens that count (valid; in the backward, with a gradient) are gathered into tiles of 64. A tile's logits are
@@ -157,14 +158,14 @@ class Tile {
     E *transposed_, *packed_;
 };
 
-// Running maximum, sum of exponentials and sum of logits of each of a tile's tokens.
+// Running maximum, sum of exponentials and sum of z - max of each of a tile's tokens.
 struct Softmax {
-    alignas(64) float max[TOKENS], total[TOKENS], logit_sum[TOKENS], target_logit[TOKENS], scale[TOKENS], best[TOKENS];
+    alignas(64) float max[TOKENS], total[TOKENS], below[TOKENS], target_logit[TOKENS], scale[TOKENS], best[TOKENS];
 
     Softmax() {
         std::fill_n(max, TOKENS, std::numeric_limits<float>::lowest());
         std::fill_n(total, TOKENS, 0.0f);
-        std::fill_n(logit_sum, TOKENS, 0.0f);
+        std::fill_n(below, TOKENS, 0.0f);
         std::fill_n(target_logit, TOKENS, 0.0f);
         std::fill_n(best, TOKENS, 0.0f);
     }
@@ -174,17 +175,15 @@ struct Softmax {
     void take(float* logits, const float* bias, const int64_t* target, int64_t begin, int64_t words, int64_t size,
               bool keep) {
         for (int64_t i = 0; i < TOKENS; i += W) {
-            Vec top = load(max + i), sum = load(logit_sum + i), word = load(best + i);
+            Vec top = load(max + i), word = load(best + i);
             for (int64_t v = 0; v < words; ++v) {
                 float* p = logits + v * TOKENS + i;
                 const Vec z = load(p) + set1(bias[v]);
                 store(p, z);
                 word = select(less(top, z), set1(static_cast<float>(begin + v)), word);
                 top = vmax(z, top);
-                sum += z;
             }
             store(best + i, word);
-            store(logit_sum + i, sum);
             store(scale + i, top);
         }
         for (int64_t t = 0; t < size; ++t) {
@@ -193,15 +192,18 @@ struct Softmax {
             }
         }
         for (int64_t i = 0; i < TOKENS; i += W) {
-            const Vec top = load(scale + i), factor = exp(load(max + i) - top);
-            Vec sum = load(total + i) * factor;
+            const Vec top = load(scale + i), raised = load(max + i) - top, factor = exp(raised);
+            Vec sum = load(total + i) * factor, under = load(below + i);
+            if (begin > 0) under += raised * set1(static_cast<float>(begin));
             for (int64_t v = 0; v < words; ++v) {
                 float* p = logits + v * TOKENS + i;
-                const Vec e = exp(load(p) - top);
+                const Vec less_top = load(p) - top, e = exp(less_top);
+                under += less_top;
                 if (keep) store(p, e);
                 sum += e;
             }
             store(total + i, sum);
+            store(below + i, under);
             store(max + i, top);
             store(scale + i, factor);
         }
@@ -244,11 +246,11 @@ void forward(const LinearNllParams& p) {
             const size_t i = static_cast<size_t>(tile.first + t);
             const int64_t token = tokens.index[i];
             const float max = softmax.max[t], log_total = std::log(softmax.total[t]), smoothing = p.label_smoothing;
-            // Large logits would swallow the logarithm.
-            token_nll[i] = log_total + (1 - smoothing) * (max - softmax.target_logit[t]) +
-                           smoothing * (max - softmax.logit_sum[t] / static_cast<float>(p.V));
+            token_nll[i] = log_total + (1 - smoothing) * (max - softmax.target_logit[t]) -
+                           smoothing * (softmax.below[t] / static_cast<float>(p.V));
             correct[i] = static_cast<int64_t>(softmax.best[t]) == target[t];
-            p.lse[token] = max + log_total;
+            p.stats[token] = max;
+            p.stats[p.M * p.L + token] = log_total;
             if (p.expected != nullptr) {
                 write_row(p.expected + token * p.D, tile.sums + t * tile.sums_ld(), p.D, 1 / softmax.total[t]);
             }
@@ -265,7 +267,7 @@ void forward(const LinearNllParams& p) {
         }
         // What is saved for the backward holds no garbage.
         const int64_t padding = m * p.L + n;
-        std::fill(p.lse + padding, p.lse + (m + 1) * p.L, 0.0f);
+        for (float* stats : {p.stats, p.stats + p.M * p.L}) std::fill(stats + padding, stats + (m + 1) * p.L, 0.0f);
         if (p.expected != nullptr) std::fill(p.expected + padding * p.D, p.expected + (m + 1) * p.L * p.D, 0.0f);
         const float count = static_cast<float>(n);
         p.nll[m] = n == 0 ? 0 : nll / count;
@@ -275,14 +277,15 @@ void forward(const LinearNllParams& p) {
 
 // A tile's side of the backward, padded with tokens of no gradient.
 struct TileGradient {
-    alignas(64) float lse[TOKENS], gradient[TOKENS];
+    alignas(64) float max[TOKENS], log_total[TOKENS], gradient[TOKENS];
     int64_t target[TOKENS];
 
     TileGradient(const LinearNllBackwardParams& p, const Tokens& tokens, int64_t first, int64_t size) {
         for (int64_t t = 0; t < TOKENS; ++t) {
             const bool real = t < size;
             const int64_t token = real ? tokens.index[static_cast<size_t>(first + t)] : 0;
-            lse[t] = real ? p.lse[token] : std::numeric_limits<float>::max();
+            max[t] = real ? p.stats[token] : std::numeric_limits<float>::max();
+            log_total[t] = real ? p.stats[p.M * p.L + token] : 0;
             gradient[t] = real ? tokens.gradient[static_cast<size_t>(first + t)] : 0;
             target[t] = real ? p.target[token] : -1;
         }
@@ -296,7 +299,7 @@ struct TileGradient {
             Vec sum = set1(0);
             for (int64_t i = 0; i < TOKENS; i += W) {
                 float* p = z + v * TOKENS + i;
-                const Vec probability = exp(load(p) + set1(bias[v]) - load(lse + i));
+                const Vec probability = exp(load(p) + set1(bias[v]) - load(max + i) - load(log_total + i));
                 const Vec dz = (probability - share) * load(gradient + i);
                 store(p, dz);
                 sum += dz;

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
     clear(out);
     for (int tile = 0; tile < tiles; ++tile) {
         if (stages == 2) copy_both(tile + 1);
-        load_key_weights(p, p.branches, b, first_branch, branches, static_cast<int64_t>(tile) * TILE, weights);
+        load_key_weights(p, p.branches, b, first_branch, branches, static_cast<int64_t>(tile) * TILE, limit, weights);
         stages == 2 ? wait_async<3>() : wait_async<1>();
         sync_block();
         float e[N][4];
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_weights_kernel
     float* const weights = reinterpret_cast<float*>(keys + SIZE);
     const int64_t b = blockIdx.x, first_row = static_cast<int64_t>(blockIdx.y) * TILE, limit = real_keys(p, b);
     const int64_t first_key = static_cast<int64_t>(blockIdx.z) * TILE, own_row = first_row + warp() * 16;
-    load_key_weights(p, Branches{}, b, 0, 1, first_key, weights);
+    load_key_weights(p, Branches{}, b, 0, 1, first_key, limit, weights);
     const float share = 1.0f / static_cast<float>(p.H);
     float averaged[N][4];
     clear(averaged);

@@ -25,14 +25,15 @@ __device__ __forceinline__ int64_t real_keys(const AttentionInputs& p, int64_t b
     return length < 0 ? 0 : length < p.Lk ? length : p.Lk;
 }
 
-// m + eps of a tile of keys, for each of `branches`, to weights [branches, TILE].
+// m + eps of a tile of keys, for each of `branches`, to weights [branches, TILE]; 1 behind the `limit` real keys: what
+// lies there may be anything.
 __device__ __forceinline__ void load_key_weights(const AttentionInputs& p, const Branches& branches, int64_t b,
                                                  int64_t first_branch, int64_t count, int64_t first_key,
-                                                 float* weights) {
+                                                 int64_t limit, float* weights) {
     for (int64_t i = thread(); i < count * TILE; i += threads()) {
         const int64_t j = first_key + i % TILE;
         float m = 1.0f;
-        if (j < p.Lk && p.key_weight != nullptr) {
+        if (j < limit && p.key_weight != nullptr) {
             m = load(p.key_weight + (first_branch + i / TILE) * branches.weights + b * p.Lk + j) + KEY_WEIGHT_EPS;
         } else if (p.center != nullptr) {
             const Gaussian gaussian(load(p.center + b), load(p.width + b), p.alpha, p.min_width, p.complement);

@@ -92,7 +92,9 @@ struct Block {
 
     __device__ int rows() const { return static_cast<int>(p.Lq); }
 
-    __device__ void load_weights(int first_key) const { load_key_weights(p, p.branches, b, 0, n, first_key, weights); }
+    __device__ void load_weights(int first_key) const {
+        load_key_weights(p, p.branches, b, 0, n, first_key, limit, weights);
+    }
 
     __device__ bool visible(int row, int key) const { return key < limit && (!p.causal || key <= row); }
 

@@ -3,7 +3,8 @@
 //
 // Tokens that count are listed first, so that padding, and rows without a gradient, take no part in anything. Forward,
 // a block has a tile of tokens and one of several parts of the vocabulary: with z = h W^T + b it keeps max z, sum exp(z
-// - max), sum z, z_y and, for the backward, O = softmax(z) W; a second kernel puts the parts together in order.
+// - max), sum (z - max), z_y and, for the backward, O = softmax(z) W; a second kernel puts the parts together in order.
+// max z and log sum exp(z - max) are kept apart: a large maximum would swallow the logarithm.
 // Backward, dh = g (O - (1 - e) W[y] - e mean W) needs no logits; dW = dz^T h, dz = g (softmax(z) - (1 - e) 1_y - e /
 // V), takes a block for each tile of words and each of several parts of the tokens, whose sums are added in order. Rows
 // wider than a tile come in chunks; the last chunk loaded is the one whose columns of the result the block computes.
@@ -150,7 +151,7 @@ struct Products {
 
 struct ForwardScratch {
     const int *tokens, *count;
-    float* partial;   // [parts, 4, M L]: max z, sum exp(z - max), sum z, z_y
+    float* partial;   // [parts, 4, M L]: max z, sum exp(z - max), sum (z - max), z_y
     int* likeliest;   // [parts, M L] or null
     float* expected;  // [parts, M L, D], not yet divided by the sum; or null
 };
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     const int end = first_word + words_per_part < vocabulary ? first_word + words_per_part : vocabulary;
     constexpr int N = KEYS<T, D> / 8;
     int target[2];
-    float highest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, z_sum[2] = {0, 0}, z_target[2] = {0, 0};
+    float highest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, below[2] = {0, 0}, z_target[2] = {0, 0};
     int best[2] = {0, 0};
     float expected[D / 8][4];
     clear(expected);
@@ -203,7 +204,6 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
                     const int column = 8 * n + column_of(i), word = first_word + tile * KEYS<T, D> + column;
                     z[n][i] += bias[column];
                     if (word == target[i / 2]) z_target[i / 2] += z[n][i];
-                    if (word < end) z_sum[i / 2] += z[n][i];
                     z[n][i] = word < end ? z[n][i] : -INFINITY;
                     if (z[n][i] > here[i / 2]) at[i / 2] = word;
                     here[i / 2] = fmaxf(here[i / 2], z[n][i]);
@@ -222,13 +222,17 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
                 if (here[r] > highest[r]) best[r] = at[r];
                 const float higher = fmaxf(highest[r], here[r]);
                 shrink[r] = exponential(highest[r] - higher);
+                // by this lane's words of the tiles before
+                if (tile > 0) below[r] += (highest[r] - higher) * static_cast<float>(tile * (KEYS<T, D> / 4));
                 highest[r] = higher;
             }
 #pragma unroll
             for (int n = 0; n < N; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    z[n][i] = exponential(z[n][i] - highest[i / 2]);
+                    z[n][i] -= highest[i / 2];
+                    if (first_word + tile * KEYS<T, D> + 8 * n + column_of(i) < end) below[i / 2] += z[n][i];
+                    z[n][i] = exponential(z[n][i]);
                     sum[i / 2] += z[n][i];
                 }
             }
@@ -247,13 +251,13 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     for (int r = 0; r < 2; ++r) {
         const int row = warp() * 16 + row_of(2 * r);
         total[r] = sum_over_lanes<4>(total[r]);
-        z_sum[r] = sum_over_lanes<4>(z_sum[r]);
+        below[r] = sum_over_lanes<4>(below[r]);
         z_target[r] = sum_over_lanes<4>(z_target[r]);
         if (blockIdx.z != 0 || lane() % 4 != 0 || tokens[row] < 0) continue;
         float* const partial = scratch.partial + part * 4 * N_TOKENS + first + row;
         store(partial, highest[r]);
         store(partial + N_TOKENS, total[r]);
-        store(partial + 2 * N_TOKENS, z_sum[r]);
+        store(partial + 2 * N_TOKENS, below[r]);
         store(partial + 3 * N_TOKENS, z_target[r]);
         if (scratch.likeliest != nullptr) store(scratch.likeliest + part * N_TOKENS + first + row, best[r]);
     }
@@ -270,8 +274,8 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     }
 }
 
-// Per row of tokens: the parts put together, lse and O of each token, the mean nll. A warp takes a token at a time.
-__global__ void __launch_bounds__(SUM_THREADS) combine_kernel(LinearNllParams p, ForwardScratch scratch, int parts) {
+// Per row of tokens: the parts put together, statistics and O of each token, the mean nll. A warp takes a token at a time.
+__global__ void __launch_bounds__(SUM_THREADS) combine_kernel(LinearNllParams p, ForwardScratch scratch, int parts, int words_per_part) {
     float* const shared = dynamic_shared<float>();
     const int64_t m = blockIdx.x, N = p.M * p.L, before = tokens_before(p, nullptr, m, shared);
     const int64_t length = valid_length(p, nullptr, m);
@@ -280,14 +284,14 @@ __global__ void __launch_bounds__(SUM_THREADS) combine_kernel(LinearNllParams p,
     for (int64_t i = warp(); i < p.L; i += threads() / WARP) {
         const int64_t token = m * p.L + i;
         if (i >= length) {  // zeros where there is no token
-            if (lane() == 0) store(p.lse + token, 0.0f);
+            if (lane() < 2) store(p.stats + lane() * N + token, 0.0f);
             if (p.expected != nullptr) {
                 for (int64_t c = lane(); c < p.D; c += WARP) store(p.expected + token * p.D + c, 0.0f);
             }
             continue;
         }
         const float* const partial = scratch.partial + before + i;
-        float highest = -INFINITY, total = 0, z_sum = 0, z_target = 0;
+        float highest = -INFINITY, total = 0, below = 0, z_target = 0;
         int best = 0;
         for (int part = 0; part < parts; ++part) {
             const float here = load(partial + part * 4 * N);
@@ -296,18 +300,19 @@ __global__ void __launch_bounds__(SUM_THREADS) combine_kernel(LinearNllParams p,
         }
         for (int part = 0; part < parts; ++part) {
             const float* const of_part = partial + part * 4 * N;
-            total += exponential(load(of_part) - highest) * load(of_part + N);
-            z_sum += load(of_part + 2 * N);
+            const float less = load(of_part) - highest, rest = count - static_cast<float>(part * words_per_part);
+            total += exponential(less) * load(of_part + N);
+            below += load(of_part + 2 * N) + less * fminf(rest, static_cast<float>(words_per_part));
             z_target += load(of_part + 3 * N);
         }
-        const float log_total = logf(total), lse = highest + log_total;
+        const float log_total = logf(total);
         const int64_t target = load(p.target + token);
         const bool known =
             target >= 0 && target < p.V;  // a word that is none gives NaN: nothing here can raise an error
         nll +=
-            known ? log_total + (1.0f - smoothing) * (highest - z_target) + smoothing * (highest - z_sum / count) : NAN;
+            known ? log_total + (1.0f - smoothing) * (highest - z_target) - smoothing * (below / count) : NAN;
         correct += static_cast<float>(best == target);
-        if (lane() == 0) store(p.lse + token, lse);
+        if (lane() < 2) store(p.stats + lane() * N + token, lane() == 0 ? highest : log_total);
         if (p.expected == nullptr) continue;
         for (int64_t c = lane(); c < p.D; c += WARP) {
             float expected = 0;
@@ -384,8 +389,9 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     const int first = part * share * KEYS<T, D>;
     const int end = first + share * KEYS<T, D> < count ? first + share * KEYS<T, D> : count;
     const Products<T, D> products(p.D, stages, aligned);
-    float* const lse = reinterpret_cast<float*>(products.rest);  // of a tile of tokens
-    float* const d_nll = lse + KEYS<T, D>;
+    float* const highest = reinterpret_cast<float*>(products.rest);  // of a tile of tokens
+    float* const log_total = highest + KEYS<T, D>;
+    float* const d_nll = log_total + KEYS<T, D>;
     int* const target = reinterpret_cast<int*>(d_nll + KEYS<T, D>);
     float bias[2], d_bias[2] = {0, 0}, d_weight[D / 8][4];
     clear(d_weight);
@@ -409,7 +415,8 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
                     const int place = first + tile * KEYS<T, D> + i;
                     const int token = place < end ? load(scratch.tokens + place) : -1;
                     const int64_t m = token < 0 ? 0 : token / p.L;
-                    lse[i] = token < 0 ? 0.0f : load(p.lse + token);
+                    highest[i] = token < 0 ? 0.0f : load(p.stats + token);
+                    log_total[i] = token < 0 ? 0.0f : load(p.stats + p.M * p.L + token);
                     d_nll[i] = token < 0 ? 0.0f : load(p.d_nll + m) / static_cast<float>(valid_length(p, nullptr, m));
                     target[i] = token < 0 ? -1 : static_cast<int>(load(p.target + token));
                 }
@@ -420,7 +427,8 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const int column = 8 * n + column_of(i), word = own_word + row_of(i);
-                        float d_z = exponential(z[n][i] + bias[i / 2] - lse[column]) - uniform;
+                        const float less = z[n][i] + bias[i / 2] - highest[column];
+                        float d_z = exponential(less - log_total[column]) - uniform;
                         if (word == target[column]) d_z -= 1.0f - smoothing;
                         z[n][i] = d_nll[column] == 0.0f ? 0.0f : d_z * d_nll[column];  // no token: exp may be infinite
                         d_bias[i / 2] += z[n][i];
@@ -535,7 +543,8 @@ void linear_nll(const LinearNllParams& p) {
                    chosen.bytes, static_cast<const LinearNllInputs&>(p), scratch, static_cast<int>(per_part),
                    chosen.stages, aligned);
         }
-        launch(combine_kernel, {p.M}, SUM_THREADS, SCRATCH_BYTES, p, scratch, static_cast<int>(parts));
+        launch(combine_kernel, {p.M}, SUM_THREADS, SCRATCH_BYTES, p, scratch, static_cast<int>(parts),
+               static_cast<int>(per_part));
     });
 }
 
@@ -559,7 +568,7 @@ void linear_nll_backward(const LinearNllBackwardParams& p) {
         int *const count = list.as<int>(), *const tokens = count + 1;
         list_tokens(p, p.d_nll, tokens, count);
         const Plan chosen = plan<T, D>(sizeof(T) == 4 || p.V <= 4096 ? MAX_WARPS / 2 : MAX_WARPS, p.D, 0,
-                                       3 * sizeof(float) * KEYS<T, D>);
+                                       4 * sizeof(float) * KEYS<T, D>);
         const int64_t tiles = ceil_div(p.V, chosen.warps * 16);
         const int64_t parts = parts_to_fill(tiles, ceil_div(N, 4 * KEYS<T, D>));
         const Scratch d_weight(p.d_weight ? parts * p.V * p.D * int64_t{sizeof(float)} : 0);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -85,3 +86,58 @@ def test_loss_of_equal_logits(op: str, name: str, backend: str, device: str, dty
     }
     (nll,) = run(op, inputs, backend)
     torch.testing.assert_close(nll.double().cpu(), torch.full((2,), 8.0, dtype=torch.float64).log())
+
+
+LOSSES = ("linear_nll", "contrastive_reconstruction_loss")
+LOSS_SIZES = ("2e1", "3e2", "2e4", "3e14")  # of hidden states and words: logits to 1e9 and 1e30; float16's end at 2e1
+
+
+def _loss(op: str, name: str, dtype: torch.dtype, device: str) -> Inputs:
+    """Words of +-size, a power of two: logits are exact in float32, and many tie for the highest."""
+    draw, L, D, V = Draw(op + name, dtype, device), 5, 12, 200
+    size = 2.0 ** round(math.log2(float(name)))
+    signs = draw.integers(2, 3, L, D).double() * 2 - 1
+    words = draw.integers(2, 6, D).double()[draw.integers(6, V)] * 2 - 1  # six kinds of words
+    hidden, lengths = signs * size, [5, 3, 1]
+    if op != "linear_nll":
+        hidden, lengths = hidden[:, None], [5]
+    return {
+        "hidden": draw.cast(hidden),
+        "weight": draw.cast(words * size),
+        "bias": draw.cast(torch.zeros(V)),
+        "target": draw.integers(V, len(lengths), L),
+        "valid_lengths": draw.lengths(*lengths),
+        "label_smoothing": 0.1,
+    } | ({} if op == "linear_nll" else {"beta_1": size * size, "beta_2": size * size})
+
+
+@pytest.mark.parametrize(("op", "name", "backend", "device", "dtype"), cases(dict.fromkeys(LOSSES, LOSS_SIZES)))
+def test_loss_of_ties(op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    """The logarithm of the sum is not lost in a maximum whose last digit it is less than."""
+    if dtype == torch.float16 and name != LOSS_SIZES[0]:
+        pytest.skip("float16 ends at 65504")
+    inputs = _loss(op, name, dtype, device)
+    check_against_float64(op, inputs, backend)
+
+
+def check_against_float64(op: str, inputs: Inputs, backend: str) -> None:
+    """Values and all gradients, to a few roundings of the largest number of each."""
+    wide = in_dtype(inputs, torch.float64)
+    dtype = inputs[DIFFERENTIABLE[op][0]].dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for actual, exact in zip(run(op, inputs, backend), REFERENCES[op](**wide), strict=True):
+        close = 1e-12 if dtype == torch.float64 else 2e-6
+        torch.testing.assert_close(actual.double(), exact, rtol=close, atol=close * exact.abs().max().item())
+    names = [name for name in DIFFERENTIABLE[op] if inputs.get(name) is not None]
+    actual = gradients_of(lambda **i: run(op, i, backend), inputs, names)
+    exact = gradients_of(REFERENCES[op], wide, names)
+    for name in names:
+        assert exact[name].isfinite().all()
+        largest = exact[name].abs().max().item()
+        torch.testing.assert_close(
+            actual[name].double(),
+            exact[name],
+            rtol=tolerance,
+            atol=tolerance * largest,
+            msg=lambda m, n=name: f"d {n}: {m}",
+        )
