@@ -217,7 +217,8 @@ class AbsorbedAttention {
         const Vec max = set1(hmax(top));
         Vec total = set1(0);
         for (int64_t j = 0; j < vectors; ++j) {
-            const Vec e = exp(held.get(j, vectors) - max) * part(weight, j, vectors);  // 0 in the tail's empty lanes
+            Vec e = exp(held.get(j, vectors) - max) * part(weight, j, vectors);
+            if (j + 1 == vectors) e = select(first_n(tail_), e, set1(0));  // what memory held no score for may be NaN
             held.set(j, vectors, e);
             total += e;
         }

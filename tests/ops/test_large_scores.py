@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from op_checks import gradients_of, in_dtype
+from op_checks import attention_terms, gradients_of, in_dtype
 from references import REFERENCES
 from samples import DIFFERENTIABLE, Draw, Inputs, cases, run
+from torch import Tensor
 
 HEAD_DIMS = ("16", "20", "32", "48", "64")
 ATTENTIONS = ("weighted_attention", "gaussian_attention", "branched_attention", "absorbed_attention")
@@ -117,27 +118,71 @@ def test_loss_of_ties(op: str, name: str, backend: str, device: str, dtype: torc
     if dtype == torch.float16 and name != LOSS_SIZES[0]:
         pytest.skip("float16 ends at 65504")
     inputs = _loss(op, name, dtype, device)
-    check_against_float64(op, inputs, backend)
-
-
-def check_against_float64(op: str, inputs: Inputs, backend: str) -> None:
-    """Values and all gradients, to a few roundings of the largest number of each."""
     wide = in_dtype(inputs, torch.float64)
-    dtype = inputs[DIFFERENTIABLE[op][0]].dtype
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
-    for actual, exact in zip(run(op, inputs, backend), REFERENCES[op](**wide), strict=True):
-        close = 1e-12 if dtype == torch.float64 else 2e-6
+    gradients = gradients_of(REFERENCES[op], wide, _differentiable(op, inputs))
+    check_against_float64(op, inputs, backend, list(REFERENCES[op](**wide)), gradients)
+
+
+def check_against_float64(op: str, inputs: Inputs, backend: str, outputs: list[Tensor], gradients: Inputs) -> None:
+    """Values and all gradients, to a few roundings of the largest number of each."""
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+    for actual, exact in zip(run(op, inputs, backend), outputs, strict=True):
+        close = tolerance[actual.dtype]
         torch.testing.assert_close(actual.double(), exact, rtol=close, atol=close * exact.abs().max().item())
-    names = [name for name in DIFFERENTIABLE[op] if inputs.get(name) is not None]
-    actual = gradients_of(lambda **i: run(op, i, backend), inputs, names)
-    exact = gradients_of(REFERENCES[op], wide, names)
-    for name in names:
-        assert exact[name].isfinite().all()
-        largest = exact[name].abs().max().item()
-        torch.testing.assert_close(
-            actual[name].double(),
-            exact[name],
-            rtol=tolerance,
-            atol=tolerance * largest,
-            msg=lambda m, n=name: f"d {n}: {m}",
-        )
+    actual = gradients_of(lambda **i: run(op, i, backend), inputs, list(gradients))
+    terms = attention_terms(in_dtype(inputs, torch.float64), 1.0) if op in ATTENTIONS else {}
+    close = tolerance[inputs[DIFFERENTIABLE[op][0]].dtype]
+    for name, exact in gradients.items():
+        assert exact.isfinite().all()
+        largest = max(exact.abs().max().item(), terms.get(name, 0.0))
+        error = (actual[name].double() - exact).abs().max().item()
+        assert error <= close * largest, f"d {name}: off by {error:.3g} of {largest:.3g}"
+
+
+def _differentiable(op: str, inputs: Inputs) -> list[str]:
+    return [name for name in DIFFERENTIABLE[op] if inputs.get(name) is not None]
+
+
+SIZES = ("2e1", "2e4", "3e14")  # of queries and keys: scores to 1e10 and 1e31; float16 ends at the first
+TIES = {op: [f"{size}-{d}" for size in SIZES for d in (20, 64)] for op in ATTENTIONS}
+
+
+def _ties(op: str, name: str, dtype: torch.dtype, device: str) -> Inputs:
+    """Queries and keys of +-size, a power of two: scores are exact in float32, and several tie for the highest."""
+    size, d = 2.0 ** round(math.log2(float(name.split("-")[0]))), int(name.split("-")[1])
+    draw, B, H, Lq, Lk = Draw(op + name, dtype, device), 2, 2, 5, 70
+
+    def signs(*shape: int) -> Tensor:
+        return draw.integers(2, *shape).double() * 2 - 1
+
+    kinds = signs(B, H, 6, d)[:, :, draw.integers(6, Lk)]  # of keys
+    query = draw.cast(signs(B, H, Lq, d) * size)
+    inputs: Inputs = {"query": query, "key": draw.cast(kinds * size), "value": draw.normal(B, H, Lk, d)}
+    inputs["key_lengths"] = draw.lengths(Lk, 40)
+    if op == "absorbed_attention":
+        bias = signs(B, H, Lk) * (size * size / 8)
+        query = query[:, 0].contiguous()
+        return inputs | {"query": query, "key_bias": draw.cast(bias), "key_weight": draw.uniform(B, Lk), "scale": 0.125}
+    if op == "weighted_attention":
+        return inputs | {"key_weight": draw.uniform(B, Lk), "causal": name.endswith("64")}
+    if op == "gaussian_attention":
+        return inputs | {"center": draw.uniform(B), "width": draw.uniform(B, low=0.3), "alpha": 5.0}
+    return inputs | {"key_weights": draw.uniform(2, B, Lk)}
+
+
+@pytest.mark.parametrize(("op", "name", "backend", "device", "dtype"), cases(TIES))
+def test_attention_to_ties(op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    """Every gradient, queries' and keys' too."""
+    if dtype == torch.float16 and not name.startswith(SIZES[0]):
+        pytest.skip("float16 ends at 65504")
+    inputs = _ties(op, name, dtype, device)
+    # The same ranking, with scores that do not swallow the logarithm of a weight in float64.
+    size, top = inputs["key"].abs().max().item(), 256.0
+    wide = in_dtype(inputs, torch.float64)
+    wide |= {"query": wide["query"] / size * top, "key": wide["key"] / size}
+    if "key_bias" in wide:
+        wide["key_bias"] = wide["key_bias"].sign() * top / 8
+    gradients = gradients_of(REFERENCES[op], wide, _differentiable(op, inputs))
+    gradients["query"] *= size
+    gradients["key"] *= size / top
+    check_against_float64(op, inputs, backend, list(REFERENCES[op](**wide)), gradients)
