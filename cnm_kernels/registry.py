@@ -21,6 +21,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -67,17 +68,28 @@ def _load(module: str) -> ModuleType | None:
 
 
 _modules: dict[str, ModuleType | None] = {}
-_requested: str | None = None
-_blocks: list[list[str | None]] = []  # of use_backend, entered and not left
+
+
+class _Block:
+    """A ``use_backend`` that was entered and not left."""
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+
+
+_default: str | None = None  # of the environment variable
+_requested: str | None = None  # of the last block that was entered in any thread, else the default
+_blocks: list[_Block] = []  # of all threads
+_own_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("cnm_kernels_blocks", default=())
 _lock = threading.Lock()
 
 
 def load() -> None:
     """Imports every backend; called once, at the end of the package's import."""
-    global _requested
+    global _default, _requested
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
     if from_environment:
-        _requested = _check_name(from_environment, ENVIRONMENT_VARIABLE)
+        _default = _requested = _check_name(from_environment, ENVIRONMENT_VARIABLE)
     for backend, module in BACKENDS.items():
         _modules[backend] = _load(module)
 
@@ -113,18 +125,29 @@ def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
     return getattr(_modules[choice(op, tensor.device.type, tensor.dtype)], op)
 
 
+def requested() -> str | None:
+    """The backend asked for by name where this is called, or None: the first that can."""
+    if torch.compiler.is_compiling():
+        return _requested  # a global: what is compiled is guarded by it
+    own = _own_blocks.get()
+    if own:
+        return own[-1].name
+    # A backward runs on threads of PyTorch's; checkpointed forwards run there again.
+    return _default if torch._C._current_graph_task_id() == -1 else _requested
+
+
 def choice(op: str, device: str, dtype: torch.dtype) -> str:
     """Name of the backend that runs ``op`` on tensors of this device type and dtype."""
-    if _requested is not None:
-        reason = unavailable(op, _requested, device, dtype)
+    name = requested()
+    if name is not None:
+        reason = unavailable(op, name, device, dtype)
         if reason is not None and op in LIBRARY_OPS:
             return "torch"
         if reason is not None:
             raise BackendUnavailable(
-                f"{op}: backend {_requested!r} was asked for but {reason} "
-                f"(`python -m cnm_kernels` shows what runs here)"
+                f"{op}: backend {name!r} was asked for but {reason} (`python -m cnm_kernels` shows what runs here)"
             )
-        return _requested
+        return name
     for backend in BACKENDS:
         by_name_only = getattr(_modules[backend], "BY_NAME_ONLY", False)
         if not by_name_only and unavailable(op, backend, device, dtype) is None:
@@ -136,26 +159,27 @@ def choice(op: str, device: str, dtype: torch.dtype) -> str:
 def use_backend(name: str | None) -> Iterator[None]:
     """Runs the block's ops on one backend: ``native``, ``triton`` or ``torch``; None restores the default order.
 
-    The choice holds for the whole process, because a backward pass runs on other threads than its forward.
+    The choice holds for this thread (or asyncio task) alone; others, and the environment variable's, stay as they are.
+    A backward runs on its forward's backend, wherever and whenever it runs. What ``torch.compile`` compiles cannot tell
+    threads apart: it takes the block that was entered last in the process, as do checkpointed forwards that a
+    backward runs again on a thread of PyTorch's.
 
     Raises:
         ValueError: unknown name. An op the backend cannot run raises ``BackendUnavailable`` when it is called.
     """
     global _requested
-    block = [None if name is None else _check_name(name, "use_backend")]
+    block = _Block(None if name is None else _check_name(name, "use_backend"))
+    _own_blocks.set((*_own_blocks.get(), block))
     with _lock:
-        if not _blocks:
-            _blocks.append([_requested])  # what holds outside of any
         _blocks.append(block)
-        _requested = block[0]
+        _requested = block.name
     try:
         yield
-    finally:
-        with _lock:  # threads may leave in another order than they entered
-            del _blocks[next(i for i, other in enumerate(_blocks) if other is block)]
-            _requested = _blocks[-1][0]
-            if len(_blocks) == 1:
-                _blocks.clear()
+    finally:  # perhaps in another order than they were entered
+        _own_blocks.set(tuple(other for other in _own_blocks.get() if other is not block))
+        with _lock:
+            _blocks.remove(block)
+            _requested = _blocks[-1].name if _blocks else _default
 
 
 def table() -> str:
@@ -164,7 +188,7 @@ def table() -> str:
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     width = max(map(len, OPS))
     lines = [
-        f"asked for by name: {_requested or 'nothing; the first that can runs, in the order ' + ', '.join(BACKENDS)}",
+        f"asked for by name: {requested() or 'nothing; the first that can runs, in the order ' + ', '.join(BACKENDS)}",
         "",
     ]
     for device in devices:

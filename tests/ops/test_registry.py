@@ -31,7 +31,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
     broken = SimpleNamespace(OPS={"cpu": registry.OPS}, DTYPES=(torch.float32,), LOAD_ERRORS={"cpu": "no libfoo.so"})
     monkeypatch.setattr(registry, "BACKENDS", {"native": "native", "triton": "triton", "torch": "reference"})
     monkeypatch.setattr(registry, "_modules", {"native": ready, "triton": broken, "torch": reference})
-    monkeypatch.setattr(registry, "_requested", None)
+    monkeypatch.setattr(registry, "_default", None)
     return {"native": ready, "triton": broken}
 
 
@@ -129,11 +129,11 @@ def test_the_environment_variable_chooses(value: str, succeeds: bool, shown: str
 
 
 def test_blocks_may_be_left_in_another_order_than_entered() -> None:
-    before = registry._requested
+    before = registry.requested()
     first, second = cnm_kernels.use_backend("torch"), cnm_kernels.use_backend("native")
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert registry._requested == "native"
+    assert registry.requested() == "native"
     second.__exit__(None, None, None)
-    assert registry._requested == before
+    assert registry.requested() == before
