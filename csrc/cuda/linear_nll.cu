@@ -284,7 +284,8 @@ __global__ void __launch_bounds__(SUM_THREADS) combine_kernel(LinearNllParams p,
     for (int64_t i = warp(); i < p.L; i += threads() / WARP) {
         const int64_t token = m * p.L + i;
         if (i >= length) {  // zeros where there is no token
-            if (lane() < 2) store(p.stats + lane() * N + token, 0.0f);
+            if (lane() == 0) store(p.stats + token, 0.0f);
+            if (lane() == 0) store(p.stats + N + token, 0.0f);
             if (p.expected != nullptr) {
                 for (int64_t c = lane(); c < p.D; c += WARP) store(p.expected + token * p.D + c, 0.0f);
             }
@@ -312,7 +313,8 @@ __global__ void __launch_bounds__(SUM_THREADS) combine_kernel(LinearNllParams p,
         nll +=
             known ? log_total + (1.0f - smoothing) * (highest - z_target) - smoothing * (below / count) : NAN;
         correct += static_cast<float>(best == target);
-        if (lane() < 2) store(p.stats + lane() * N + token, lane() == 0 ? highest : log_total);
+        if (lane() == 0) store(p.stats + token, highest);
+        if (lane() == 0) store(p.stats + N + token, log_total);
         if (p.expected == nullptr) continue;
         for (int64_t c = lane(); c < p.D; c += WARP) {
             float expected = 0;

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import test_large_scores as large_scores
 import torch
 import torch.nn.functional as F
 from op_checks import check_gradients, check_values
@@ -44,6 +45,17 @@ def test_values_and_gradients(op: str, dtype: torch.dtype, isa: str) -> None:
     for name in SAMPLES[op]:
         check_values(op, sample(op, name, dtype, "cpu"), "native")
         check_gradients(op, sample(op, name, dtype, "cpu"), "native")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", [*large_scores.TIES, *large_scores.LOSSES])
+def test_large_scores(op: str, dtype: torch.dtype, isa: str) -> None:
+    names, check = large_scores.TIES.get(op), large_scores.test_attention_to_ties
+    if names is None:
+        names, check = large_scores.LOSS_SIZES, large_scores.test_loss_of_ties
+    for name in names:
+        if dtype != torch.float16 or name.startswith(large_scores.SIZES[0]):
+            check(op, name, "native", "cpu", dtype)
 
 
 @pytest.mark.parametrize("numel", [1, 9, 4096, 32768, 100_003])
