@@ -195,7 +195,9 @@ def linear_nll(
     log_probability = F.log_softmax(logits, -1)  # not z - lse: large logits swallow the logarithm
     of_target = log_probability.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     smooth = label_smoothing
-    token_nll = -(1 - smooth) * of_target - smooth * log_probability.mean(-1)  # [M, L]
+    token_nll = -(1 - smooth) * of_target  # [M, L]
+    if smooth > 0:  # words of bias -inf have a log probability that no factor of 0 makes one
+        token_nll = token_nll - smooth * log_probability.mean(-1)
     count = valid_lengths.clamp(1, max(L, 1))
     nll = torch.where(valid, token_nll, 0).sum(-1) / count
     if not return_accuracy:

@@ -145,7 +145,8 @@ def _combine_kernel(
             below += tl.load(place_of + 2 * N, mask=valid, other=0.0) + less * words
             z_target += tl.load(place_of + 3 * N, mask=valid, other=0.0)
         log_total = tl.log(total)
-        token_nll = log_total + (1.0 - smoothing) * (highest - z_target) - smoothing * (below / V)
+        smooth = smoothing * tl.where(smoothing > 0.0, below / V, 0.0)  # words of bias -inf are infinitely below
+        token_nll = log_total + (1.0 - smoothing) * (highest - z_target) - smooth
         nll += tl.sum(tl.where(valid, token_nll, 0.0), 0)
         tl.store(stats_ptr + row * L + place, tl.where(valid, highest, 0.0), mask=inside)
         tl.store(stats_ptr + N + row * L + place, tl.where(valid, log_total, 0.0), mask=inside)

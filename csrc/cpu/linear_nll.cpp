@@ -246,8 +246,9 @@ void forward(const LinearNllParams& p) {
             const size_t i = static_cast<size_t>(tile.first + t);
             const int64_t token = tokens.index[i];
             const float max = softmax.max[t], log_total = std::log(softmax.total[t]), smoothing = p.label_smoothing;
-            token_nll[i] = log_total + (1 - smoothing) * (max - softmax.target_logit[t]) -
-                           smoothing * (softmax.below[t] / static_cast<float>(p.V));
+            const float smooth = smoothing * (softmax.below[t] / static_cast<float>(p.V));
+            token_nll[i] = log_total + (1 - smoothing) * (max - softmax.target_logit[t]);
+            if (smoothing > 0) token_nll[i] -= smooth;  // words of bias -inf are infinitely below
             correct[i] = static_cast<int64_t>(softmax.best[t]) == target[t];
             p.stats[token] = max;
             p.stats[p.M * p.L + token] = log_total;

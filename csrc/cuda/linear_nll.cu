@@ -310,6 +310,7 @@ __global__ void __launch_bounds__(SUM_THREADS) combine_kernel(LinearNllParams p,
         const int64_t target = load(p.target + token);
         const bool known =
             target >= 0 && target < p.V;  // a word that is none gives NaN: nothing here can raise an error
+        if (smoothing == 0.0f) below = 0;  // words of bias -inf are infinitely below
         nll +=
             known ? log_total + (1.0f - smoothing) * (highest - z_target) - smoothing * (below / count) : NAN;
         correct += static_cast<float>(best == target);

@@ -40,6 +40,16 @@ def test_of_equally_likely_words_the_first_counts(backend: str, device: str, dty
 
 
 @on_every_float32
+def test_words_that_cannot_be(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Those of bias -inf take no part where nothing is smoothed over them."""
+    inputs = sample(OP, "no-smoothing", dtype, device)
+    inputs["target"] = inputs["target"] % 7
+    inputs["bias"][9] = -torch.inf
+    check_values(OP, inputs, backend)
+    check_gradients(OP, inputs, backend)
+
+
+@on_every_float32
 def test_rows_of_length_zero_give_zero_and_no_gradient(backend: str, device: str, dtype: torch.dtype) -> None:
     inputs = sample(OP, "lengths-0-1-odd-over", dtype, device)  # the first length is 0
     hidden = inputs["hidden"].requires_grad_()
