@@ -220,12 +220,13 @@ def _word_gradient_kernel(
         valid = packed < count
         row, place = find_tokens(offsets_ptr, packed, count, M, STEPS)
         token = row * L + place
-        length = tl.minimum(tl.load(lengths_ptr + row), L)
-        d_nll = tl.where(valid, tl.load(d_nll_ptr + row) / length.to(tl.float32), 0.0)
         h = _tile(hidden_ptr, token, valid, columns, D, dtype)
         z = _logits(hidden_ptr, weight_ptr, bias_ptr, h, w, token, valid, words, D, V, dtype, CHUNKS, BLOCK_D)
-        less = z - tl.load(stats_ptr + token)[:, None]
-        likely = tl.exp(less - tl.load(stats_ptr + M * L + token)[:, None]) - smoothing / V
+        z -= tl.load(stats_ptr + token)[:, None]
+        z -= tl.load(stats_ptr + M * L + token)[:, None]
+        likely = tl.exp(z) - smoothing / V
+        length = tl.minimum(tl.load(lengths_ptr + row), L)
+        d_nll = tl.where(valid, tl.load(d_nll_ptr + row) / length.to(tl.float32), 0.0)
         target = tl.load(target_ptr + token)
         d_z = tl.where(words[None, :] == target[:, None], likely - (1.0 - smoothing), likely) * d_nll[:, None]
         if NEED_BIAS:

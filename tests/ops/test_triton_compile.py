@@ -19,6 +19,7 @@ REGISTERS = 65536  # of a processor
 SPILLS = {  # bytes of a thread, by Triton 3.8 or 3.9; no published size
     ("attention_blocked.key_gradient", "d=128", "float32"): 80,
     ("attention_blocked.query_gradient", "d=128", "float32"): 16,
+    ("linear_nll.word_gradient", "D=512", "bfloat16"): 8,
 }
 KERNELS = {
     *(f"attention.{name}" for name in ("forward", "backward")),
