@@ -24,9 +24,10 @@ from typer.testing import CliRunner
 
 from cnm import checkpoint, configs
 from cnm.cli import COMMANDS, app
-from cnm.commands.common import DATA_PATHS, program
+from cnm.commands.common import program
 from cnm.config import CONFIGS
 from cnm.config_fields import every_field
+from cnm.data.data_dir import DATA_PATHS
 from cnm_kernels import native
 
 ROOT = Path(__file__).parents[2]
