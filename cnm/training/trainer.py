@@ -175,6 +175,11 @@ class Trainer:
         if self.saved is None:
             return wanted or default
         stored = str(self.saved["training"].get("options", {}).get(name, default))
+        if stored not in known:
+            raise InputError(
+                f"{self.run.last}: its {name} {stored!r} is unknown to this version of cnm; resume it with the "
+                f"one it was trained with"
+            )
         if wanted not in (None, stored):
             raise InputError(
                 f"{self.run.path}: was trained with {name} {stored}, not {wanted}; leave the option out, or start a "
@@ -416,7 +421,9 @@ class Trainer:
             self.step.load_state_dict(training["step"])
             torch.Generator().set_state(training["random"]["torch"])  # raises where it is none
             self.epoch, self.batch, self.seconds = training["epoch"], training["batch"], training["seconds"]
-            self.epoch_began = training.get("epoch_began", 0.0)  # earlier versions kept none
+            if self.batch > len(self.loader):
+                raise ValueError(f"batch {self.batch} of an epoch of {len(self.loader)}")
+            self.epoch_began = training.get("epoch_began", 0.0)
             self.best, self.rows, self.metric_names = training["best"], training["rows"], training["metric_names"]
             self.pending = [values.to(self.device) for values in training["pending"]]
         except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
