@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from undrawn import draw_nothing
 
-# These train dozens of runs, nine tenths of whose time would go into pictures that nobody looks at.
+# These train dozens of runs, and nobody looks at their pictures; test_plot, test_cpl and test_report look at real ones.
 UNDRAWN = ("test_trainer", "test_cli", "test_guards")
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _pictures_are_not_drawn(request: pytest.FixtureRequest) -> Iterator[None]:
-    """``test_plot``, ``test_cpl`` and ``test_report`` look at real ones."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__.rpartition(".")[2] in UNDRAWN:
-            patch.setattr("cnm.plot.localizations", lambda items: PNG)
-            patch.setattr("cnm.plot.learning_curves", lambda rows: PNG)
+            draw_nothing(patch)
         yield

@@ -267,7 +267,7 @@ def test_too_little_memory_is_one_line(
         raise error
 
     monkeypatch.setattr("cnm.training.trainer.build", fail)
-    message = error_line(run("train", "--config", "synthetic", "--run", tmp_path / "run"))
+    message = error_line(run("train", "--config", "synthetic", "--run", tmp_path / "run", *changes()))
     assert message.startswith(line)
     assert not (tmp_path / "run").exists()
 

@@ -25,6 +25,7 @@ from cnm.models.cnm import CNM
 from cnm.training.trainer import Trainer
 
 NO_DROPOUT = {"model__config__dropout": 0.0, "model__config__DualTransformer__dropout": 0.0}
+UNDRAWN = str(Path(__file__).parents[1] / "undrawn.py")
 EPOCHS = 7  # of 3 updates: 12 videos give 24 sentences
 
 
@@ -40,7 +41,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(processes: int, *arguments: str) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), "-m", "cnm", "train", *arguments, "--device", "cpu"]
+    return [sys.executable, *(launcher if processes > 1 else []), UNDRAWN, "train", *arguments, "--device", "cpu"]
 
 
 def environment() -> dict[str, str]:
