@@ -39,18 +39,19 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(processes: int, *arguments: str) -> list[str]:
+def command(processes: int, *arguments: str, drawn: bool = False) -> list[str]:
+    program = ["-m", "cnm"] if drawn else [UNDRAWN]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), UNDRAWN, "train", *arguments, "--device", "cpu"]
+    return [sys.executable, *(launcher if processes > 1 else []), *program, "train", *arguments, "--device", "cpu"]
 
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def train(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def train(processes: int, *arguments: str, drawn: bool = False) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(processes, *arguments),
+        command(processes, *arguments, drawn=drawn),
         env=environment(),
         cwd=tempfile.gettempdir(),  # not the source tree, where python -m would look first
         capture_output=True,

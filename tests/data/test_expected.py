@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 from small_runs import write_files
 from typer.testing import CliRunner
+from undrawn import draw_nothing
 
 from cnm import checkpoint, configs
 from cnm.cli import app
@@ -64,7 +65,8 @@ def test_evaluate_refuses_features_of_another_encoder(files: Path) -> None:
     assert f"test {REFUSED}" in error_line(run(*arguments))
 
 
-def test_a_resumed_run_refuses_features_of_another_encoder(files: Path) -> None:
+def test_a_resumed_run_refuses_features_of_another_encoder(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_nothing(monkeypatch)
     record(files, GREYS)
     arguments = ("train", "--config", files / "config.json", "--run", files / "run", "--set", "train.max_num_epochs=1")
     assert run(*arguments).exit_code == 0
