@@ -96,6 +96,7 @@ class Training(_Part):
     epoch: Count
     batch: Count
     seconds: float
+    epoch_began: float = 0.0  # earlier versions kept none
     best: Best
     rows: Count
     metric_names: list[str]

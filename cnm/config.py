@@ -60,6 +60,10 @@ class DatasetConfig(_Section):
     feature_pattern: Annotated[PathText, Field(pattern=r"\{video\}")] | None = Field(
         default=None, description="where in an HDF5 file a video's features are, such as test/{video}/features"
     )
+    feature_manifest: PathText | None = Field(
+        default=None,
+        description="what `cnm features check --manifest` wrote; features that are not as it says are refused",
+    )
     vocab_path: PathText | None = Field(
         default=None, description="word vectors: what `cnm vocabulary` wrote, or the published pickle"
     )

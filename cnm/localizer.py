@@ -26,7 +26,7 @@ from cnm import checkpoint, metrics
 from cnm.data import Vocabulary, load_features, load_vocabulary
 from cnm.data.batch import Batch
 from cnm.data.features import pool
-from cnm.data.origin import Origin, recorded_duration, split_source
+from cnm.data.origin import JOINT, Origin, recorded_duration, split_source
 from cnm.data.vocabulary import EncodedSentence
 from cnm.errors import InputError
 from cnm.evaluation import check_vocabulary
@@ -250,6 +250,11 @@ class Localizer:
         from cnm.video.encoders import Encoder
         from cnm.video.extract import Sampling
 
+        if self.origin is not None and JOINT in self.origin.encoder:
+            raise InputError(
+                f"{path}: the model was trained on features of {self.origin} side by side; extract each of them "
+                f"and give them together, as an array"
+            )
         if self.encoder is None:
             if self.origin is None:
                 raise InputError(

@@ -52,11 +52,18 @@ class Arguments:
         if not low <= value <= high:
             raise ValueError(f"{self.op}: {name} must be between {low:g} and {high:g}, got {value}")
 
-    def whole(self, name: str, value: int, low: int, high: int) -> None:
-        """An int within [low, high]."""
+    def whole(self, name: str, value: int, low: int, high: int) -> int:
+        """An int within [low, high], as Python's own: NumPy's narrow ones overflow."""
         if not isinstance(value, (int, np.integer, torch.SymInt)) or isinstance(value, bool):
             raise TypeError(f"{self.op}: {name} must be an int, got {type(value).__name__}")
         self.number(name, value, low, high)
+        return int(value) if isinstance(value, np.integer) else value
+
+    def flag(self, name: str, value: bool) -> bool:
+        """A bool, as Python's own; 1 and "no" are none."""
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{self.op}: {name} must be True or False, got {type(value).__name__}")
+        return bool(value)
 
     def above_zero(self, name: str, value: float) -> None:
         """A number above 0."""

@@ -112,7 +112,8 @@ def gaussian_mask(
     check = Arguments("gaussian_mask")
     check.floating("center", center, "...")
     check.floating("width", width, "...")
-    check.whole("length", length, 0, 1 << 31)
+    length = check.whole("length", length, 0, 1 << 31)
+    complement = check.flag("complement", complement)
     if (alpha is None) == (sigma is None):
         raise ValueError(f"gaussian_mask: give either alpha or sigma, got alpha={alpha} and sigma={sigma}")
     if alpha is not None:
@@ -121,6 +122,7 @@ def gaussian_mask(
         return _run("gaussian_mask", center, center, width, length, alpha, min_width, complement)
     assert sigma is not None
     min_width = MIN_PROPOSAL_WIDTH if min_width is None else min_width
+    check.number("sigma", sigma, -float("inf"), float("inf"))
     if not 0 < sigma < float("inf"):
         raise ValueError(f"gaussian_mask: sigma must be a finite number above 0, got {sigma}")
     _check_gaussian(check, sigma**2 / 2, min_width)
@@ -148,7 +150,9 @@ def negative_gaussian_masks(
     check = Arguments("negative_gaussian_masks")
     check.floating("center", center, "...")
     check.floating("width", width, "...")
-    if not isinstance(growth, Tensor):
+    if isinstance(growth, Tensor):
+        check.floating("growth", growth, "", own_dtype=True)
+    else:
         check.number("growth", growth, 0, 1)
     left = (center - width / 2).clamp(min=0) * (growth / 2)
     right = (1 - center - width / 2).clamp(min=0) * (growth / 2)
@@ -224,6 +228,7 @@ def weighted_attention(
         if isinstance(key_weight, Tensor) and key_weight.dim() == 3:
             key_weight = key_weight.flatten(0, 1)
         check.floating("key_weight", key_weight, "B Lk", own_dtype=True)
+    causal, return_weights = check.flag("causal", causal), check.flag("return_weights", return_weights)
     scale = query.size(-1) ** -0.5 if scale is None else _finite(check, "scale", scale)
     query, key, value = _for_backend("weighted_attention", query, key, value)
     arguments = (query, key, value, key_weight, causal, key_lengths, scale, return_weights)
@@ -304,7 +309,8 @@ def gaussian_attention(
     check.floating("width", width, "B", own_dtype=True)
     _check_gaussian(check, alpha, min_width)
     scale = query.size(-1) ** -0.5 if scale is None else _finite(check, "scale", scale)
-    gaussian = (center, width, alpha, min_width, complement)
+    causal, return_weights = check.flag("causal", causal), check.flag("return_weights", return_weights)
+    gaussian = (center, width, alpha, min_width, check.flag("complement", complement))
     query, key, value = _for_backend("gaussian_attention", query, key, value)
     arguments = (query, key, value, *gaussian, causal, key_lengths, scale, return_weights)
     out, weights = _run("gaussian_attention", query, *arguments)
@@ -339,6 +345,7 @@ def branched_attention(
     check.floating("key_weights", key_weights, "n B Lk", own_dtype=True)
     if key_weights.size(0) == 0:
         raise ValueError(f"branched_attention: key_weights must hold a branch, got shape {list(key_weights.shape)}")
+    causal = check.flag("causal", causal)
     scale = query.size(-1) ** -0.5 if scale is None else _finite(check, "scale", scale)
     query, key, value = _for_backend("branched_attention", query, key, value)
     arguments = (query, key, value, key_weights, causal, key_lengths, scale)
@@ -430,7 +437,7 @@ def linear(
         check.floating("bias", bias, f"{group}M", own_dtype=True)
         if bias.dtype != weight.dtype:
             bias = bias.to(weight.dtype)
-    return _run("linear", x, x, weight, bias, relu, lengths)
+    return _run("linear", x, x, weight, bias, check.flag("relu", relu), lengths)
 
 
 @overload
@@ -492,6 +499,7 @@ def linear_nll(
     _check_vocabulary(check, weight, bias, label_smoothing)
     check.integer("target", target, "M L")
     check.integer("valid_lengths", valid_lengths, "M")
+    return_accuracy = check.flag("return_accuracy", return_accuracy)
     arguments = (hidden, weight, bias, target, valid_lengths, label_smoothing, return_accuracy)
     nll, accuracy = _run("linear_nll", hidden, *arguments)
     return (nll, accuracy) if return_accuracy else nll
@@ -570,7 +578,7 @@ def dropout(x: Tensor, p: float, *, seed: int | Tensor, offset: int = 0) -> Tens
     check = Arguments("dropout")
     check.floating("x", x, "...")
     check.number("p", p, 0, 1)
-    check.whole("offset", offset, -(1 << 63), (1 << 63) - 1)
+    offset = check.whole("offset", offset, -(1 << 63), (1 << 63) - 1)
     return _run("dropout", x, x, p, _seed(check, seed, x), offset)
 
 
@@ -611,7 +619,7 @@ def dropout_add_layer_norm(
     check.floating("weight", weight, "D", own_dtype=True)
     check.floating("bias", bias, "D", own_dtype=True)
     check.number("p", p, 0, 1)
-    check.whole("offset", offset, -(1 << 63), (1 << 63) - 1)
+    offset = check.whole("offset", offset, -(1 << 63), (1 << 63) - 1)
     check.number("eps", eps, 0, sys.float_info.max)
     arguments = (x, residual, weight, bias, p, _seed(check, seed, x), offset, eps, sample_indices)
     if sample_indices is None:
@@ -678,7 +686,7 @@ def _check_vocabulary(check: Arguments, weight: Tensor, bias: Tensor, label_smoo
 def _seed(check: Arguments, seed: int | Tensor, x: Tensor) -> Tensor:
     """The seed as an int64 tensor [] on x's device."""
     if not isinstance(seed, Tensor):
-        check.whole("seed", seed, -(1 << 63), (1 << 63) - 1)
+        seed = check.whole("seed", seed, -(1 << 63), (1 << 63) - 1)
         return torch.tensor(seed, dtype=torch.int64, device=x.device)
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
         raise ValueError(

@@ -30,7 +30,8 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from fuzz_typed import TYPED
+from fuzz_more import MORE_READERS, MORE_TYPED
+from fuzz_typed import TYPED as TYPED_FILES
 
 import cnm_kernels
 from cnm import checkpoint
@@ -142,7 +143,9 @@ READERS: dict[str, tuple[Callable[[], bytes], str, Callable[[Path], Any]]] = {
     "vectors": (vector_text, ".txt", lambda path: read_vectors(path, [f"word{i}" for i in range(20)], 4)),
     "archive": (npz_bytes, ".npz", lambda path: load_features(str(path), 8, 4)),
     "array": (npy_bytes, ".npy", lambda path: load_features(str(path), 8, 4)),
+    **MORE_READERS,
 }
+TYPED = TYPED_FILES | MORE_TYPED
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
@@ -295,10 +298,10 @@ OP = "op"
 KINDS = [*READERS, *TYPED, OP]
 
 
-def one_case(seed: int, folder: Path) -> str:
+def one_case(seed: int, folder: Path, kind: str | None = None) -> str:
     """``kind: outcome``; raises what is a finding."""
     draw = random.Random(seed)
-    kind = KINDS[seed % len(KINDS)]
+    kind = kind or KINDS[seed % len(KINDS)]
     if kind == OP:
         return f"{kind}: {fuzz_op(draw)}"
     if kind in TYPED:
@@ -310,7 +313,7 @@ def left_behind(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith("case.")]
 
 
-def child(seeds: range, pipe: int) -> None:
+def child(seeds: range, pipe: int, kind: str | None = None) -> None:
     """Runs cases; writes a JSON line for each."""
 
     def too_long(*_: Any) -> None:
@@ -327,7 +330,7 @@ def child(seeds: range, pipe: int) -> None:
             out.flush()
             signal.alarm(CASE_SECONDS)
             try:
-                outcome = one_case(seed, folder)
+                outcome = one_case(seed, folder, kind)
                 for path in left_behind(folder):
                     outcome = f"FINDING: left {path.name} behind"
                     path.unlink()
@@ -343,7 +346,9 @@ def child(seeds: range, pipe: int) -> None:
             out.flush()
 
 
-def run(cases: int, first: int = 0, quiet: bool = True) -> tuple[collections.Counter[str], list[tuple[int, str]]]:
+def run(
+    cases: int, first: int = 0, quiet: bool = True, kind: str | None = None
+) -> tuple[collections.Counter[str], list[tuple[int, str]]]:
     """Outcomes by kind, and findings as (seed, what happened)."""
     outcomes: collections.Counter[str] = collections.Counter()
     findings: list[tuple[int, str]] = []
@@ -357,7 +362,7 @@ def run(cases: int, first: int = 0, quiet: bool = True) -> tuple[collections.Cou
             os.close(read)
             status = 1
             try:
-                child(seeds, write)
+                child(seeds, write, kind)
                 status = 0
             finally:
                 os._exit(status)
@@ -390,9 +395,10 @@ def run(cases: int, first: int = 0, quiet: bool = True) -> tuple[collections.Cou
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100_000, help="default: %(default)s")
+    parser.add_argument("--kind", choices=KINDS, help="this alone; default: all in turn")
     parser.add_argument("--first", type=int, default=0, help="seed of the first case; repeats a finding with --cases 1")
     arguments = parser.parse_args()
-    outcomes, findings = run(arguments.cases, arguments.first, quiet=False)
+    outcomes, findings = run(arguments.cases, arguments.first, quiet=False, kind=arguments.kind)
     for outcome, count in sorted(outcomes.items()):
         print(f"{outcome:<28}{count:>8}")
     for seed, what in findings[:10]:

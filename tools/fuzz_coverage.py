@@ -134,12 +134,12 @@ def main() -> int:
         parser.error("needs atheris, which has wheels for Linux on x86_64: pip install atheris")
     arguments.keep.mkdir(parents=True, exist_ok=True)
     findings = 0
-    print(f"{'kind':<16}{'cases':>9}{'branches':>18}{'kept':>7}{'seconds':>9}")
+    print(f"{'kind':<22}{'cases':>9}{'branches':>18}{'kept':>7}{'seconds':>9}")
     for kind in arguments.kind or fuzz.KINDS:
         begun = time.monotonic()
         got = run(kind, arguments.cases, arguments.keep.resolve())
         branches = f"{got.covered_first} -> {got.covered}"
-        print(f"{kind:<16}{got.cases:>9}{branches:>18}{got.kept:>7}{time.monotonic() - begun:>9.0f}", flush=True)
+        print(f"{kind:<22}{got.cases:>9}{branches:>18}{got.kept:>7}{time.monotonic() - begun:>9.0f}", flush=True)
         if got.finding is not None:
             findings += 1
             print(got.finding)

@@ -14,15 +14,12 @@ import torch
 import typer
 
 from cnm import checkpoint, metrics, plot
-from cnm.config import Config
 from cnm.data import Sample, Vocabulary
 from cnm.data.known_splits import known_split
 from cnm.errors import InputError
 from cnm.localizer import LocalizedMoment, Proposal
 from cnm.models import Model
 from cnm.training.run_folder import RunFolder
-
-DATA_PATHS = ("feature_path", "vocab_path", "train_data", "val_data", "test_data")  # of the dataset section
 
 
 class Device(str, Enum):
@@ -108,21 +105,6 @@ def program() -> list[str]:
 def print_notes(notes: list[str]) -> None:
     for note in notes:
         typer.echo(f"note: {note}", err=True)
-
-
-def with_data_dir(config: Config, folder: Path | None) -> Config:
-    """The configuration with the data's relative paths made to start from ``folder``."""
-    if folder is None:
-        return config
-    if not folder.is_dir():
-        raise InputError(f"--data-dir {folder}: is no folder; give the one that relative paths start from")
-    paths = {name: getattr(config.dataset, name) for name in DATA_PATHS}
-    moved = {
-        name: [str(folder / one) for one in path] if isinstance(path, list) else str(folder / path)
-        for name, path in paths.items()
-        if path is not None
-    }
-    return config.model_copy(update={"dataset": config.dataset.model_copy(update=moved)})
 
 
 def split_title(name: str, samples: Sequence[Sample]) -> str:

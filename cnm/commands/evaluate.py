@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from cnm import configs, metrics
+from cnm import checkpoint, configs, metrics
 from cnm.commands.common import (
     ChangesOption,
     CheckpointOption,
@@ -27,10 +27,11 @@ from cnm.commands.common import (
     print_scores,
     split_title,
     stored_vocabulary,
-    with_data_dir,
 )
 from cnm.data import open_split
+from cnm.data.data_dir import with_data_dir
 from cnm.data.known_splits import known_split
+from cnm.data.origin import Origin
 from cnm.errors import InputError
 from cnm.evaluation import Spread, check_vocabulary, evaluate_seeds
 from cnm.models import load_checkpoint
@@ -83,7 +84,14 @@ def evaluate_command(
         chosen = configs.change(model.config.to_dict(), changes or [], str(checkpoint_path))
     chosen = with_data_dir(chosen, data_dir)
     stored = stored_vocabulary(checkpoint_path)
-    data = open_split(chosen.dataset, split.value, progress=not as_json, dtype=dtype or torch.float32, stored=stored)
+    data = open_split(
+        chosen.dataset,
+        split.value,
+        progress=not as_json,
+        dtype=dtype or torch.float32,
+        stored=stored,
+        origin=Origin.from_record(checkpoint.load(checkpoint_path).get("features")),
+    )
     check_vocabulary(model, data.vocabulary.words, None if stored is None else stored.words)
     several, batch_size = model.num_proposals > 1, chosen.train.batch_size
     found = {"": evaluate_seeds(model, data, batch_size, seeds if several else 1, masks=masks)}

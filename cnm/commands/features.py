@@ -10,8 +10,10 @@ import typer
 
 from cnm.commands.common import JsonOption, SplitName
 from cnm.data import read_annotations
+from cnm.data.expected import agreed
 from cnm.data.feature_sources import open_features
 from cnm.data.manifest import Survey, differences, survey, write_manifest
+from cnm.data.origin import Origin
 from cnm.errors import InputError
 
 SHOWN = 5  # items of each kind named
@@ -60,6 +62,7 @@ def check(
     faults = _faults(found, frame_dim)
     compared = manifest is not None and manifest.exists()
     if manifest is not None and compared:
+        agreed(manifest, Origin.of(paths, split.value))
         faults += differences(manifest, found)
     typer.echo(json.dumps(_content(found, faults), allow_nan=False) if as_json else _report(found, len(durations)))
     if faults:
@@ -67,7 +70,7 @@ def check(
             typer.echo("\n".join(faults))
         raise InputError(f"{' + '.join(paths)}: {len(faults)} faults, first: {faults[0]}")
     if manifest is not None and not compared:
-        write_manifest(manifest, found, paths, origin)
+        write_manifest(manifest, found, paths, origin, split.value)
     if manifest is not None and not as_json:
         typer.echo(f"{manifest}: {'agrees' if compared else 'written'}")
 

@@ -23,9 +23,9 @@ from cnm.commands.common import (
     print_notes,
     print_scores,
     split_title,
-    with_data_dir,
 )
 from cnm.config import Config
+from cnm.data.data_dir import with_data_dir
 from cnm.distributed import Group
 from cnm.errors import InputError
 from cnm.training.run_folder import RunFolder
@@ -91,14 +91,12 @@ def train(
         raise InputError(f"--run {run}: a resumed run stays in its folder; leave --run out")
     if resume is None and config is None:
         raise InputError("--config is missing: name a configuration file, or --resume a run")
-    if resume is not None and data_dir is not None:
-        raise InputError("--data-dir: a resumed run reads its own files; resume it in the folder it was started in")
     with Group.joined(options["device"]) as group:
         if resume is not None:
             RunFolder(resume).check_resumable()
             chosen = _resumed(resume, config, changes)
             kept = None if precision is Precision.auto else precision.value
-            trainer = Trainer(chosen, resume, resume=True, precision=kept, group=group, **options)
+            trainer = Trainer(chosen, resume, resume=True, precision=kept, group=group, data_dir=data_dir, **options)
         else:
             assert config is not None
             chosen = with_data_dir(configs.resolve(config, changes), data_dir)

@@ -17,6 +17,7 @@ import numpy as np
 from filelock import FileLock
 
 from cnm.errors import InputError
+from cnm.files import read_json
 
 FORMAT = 2  # raise it whenever what is stored, or how it is computed, changes
 
@@ -133,8 +134,8 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        return bool(json.loads((folder / SIZES).read_text(encoding="utf-8")) == _sizes(folder))
-    except (OSError, ValueError):
+        return bool(read_json(folder / SIZES) == _sizes(folder))
+    except (OSError, InputError):  # another user's mistake, or damage: it is built again
         return False
 
 

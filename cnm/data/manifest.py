@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cnm.data.feature_sources import FeatureSource
+from cnm.data.origin import Origin
 from cnm.errors import InputError
 from cnm.files import read_json, replace_file, shortened
 
@@ -85,20 +86,58 @@ def survey(source: FeatureSource, durations: Mapping[str, float], *, progress: b
         except InputError as error:
             found.broken[video] = str(error)
             continue
-        checksum = hashlib.sha256(frames.astype("<f4").tobytes()).hexdigest()
-        found.videos[video] = {"shape": list(frames.shape), "sha256": checksum}
+        found.videos[video] = described(frames)
         found.rates[video] = len(frames) / durations[video]
     return found
 
 
-def write_manifest(path: str | Path, found: Survey, features: list[str], origin: str | None) -> None:
-    """Writes a survey down, with where the features lay and, in the user's words, where they came from.
+def write_manifest(path: str | Path, found: Survey, features: list[str], origin: str | None, split: str) -> None:
+    """Writes a survey down, with where the features lay and where they came from: in the user's words, and as recorded.
+
+    Args:
+        split: what ``{split}`` in ``features`` stands for.
 
     Raises:
         InputError: the file cannot be written.
     """
-    content = {"format": FORMAT, "features": features, "origin": origin, "videos": found.videos}
+    extracted = Origin.of(features, split)
+    content = {
+        "format": FORMAT,
+        "features": features,
+        "origin": origin,
+        "extracted": None if extracted is None else extracted.to_dict(),
+        "videos": found.videos,
+    }
     replace_file(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def described(frames: np.ndarray) -> dict[str, Any]:
+    """What a manifest holds of one video's features, [n, width] float32."""
+    return {"shape": list(frames.shape), "sha256": hashlib.sha256(frames.astype("<f4").tobytes()).hexdigest()}
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The content of a manifest.
+
+    Raises:
+        InputError: it is missing, or is none.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("videos"), dict):
+        raise InputError(f"{path}: is no manifest of format {FORMAT}; write it with `cnm features check --manifest`")
+    for video, entry in content["videos"].items():
+        if not isinstance(entry, dict):
+            raise InputError(f"{path}: video {shortened(video)} is {shortened(entry)}, not its shape and sha256")
+    return content
+
+
+def difference(video: str, expected: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """How a video is not as a manifest says; None where it is."""
+    if expected.get("shape") != found["shape"]:
+        return f"video {video!r} has shape {found['shape']}, the manifest says {shortened(expected.get('shape'))}"
+    if expected.get("sha256") != found["sha256"]:
+        return f"video {video!r} has other values than the manifest says"
+    return None
 
 
 def differences(path: str | Path, found: Survey) -> list[str]:
@@ -107,16 +146,6 @@ def differences(path: str | Path, found: Survey) -> list[str]:
     Raises:
         InputError: the manifest is missing, or is none.
     """
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("videos"), dict):
-        raise InputError(f"{path}: is no manifest of format {FORMAT}; write it with `cnm features check --manifest`")
-    lines = []
-    for video, entry in found.videos.items():
-        expected = content["videos"].get(video, entry)
-        if not isinstance(expected, dict):
-            raise InputError(f"{path}: video {shortened(video)} is {shortened(expected)}, not its shape and sha256")
-        if expected.get("shape") != entry["shape"]:
-            lines.append(f"video {video!r} has shape {entry['shape']}, the manifest says {expected.get('shape')}")
-        elif expected.get("sha256") != entry["sha256"]:
-            lines.append(f"video {video!r} has other values than the manifest says")
-    return lines
+    videos = read_manifest(path)["videos"]
+    lines = [difference(video, videos.get(video, entry), entry) for video, entry in found.videos.items()]
+    return [line for line in lines if line is not None]

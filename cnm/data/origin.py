@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cnm.config import read_json
 from cnm.errors import InputError
+from cnm.files import read_json
 
 HDF5_SUFFIXES = (".hdf5", ".h5", ".hdf")
+JOINT = " + "  # between the encoders of features that lie side by side
 
 
 def record_path(output: str | Path) -> Path:
@@ -37,9 +39,10 @@ class Origin:
     """How features were made.
 
     Attributes:
-        encoder: its name for ``cnm extract``.
-        weights_sha256: of the encoder's parameters.
-        stride, rate: frames between features, or features a second; the other is None.
+        encoder: its name for ``cnm extract``; of features side by side, all names in their order.
+        weights_sha256: of the encoder's parameters, likewise.
+        stride, rate: frames between features, or features a second; the other is None. Both are, where features side
+            by side differ in them.
     """
 
     encoder: str
@@ -48,9 +51,9 @@ class Origin:
     rate: float | None
 
     @classmethod
-    def from_record(cls, record: dict[str, Any] | None) -> Origin | None:
+    def from_record(cls, record: Any) -> Origin | None:
         """Of a record, or of what a checkpoint keeps of it; None where it does not say."""
-        record = record or {}
+        record = record if isinstance(record, dict) else {}
         encoder, weights = record.get("encoder"), record.get("weights_sha256")
         if not isinstance(encoder, str) or not isinstance(weights, str):
             return None
@@ -58,14 +61,33 @@ class Origin:
         return cls(
             encoder,
             weights,
-            stride if isinstance(stride, int) and stride > 0 else None,
-            float(rate) if isinstance(rate, (int, float)) and rate > 0 else None,
+            stride if type(stride) is int and stride > 0 else None,
+            float(rate) if type(rate) in (int, float) and 0 < rate < float("inf") else None,
         )
 
     @classmethod
-    def of(cls, output: Any) -> Origin | None:
-        """Of a feature file or folder; None where nothing is recorded, or where there are several."""
-        return cls.from_record(read_record(output)) if isinstance(output, (str, Path)) else None
+    def of(cls, paths: str | Path | Sequence[str | Path] | None, split: str = "") -> Origin | None:
+        """Of a feature file or folder, or of several side by side; None where one of them has no record.
+
+        Args:
+            split: what ``{split}`` in a path stands for.
+        """
+        if paths is None:
+            return None
+        parts = [
+            cls.from_record(read_record(str(path).replace("{split}", split)))
+            for path in ([paths] if isinstance(paths, (str, Path)) else paths)
+        ]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts) or not known:
+            return None
+        first = known[0]
+        return cls(
+            JOINT.join(part.encoder for part in known),
+            JOINT.join(part.weights_sha256 for part in known),
+            first.stride if all(part.stride == first.stride for part in known) else None,
+            first.rate if all(part.rate == first.rate for part in known) else None,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,9 +97,13 @@ class Origin:
         if other is None or (other.encoder, other.weights_sha256) == (self.encoder, self.weights_sha256):
             return
         raise InputError(
-            f"{name}: features of {other.encoder} (weights {other.weights_sha256[:8]}), but the model was trained on "
-            f"those of {self.encoder} (weights {self.weights_sha256[:8]}); extract them with --encoder {self.encoder}"
+            f"{name}: features of {other}, but the model was trained on those of {self}; extract them with --encoder "
+            f"{self.encoder}"
         )
+
+    def __str__(self) -> str:
+        pairs = zip(self.encoder.split(JOINT), self.weights_sha256.split(JOINT), strict=False)
+        return JOINT.join(f"{encoder} (weights {weights[:8]})" for encoder, weights in pairs)
 
 
 def split_source(source: str) -> tuple[Path, str] | None:
@@ -98,4 +124,6 @@ def recorded_duration(source: str) -> float | None:
         return None
     entry = record["videos"].get(split[1])
     duration = entry.get("duration") if isinstance(entry, dict) else None
-    return float(duration) if isinstance(duration, (int, float)) and duration > 0 else None
+    if not isinstance(duration, (int, float)) or isinstance(duration, bool) or duration <= 0:
+        return None
+    return float(duration)

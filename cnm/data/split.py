@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +16,10 @@ from cnm.data import cache, synthetic, vocabulary_files
 from cnm.data.annotations import Sample, read_annotations
 from cnm.data.batch import Batch
 from cnm.data.buffers import BufferPool
+from cnm.data.expected import Expected, origin_of
 from cnm.data.feature_sources import open_features
 from cnm.data.features import pool
+from cnm.data.origin import Origin
 from cnm.data.tagging import tagger_name
 from cnm.data.vocabulary import Vocabulary
 from cnm.errors import InputError
@@ -135,6 +138,7 @@ def open_split(
     progress: bool = False,
     dtype: torch.dtype = torch.float32,
     stored: Vocabulary | None = None,
+    origin: Origin | None = None,
 ) -> Split:
     """Reads a split; tokenizes its sentences and pools its features on first use, and finds them in the cache later.
 
@@ -145,6 +149,7 @@ def open_split(
         dtype: of the pooled features, float32 or bfloat16: a model that computes in bfloat16 would round them first of
             all, and half the bytes are half the time in the cache, the loader and on the way to a GPU.
         stored: a checkpoint's vocabulary, which serves where ``config.vocab_path`` is not there.
+        origin: of the features that the model knows, where it is known; others are refused.
 
     Raises:
         InputError: anything wrong with the files; the message names file, item and remedy.
@@ -160,6 +165,8 @@ def open_split(
         path = {"train": config.train_data, "val": config.val_data, "test": config.test_data}[split]
         if path is None:
             raise InputError(f"the configuration has no dataset.{split}_data; name a file there")
+        if origin is not None:
+            origin.check(origin_of(config, split), f"{split} split")
         samples, notes = read_annotations(path)
         encoded = _cached_encoding(config, path, samples, vocabulary)
         videos = sorted({sample.video for sample in samples})
@@ -173,7 +180,9 @@ def open_split(
         notes.append(f"{split}: {int(wordless.sum())} sentences hold no known word (first: {first!r}); {does}")
         if split == "train":
             keep = np.flatnonzero(~wordless)
-            samples, video_rows = [samples[i] for i in keep], video_rows[keep]
+            # A sentence without a qid is known by its row in the file.
+            samples = [replace(samples[i], qid=i if samples[i].qid is None else samples[i].qid) for i in keep.tolist()]
+            video_rows = video_rows[keep]
             encoded = (encoded[0][keep], encoded[1][keep], encoded[2][keep])
     if not samples:
         raise InputError(f"{split}: no sentence holds a word of the vocabulary; vocabulary and annotations do not fit")
@@ -233,14 +242,18 @@ def _cached_features(
 ) -> np.ndarray:
     shape = (len(videos), config.max_num_frames, config.frame_dim)
     assert config.feature_path is not None  # DatasetConfig refuses it
+    expected = Expected(config)
     with open_features(config.feature_path, config.feature_pattern, split) as source:
 
         def build(folder: Path) -> None:
             source.check(videos, config.frame_dim)
+            expected.check_shapes(source, videos)
             bar = tqdm(videos, desc="pooling features", unit="video", disable=None if progress else True)
             with cache.rows_file(folder / "clips.npy", shape, STORED[dtype]) as append:
                 for video in bar:
-                    clips = pool(source.frames(video, config.frame_dim), config.max_num_frames)
+                    frames = source.frames(video, config.frame_dim)
+                    expected.check(video, frames, source.path)
+                    clips = pool(frames, config.max_num_frames)
                     append(_as_stored(clips, dtype))
 
         made_from = {
@@ -250,5 +263,7 @@ def _cached_features(
             "shape": shape,
             "dtype": str(dtype),
         }
+        if config.feature_manifest is not None:
+            made_from["manifest"] = cache.content_hash(config.feature_manifest)
         folder = cache.build_once(_folder(config), made_from, build)
     return np.load(folder / "clips.npy", mmap_mode="r")

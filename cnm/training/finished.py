@@ -54,7 +54,8 @@ class FinishedRun:
         """One of the run's splits; ``train``, ``val`` or ``test``."""
         if name not in ("train", "val", "test"):
             raise InputError(f"split {name}: choose train, val or test")
-        return open_split(self.localizer.model.config.dataset, name)  # type: ignore[arg-type]
+        dataset, origin = self.localizer.model.config.dataset, self.localizer.origin
+        return open_split(dataset, name, origin=origin)  # type: ignore[arg-type]
 
     def encode(self, split: Split, index: int) -> Video:
         """The video of a split's sentence, encoded."""

@@ -10,7 +10,7 @@ from cnm.config import Config
 from cnm.errors import InputError
 from cnm.files import NoJson, append_line, cannot_write, parse_json, read_text, replace_file, shortened
 
-KINDS = ("train", "eval", "result")
+KINDS = ("train", "eval", "epoch", "result")  # epoch: one without a validation split
 
 
 def check_row(row: Any, source: str) -> None:
@@ -34,7 +34,7 @@ def check_row(row: Any, source: str) -> None:
 
 
 class RunFolder:
-    """Paths of a run, and its ``metrics.jsonl``: one JSON object a line, ``kind`` train, eval or result.
+    """Paths of a run, and its ``metrics.jsonl``: one JSON object a line, of one of ``KINDS``.
 
     Attributes:
         config: the configuration as JSON.

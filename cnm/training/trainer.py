@@ -19,6 +19,8 @@ from filelock import FileLock, Timeout
 from cnm import checkpoint, metrics, plot
 from cnm.config import Config
 from cnm.data import Batch, BatchLoader, Split, open_split
+from cnm.data.data_dir import with_data_dir
+from cnm.data.expected import origin_of
 from cnm.data.origin import Origin
 from cnm.distributed import Group
 from cnm.errors import InputError
@@ -81,6 +83,7 @@ class Trainer:
             of ending the run. On GPUs this waits for every update and uses no CUDA graph.
         log_every: updates per metrics row.
         quiet: show no progress.
+        data_dir: with ``resume``, the folder that the data's relative paths start from now.
         group: processes that train together, see ``cnm.distributed``; each makes a trainer, process 0's writes.
 
     Raises:
@@ -99,6 +102,7 @@ class Trainer:
         skip_nonfinite: bool = False,
         log_every: int = LOG_EVERY,
         quiet: bool = False,
+        data_dir: Path | None = None,
         group: Group | None = None,
     ) -> None:
         self.group = group
@@ -115,7 +119,7 @@ class Trainer:
             if self.saved.get("training") is None or self.saved.get("vocabulary") is None:
                 raise InputError(f"{self.run.last}: holds a model alone, not the state of a run; it cannot be resumed")
             stored = Config.from_json(self.saved["config"], f"{self.run.last}: config")
-            config = stored if config is None else _resumed_config(stored, config)
+            config = with_data_dir(stored if config is None else _resumed_config(stored, config), data_dir)
         elif config is None:
             raise TypeError("Trainer: config is needed for a new run")
         elif self.writes:
@@ -129,9 +133,14 @@ class Trainer:
         progress = not quiet
         compute_dtype = PRECISIONS[self.options["precision"]]
         self.dtype = compute_dtype or torch.float32  # of the frames that are read
-        self.train_split = open_split(config.dataset, "train", progress=progress, dtype=self.dtype)
-        self.test_split = open_split(config.dataset, "test", progress=progress, dtype=self.dtype)
-        self.val_split = self._open_val(config, progress)
+        if self.saved is None:
+            self.origin = origin_of(config.dataset, "train")
+        else:
+            self.origin = Origin.from_record(self.saved.get("features"))
+        opened: dict[str, Any] = {"progress": progress, "dtype": self.dtype, "origin": self.origin}
+        self.train_split = open_split(config.dataset, "train", **opened)
+        self.test_split = open_split(config.dataset, "test", **opened)
+        self.val_split = self._open_val(config, opened)
         self.chooses_best = self.val_split is not None and self.val_split is not self.test_split
 
         self.config = config if resume else _with_vocabulary_size(config, len(self.train_split.vocabulary))
@@ -166,6 +175,11 @@ class Trainer:
         if self.saved is None:
             return wanted or default
         stored = str(self.saved["training"].get("options", {}).get(name, default))
+        if stored not in known:
+            raise InputError(
+                f"{self.run.last}: its {name} {stored!r} is unknown to this version of cnm; resume it with the "
+                f"one it was trained with"
+            )
         if wanted not in (None, stored):
             raise InputError(
                 f"{self.run.path}: was trained with {name} {stored}, not {wanted}; leave the option out, or start a "
@@ -307,6 +321,7 @@ class Trainer:
                 f"R@1 {' / '.join(f'{scores[name]:.4f}' for name in metrics.SCORES[1:4])} at IoU 0.3 / 0.5 / 0.7"
             )
         else:
+            self._append("epoch", {"epoch_seconds": seconds})
             self.progress.say(trained)
         if self.chooses_best and score is not None and score > self.best.get("mIoU", -1.0):
             self.best = {"epoch": self.epoch + 1, "mIoU": score}
@@ -363,9 +378,8 @@ class Trainer:
         replace_file(self.run.pictures / "localizations.png", plot.localizations(items))
 
     def _model_state(self) -> dict[str, Any]:
-        origin = Origin.of(self.config.dataset.feature_path)
         return {
-            **({} if origin is None else {"features": origin.to_dict()}),
+            **({} if self.origin is None else {"features": self.origin.to_dict()}),
             "num_updates": self.step.num_updates,
             "config": self.config.to_dict(),
             "model_parameters": self.model.state_dict(),
@@ -407,7 +421,9 @@ class Trainer:
             self.step.load_state_dict(training["step"])
             torch.Generator().set_state(training["random"]["torch"])  # raises where it is none
             self.epoch, self.batch, self.seconds = training["epoch"], training["batch"], training["seconds"]
-            self.epoch_began = training.get("epoch_began", 0.0)  # earlier versions kept none
+            if self.batch > len(self.loader):
+                raise ValueError(f"batch {self.batch} of an epoch of {len(self.loader)}")
+            self.epoch_began = training.get("epoch_began", 0.0)
             self.best, self.rows, self.metric_names = training["best"], training["rows"], training["metric_names"]
             self.pending = [values.to(self.device) for values in training["pending"]]
         except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
@@ -421,7 +437,7 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], self.device)
 
-    def _open_val(self, config: Config, progress: bool) -> Split | None:
+    def _open_val(self, config: Config, opened: dict[str, Any]) -> Split | None:
         dataset = config.dataset
         if dataset.dataset != "synthetic":
             if dataset.val_data is None:
@@ -430,7 +446,7 @@ class Trainer:
                 dataset.test_data
             ):
                 return self.test_split
-        return open_split(dataset, "val", progress=progress, dtype=self.dtype)
+        return open_split(dataset, "val", **opened)
 
     def _check_stop(self, *, logged: bool = True) -> None:
         """Saves and stops if a signal asked for it; processes that train together do so after the same update."""

@@ -24,9 +24,10 @@ from typer.testing import CliRunner
 
 from cnm import checkpoint, configs
 from cnm.cli import COMMANDS, app
-from cnm.commands.common import DATA_PATHS, program
+from cnm.commands.common import program
 from cnm.config import CONFIGS
 from cnm.config_fields import every_field
+from cnm.data.data_dir import DATA_PATHS
 from cnm_kernels import native
 
 ROOT = Path(__file__).parents[2]
@@ -266,7 +267,7 @@ def test_too_little_memory_is_one_line(
         raise error
 
     monkeypatch.setattr("cnm.training.trainer.build", fail)
-    message = error_line(run("train", "--config", "synthetic", "--run", tmp_path / "run"))
+    message = error_line(run("train", "--config", "synthetic", "--run", tmp_path / "run", *changes()))
     assert message.startswith(line)
     assert not (tmp_path / "run").exists()
 

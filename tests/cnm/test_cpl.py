@@ -14,6 +14,7 @@ import torch
 from small_runs import cpl_config, with_cpl, write_files
 from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
+from undrawn import draw_nothing
 
 from cnm import InputError, configs, metrics
 from cnm.cli import app
@@ -276,12 +277,14 @@ def test_torchrun_trains_as_one_process_does(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        done = test_distributed.train(processes, "--config", str(tmp_path / "config.json"), "--run-folder", str(folder))
+        arguments = ("--config", str(tmp_path / "config.json"), "--run-folder", str(folder))
+        done = test_distributed.train(processes, *arguments, drawn=processes > 1)
         assert done.returncode == 0, done.stderr[-3000:]
     test_distributed.assert_same_parameters(tmp_path / "2", tmp_path / "1")
 
 
 def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_nothing(monkeypatch)
     config = cpl_config(train__max_num_epochs=3)
     Trainer(config, tmp_path / "straight", quiet=True).train()
 

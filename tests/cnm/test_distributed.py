@@ -25,6 +25,7 @@ from cnm.models.cnm import CNM
 from cnm.training.trainer import Trainer
 
 NO_DROPOUT = {"model__config__dropout": 0.0, "model__config__DualTransformer__dropout": 0.0}
+UNDRAWN = str(Path(__file__).parents[1] / "undrawn.py")
 EPOCHS = 7  # of 3 updates: 12 videos give 24 sentences
 
 
@@ -38,18 +39,19 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(processes: int, *arguments: str) -> list[str]:
+def command(processes: int, *arguments: str, drawn: bool = False) -> list[str]:
+    program = ["-m", "cnm"] if drawn else [UNDRAWN]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), "-m", "cnm", "train", *arguments, "--device", "cpu"]
+    return [sys.executable, *(launcher if processes > 1 else []), *program, "train", *arguments, "--device", "cpu"]
 
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def train(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def train(processes: int, *arguments: str, drawn: bool = False) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(processes, *arguments),
+        command(processes, *arguments, drawn=drawn),
         env=environment(),
         cwd=tempfile.gettempdir(),  # not the source tree, where python -m would look first
         capture_output=True,

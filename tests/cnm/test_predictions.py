@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_runs import write_files
+import torch
+from small_runs import with_cpl, write_files
 from typer.testing import CliRunner
 
 from cnm import checkpoint, metrics, qvhighlights
 from cnm.cli import app
-from cnm.config import CNMConfig
+from cnm.config import CNMConfig, Config
 from cnm.data import Sample, open_split, read_annotations
 from cnm.errors import InputError
 from cnm.evaluation import evaluate
 from cnm.models.cnm import CNM
+from cnm.models.cpl import CPL
 from cnm.predictions import read_predictions, score, write_predictions
 
 SAMPLES = [
@@ -144,3 +146,40 @@ def test_true_windows_score_one_on_real_lines(shared_data: Path, tmp_path: Path)
     scores = score(read_predictions(tmp_path / "p.jsonl", samples), samples)
     assert scores["R@1 IoU=0.9"] == 1
     assert 0.99 < scores["mAP"] < 1  # some sentences have more than ten windows
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_cpls_predictions_score_what_the_evaluation_says(tmp_path: Path, split: str) -> None:
+    """Of several proposals the best scored comes first; a sentence that training leaves out shifts no other."""
+    content = json.loads(write_files(tmp_path).read_text())
+    config = Config.from_json(content | with_cpl(content))
+    rows = json.loads((tmp_path / "train.json").read_text())
+    if split == "train":
+        rows.insert(1, ["train1", 20.0, [1.0, 3.0], "xylophone zither"])
+        (tmp_path / "train.json").write_text(json.dumps(rows))
+    torch.manual_seed(0)
+    model = CPL(config)
+    checkpoint.save(
+        tmp_path / "m.pt", {"num_updates": 0, "config": config.to_dict(), "model_parameters": model.state_dict()}
+    )
+    path = tmp_path / "p.jsonl"
+    arguments = ["evaluate", "--checkpoint", tmp_path / "m.pt", "--predictions", path, "--split", split, "--json"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    evaluated = json.loads(result.stdout)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        windows = line["pred_relevant_windows"]
+        assert len({(start, end) for start, end, _ in windows}) == 3
+        assert windows == sorted(windows, key=lambda window: -window[2])
+    if split == "train":
+        assert [line["qid"] for line in lines] == [row for row in range(len(rows)) if row != 1]
+        lines.append({"qid": 1, "pred_relevant_windows": [[1.0, 3.0, 1.0]]})
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    command = ["score", str(path), "--annotations", str(tmp_path / f"{split}.json"), "--json"]
+    scored = CliRunner().invoke(app, command)
+    assert scored.exit_code == 0, scored.output
+    found, n = json.loads(scored.stdout)["scores"], len(lines)
+    right = 1 if split == "train" else 0  # that line is the truth
+    for name in metrics.SCORES:
+        assert found[name] * n == pytest.approx(evaluated["scores"][name] * (n - right) + right, abs=1e-9), name

@@ -1,0 +1,80 @@
+"""What features are known to be, from the records of ``cnm extract`` and a manifest, and whether they still are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnm.config import DatasetConfig
+from cnm.data.feature_sources import FeatureSource, Joined
+from cnm.data.manifest import described, difference, read_manifest
+from cnm.data.origin import Origin, read_record
+from cnm.errors import InputError
+
+
+def origin_of(config: DatasetConfig, split: str) -> Origin | None:
+    """Where the features of a split came from: as recorded beside them, or else in ``config.feature_manifest``.
+
+    Raises:
+        InputError: record and manifest name different encoders, or one of them cannot be read.
+    """
+    recorded = Origin.of(config.feature_path, split)
+    return recorded if config.feature_manifest is None else agreed(config.feature_manifest, recorded)
+
+
+def agreed(manifest: str | Path, recorded: Origin | None) -> Origin | None:
+    """What is recorded beside features, or else in their manifest. Raises ``InputError`` where both are and differ."""
+    stated = Origin.from_record(read_manifest(manifest).get("extracted"))
+    if stated is not None and recorded is not None and str(stated) != str(recorded):
+        raise InputError(
+            f"{manifest}: was written of features of {stated}, but these are of {recorded}; take those it belongs to, "
+            f"or write it anew"
+        )
+    return recorded or stated
+
+
+class Expected:
+    """The shapes, and where a manifest is given the checksums, that the features of a split should have.
+
+    Raises:
+        InputError: the manifest or a record cannot be read.
+    """
+
+    def __init__(self, config: DatasetConfig) -> None:
+        self.path = config.feature_manifest
+        self.videos: dict[str, Any] = {} if self.path is None else read_manifest(self.path)["videos"]
+
+    def check_shapes(self, source: FeatureSource, videos: Iterable[str]) -> None:
+        """Compares shapes with the records beside the features; no value is read.
+
+        Raises:
+            InputError: a video has another shape than was extracted.
+        """
+        videos = list(videos)
+        for part in source.parts if isinstance(source, Joined) else [source]:
+            record = read_record(part.path) or {"videos": {}}
+            for video in videos:
+                entry = record["videos"].get(video)
+                if not isinstance(entry, dict):
+                    continue
+                shape = part.shape(video)
+                extracted = (entry.get("clips", shape[0]), record.get("width", shape[1]))
+                if shape != extracted:
+                    raise InputError(
+                        f"{part.path}: video {video!r} has shape {list(shape)}, but {list(extracted)} was extracted; "
+                        f"extract it again"
+                    )
+
+    def check(self, video: str, frames: np.ndarray, source: str | Path) -> None:
+        """Compares a video's values with the manifest's.
+
+        Raises:
+            InputError: they differ.
+        """
+        if video in self.videos:
+            problem = difference(video, self.videos[video], described(frames))
+            if problem is not None:
+                raise InputError(f"{source}: {problem} ({self.path}); take the features it was written of")
