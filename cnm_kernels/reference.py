@@ -1,7 +1,7 @@
 """The reference: every op's math in plain PyTorch, differentiated by autograd, on any device.
 
 This file is the specification the other backends are tested against. Inputs in bfloat16 or float16 are computed in
-float32 and rounded once at the end; float64 stays float64. Arguments arrive checked (see ``ops.py``).
+float32 and rounded once at the end; float64 stays float64. Arguments arrive checked (see ``ops``).
 """
 
 from __future__ import annotations
