@@ -12,6 +12,7 @@ other ops run in the dtype they are given. Losses come back in float32 (float64 
 """
 
 from cnm_kernels.ops.absorbed_attention import absorbed_attention
+from cnm_kernels.ops.attention_weights import attention_weights
 from cnm_kernels.ops.branched_attention import branched_attention
 from cnm_kernels.ops.contrastive_reconstruction_loss import contrastive_reconstruction_loss
 from cnm_kernels.ops.dropout import dropout
@@ -26,6 +27,7 @@ from cnm_kernels.ops.weighted_attention import weighted_attention
 
 __all__ = [
     "absorbed_attention",
+    "attention_weights",
     "branched_attention",
     "contrastive_reconstruction_loss",
     "dropout",

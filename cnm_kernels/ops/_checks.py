@@ -35,6 +35,15 @@ def check_attention(
     return given[0], given[1] if key is not None else None, given[2] if value is not None else None
 
 
+def check_key_weight(check: Arguments, key_weight: Tensor | None) -> Tensor | None:
+    """The weights as [B, Lk]."""
+    if key_weight is not None:
+        if isinstance(key_weight, Tensor) and key_weight.dim() == 3:
+            key_weight = key_weight.flatten(0, 1)
+        check.floating("key_weight", key_weight, "B Lk", own_dtype=True)
+    return key_weight
+
+
 def for_backend(
     op: str, query: Tensor, key: Tensor | None, value: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

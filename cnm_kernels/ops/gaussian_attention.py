@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import cast
 
 from torch import Tensor
 
@@ -8,42 +8,6 @@ from cnm_kernels.checks import Arguments
 from cnm_kernels.constants import MIN_WIDTH
 from cnm_kernels.ops._call import run
 from cnm_kernels.ops._checks import check_attention, check_gaussian, finite, for_backend
-
-
-@overload
-def gaussian_attention(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    center: Tensor,
-    width: Tensor,
-    *,
-    alpha: float,
-    min_width: float = ...,
-    complement: bool = ...,
-    causal: bool = ...,
-    key_lengths: Tensor | None = ...,
-    scale: float | None = ...,
-    return_weights: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def gaussian_attention(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    center: Tensor,
-    width: Tensor,
-    *,
-    alpha: float,
-    min_width: float = ...,
-    complement: bool = ...,
-    causal: bool = ...,
-    key_lengths: Tensor | None = ...,
-    scale: float | None = ...,
-    return_weights: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
 
 
 def gaussian_attention(
@@ -59,8 +23,7 @@ def gaussian_attention(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
-    return_weights: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """``weighted_attention`` whose key weight is ``gaussian_mask(center, width, Lk)``, without the mask in memory.
 
     Differentiable in query, key, value, center and width. Source: CNM eq. 5.
@@ -70,10 +33,10 @@ def gaussian_attention(
         center, width: [B] or, for K proposals of each of B / K sentences, [B / K, K]; fraction of the video, the
             query's dtype or float32.
         alpha, min_width, complement: as in ``gaussian_mask``.
-        causal, key_lengths, scale, return_weights: as in ``weighted_attention``.
+        causal, key_lengths, scale: as in ``weighted_attention``.
 
     Returns:
-        out [B, H, Lq, d]; with ``return_weights`` the pair (out, weights [B, Lq, Lk]).
+        [B, H, Lq, d] in the query's dtype.
     """
     check = Arguments("gaussian_attention")
     query, key, value = check_attention(check, query, key, value, key_lengths)
@@ -85,6 +48,5 @@ def gaussian_attention(
     scale = query.size(-1) ** -0.5 if scale is None else finite(check, "scale", scale)
     gaussian = (center, width, alpha, min_width, complement)
     query, key, value = for_backend("gaussian_attention", query, key, value)
-    arguments = (query, key, value, *gaussian, causal, key_lengths, scale, return_weights)
-    out, weights = run("gaussian_attention", query, *arguments)
-    return (out, weights) if return_weights else out
+    arguments = (query, key, value, *gaussian, causal, key_lengths, scale)
+    return cast(Tensor, run("gaussian_attention", query, *arguments))

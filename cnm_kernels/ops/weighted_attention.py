@@ -1,40 +1,12 @@
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import cast
 
 from torch import Tensor
 
 from cnm_kernels.checks import Arguments
 from cnm_kernels.ops._call import run
-from cnm_kernels.ops._checks import check_attention, finite, for_backend
-
-
-@overload
-def weighted_attention(
-    query: Tensor,
-    key: Tensor | None = None,
-    value: Tensor | None = None,
-    key_weight: Tensor | None = ...,
-    *,
-    causal: bool = ...,
-    key_lengths: Tensor | None = ...,
-    scale: float | None = ...,
-    return_weights: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def weighted_attention(
-    query: Tensor,
-    key: Tensor | None = None,
-    value: Tensor | None = None,
-    key_weight: Tensor | None = ...,
-    *,
-    causal: bool = ...,
-    key_lengths: Tensor | None = ...,
-    scale: float | None = ...,
-    return_weights: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+from cnm_kernels.ops._checks import check_attention, check_key_weight, finite, for_backend
 
 
 def weighted_attention(
@@ -46,8 +18,7 @@ def weighted_attention(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
-    return_weights: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Attention whose probabilities are reweighted per key and renormalised.
 
     p_ij = softmax_j(scale q_i . k_j) over the allowed keys; P_ij = p_ij (m_j + 1e-10) / sum_k p_ik (m_k + 1e-10);
@@ -64,19 +35,14 @@ def weighted_attention(
         causal: query i sees keys 0 to i.
         key_lengths: [B] int64; keys from there on are padding. None: all keys are real.
         scale: default d ** -0.5.
-        return_weights: also return P averaged over the heads.
 
     Returns:
-        out [B, H, Lq, d]; with ``return_weights`` the pair (out, weights [B, Lq, Lk]).
+        [B, H, Lq, d] in the query's dtype.
     """
     check = Arguments("weighted_attention")
     query, key, value = check_attention(check, query, key, value, key_lengths)
-    if key_weight is not None:
-        if isinstance(key_weight, Tensor) and key_weight.dim() == 3:
-            key_weight = key_weight.flatten(0, 1)
-        check.floating("key_weight", key_weight, "B Lk", own_dtype=True)
+    key_weight = check_key_weight(check, key_weight)
     scale = query.size(-1) ** -0.5 if scale is None else finite(check, "scale", scale)
     query, key, value = for_backend("weighted_attention", query, key, value)
-    arguments = (query, key, value, key_weight, causal, key_lengths, scale, return_weights)
-    out, weights = run("weighted_attention", query, *arguments)
-    return (out, weights) if return_weights else out
+    arguments = (query, key, value, key_weight, causal, key_lengths, scale)
+    return cast(Tensor, run("weighted_attention", query, *arguments))
