@@ -279,7 +279,7 @@ def dropout_add_layer_norm(
 
 
 def dropout_threshold(p: float) -> int:
-    """Of the 65,536 values a 16-bit draw can take, how many drop: p to the nearest 1/65,536."""
+    """How many of the 65,536 values of a 16-bit draw drop an element: p to the nearest 1/65,536."""
     return round(p * DROPOUT_LEVELS)
 
 

@@ -1,4 +1,4 @@
-"""What trainer, evaluation and command line ask of a model, and what all models here are built from."""
+"""The interface of a model to trainer, evaluation and command line, and the parts that all models share."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class VideoEncoding:
-    """What of N videos' localization does not depend on the sentence: see ``Model.encode_video``.
+    """The part of N videos' localization that does not depend on the sentence: see ``Model.encode_video``.
 
     Attributes:
         states: [N, rows, D], after the first self-attention (projected frames where decoder1 has a single layer).

@@ -30,7 +30,7 @@ class Adam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update": 0})
-        # Of each group's next step: its rate with both bias corrections, and what weight decay leaves.
+        # Each group's next step: its rate with both bias corrections, and the factor that weight decay leaves.
         self._sizes: dict[int, Tensor] = {}
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

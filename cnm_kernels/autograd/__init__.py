@@ -1,4 +1,4 @@
-"""What the compiled backends share on the Python side: per op its fake kernel and its autograd formula.
+"""The Python side that the compiled backends share: each op's fake kernel and autograd formula.
 
 A backend registers the operators ``<namespace>::<op>`` and ``<namespace>::<op>_backward`` with the schemas that
 ``csrc/schemas.cpp`` states; ``register(namespace)`` of an op's file here adds what only Python can, and returns the

@@ -36,7 +36,7 @@ struct bf16x2 {
     uint32_t bits;
 };
 
-// What operands of element type T are packed as.
+// The type that operands of element type T are packed to.
 template <class T>
 using Operand = std::conditional_t<HAS_BF16X2 && std::is_same_v<T, bf16>, bf16x2, float>;
 
