@@ -19,7 +19,7 @@ from cnm.errors import InputError
 from cnm.models.layers import DualTransformer, ForwardPass, Source, apply_linear, sinusoidal_positions
 from cnm_kernels.checks import Arguments
 
-# Where products are what costs. GPUs wait for memory, and what is spared in products is moved all the same.
+# Matmul-bound devices. GPUs are memory-bound: fewer products would move as many bytes.
 MATMUL_BOUND_DEVICES = {"cpu"}
 
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16}  # name: Model.compute_dtype

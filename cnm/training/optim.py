@@ -66,7 +66,7 @@ class Adam(torch.optim.Optimizer):
             (beta1, beta2), (rate, shrink) = group["betas"], self._sizes[id(group)].unbind()
             if group["weight_decay"] != 0:
                 torch._foreach_mul_(parameters, shrink)
-            # The rate holds the bias corrections: after infinitely many steps PyTorch's own are one.
+            # step = inf disables PyTorch's bias corrections: ours are in the rate.
             forever = torch.full((), math.inf, device=rate.device)
             torch._fused_adam_(
                 parameters,
