@@ -15,6 +15,7 @@ lint:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/lint_cpp.py
 
 bench:
 	$(BIN)/python -m benchmarks

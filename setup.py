@@ -29,13 +29,6 @@ from setuptools.command.build_py import build_py
 OLDEST_SETUPTOOLS = 77  # the first that reads license = "Apache-2.0" in pyproject.toml
 SOURCES = Path("csrc")
 REASON_FILE = "{}_skipped.txt"  # beside native.py: why a C++ module is missing, for `python -m cnm_kernels`
-MATRIX_KERNELS = {
-    "gemm",
-    "attention",
-    "absorbed_attention",
-    "linear",
-    "linear_nll",
-}  # these are worth compiling for the bfloat16 instruction sets too
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -145,7 +138,7 @@ class BuildNative(build_ext):
                 jobs.append((source, "common", []))
         for name, flags in instruction_sets().items():
             for source in kernels:
-                if name not in MATRIX_ONLY or Path(source).stem in MATRIX_KERNELS:
+                if name not in MATRIX_ONLY or is_matrix_kernel(Path(source)):
                     jobs.append((source, name, [f"-DCNM_ISA={name}", *flags]))
         return self._objects(ext, jobs)
 
@@ -243,6 +236,11 @@ def architectures(nvcc: str) -> list[str]:
 def is_kernel(source: Path) -> bool:
     """Kernel sources are torch-free and put their code into namespace cnm::CNM_ISA."""
     return "namespace cnm::CNM_ISA" in source.read_text(encoding="utf-8")
+
+
+def is_matrix_kernel(source: Path) -> bool:
+    """Kernels that multiply matrices are worth compiling for the bfloat16 instruction sets too."""
+    return '#include "gemm.h"' in source.read_text(encoding="utf-8")
 
 
 def instruction_sets() -> dict[str, list[str]]:

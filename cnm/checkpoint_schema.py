@@ -1,4 +1,4 @@
-"""What a checkpoint holds, field by field: it is checked once, when it is read."""
+"""The fields of a checkpoint; it is checked once, when it is read."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from cnm.models.base import Model, Proposals, Scoring
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model predicts for the N sentences of a split, K moments each, best first.
+    """A model's predictions for the N sentences of a split, K moments each, best first.
 
     Attributes:
         centers, widths, confidences: [N, K] float64; fractions of the video, and ``Proposals.score``.

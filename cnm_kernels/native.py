@@ -77,14 +77,5 @@ def keeps_expected(hidden: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 if "cpu" not in LOAD_ERRORS:
-    gaussian_mask = autograd.gaussian_mask.register("cnm_kernels")
-    weighted_attention, gaussian_attention = autograd.attention.register("cnm_kernels")
-    absorbed_attention = autograd.absorbed_attention.register("cnm_kernels")
-    linear = autograd.linear.register("cnm_kernels")
-    intra_video_contrastive_loss = autograd.intra_video_contrastive_loss.register("cnm_kernels")
-    linear_nll, contrastive_reconstruction_loss = autograd.linear_nll.register(
-        "cnm_kernels", intra_video_contrastive_loss, keeps_expected
-    )
-    dropout = autograd.dropout.register("cnm_kernels")
-    dropout_add_layer_norm = autograd.dropout_add_layer_norm.register("cnm_kernels")
-    branched_attention = autograd.branched_attention.register("cnm_kernels")
+    _options = {"linear_nll": {"keeps_expected": keeps_expected}}
+    globals().update(autograd.register("cnm_kernels", library=True, options=_options))

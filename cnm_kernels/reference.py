@@ -1,7 +1,7 @@
 """The reference: every op's math in plain PyTorch, differentiated by autograd, on any device.
 
 This file is the specification the other backends are tested against. Inputs in bfloat16 or float16 are computed in
-float32 and rounded once at the end; float64 stays float64. Arguments arrive checked (see ``ops.py``).
+float32 and rounded once at the end; float64 stays float64. Arguments arrive checked (see ``ops``).
 """
 
 from __future__ import annotations
@@ -69,15 +69,26 @@ def weighted_attention(
     causal: bool,
     key_lengths: Tensor | None,
     scale: float,
-    return_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """P = p (m + eps) / sum_k p (m + eps), p = softmax(scale q k^T) over the allowed keys; out = P v."""
-    q, k, v = _wide(query), _before(key_lengths, key, 2), _before(key_lengths, value, 2)
+    weights = _weights_of_heads(query, key, key_weight, causal, key_lengths, scale)
+    return (weights @ _before(key_lengths, value, 2)).to(query.dtype)  # [B, H, Lq, d]
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, key_weight: Tensor | None, causal: bool, key_lengths: Tensor | None, scale: float
+) -> Tensor:
+    """P of ``weighted_attention``, averaged over the heads."""
+    return _weights_of_heads(query, key, key_weight, causal, key_lengths, scale).mean(1).to(query.dtype)
+
+
+def _weights_of_heads(
+    query: Tensor, key: Tensor, key_weight: Tensor | None, causal: bool, key_lengths: Tensor | None, scale: float
+) -> Tensor:
+    """P [B, H, Lq, Lk] of ``weighted_attention``."""
     key_weight = None if key_weight is None else _before(key_lengths, key_weight, 1)
-    scores = scale * (q @ k.transpose(-1, -2))  # [B, H, Lq, Lk]
-    weights = _probabilities(scores, key_weight, causal, key_lengths)
-    out = (weights @ v).to(query.dtype)  # [B, H, Lq, d]
-    return out, weights.mean(1).to(query.dtype) if return_weights else None
+    scores = scale * (_wide(query) @ _before(key_lengths, key, 2).transpose(-1, -2))
+    return _probabilities(scores, key_weight, causal, key_lengths)
 
 
 def _probabilities(scores: Tensor, key_weight: Tensor | None, causal: bool, key_lengths: Tensor | None) -> Tensor:
@@ -112,11 +123,10 @@ def gaussian_attention(
     causal: bool,
     key_lengths: Tensor | None,
     scale: float,
-    return_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """``weighted_attention`` whose key weight is ``gaussian_mask(center, width)`` (not rounded in between)."""
     mask = gaussian_mask(_wide(center), _wide(width), key.size(-2), alpha, min_width, complement)  # [B, Lk]
-    return weighted_attention(query, key, value, mask, causal, key_lengths, scale, return_weights)
+    return weighted_attention(query, key, value, mask, causal, key_lengths, scale)
 
 
 def branched_attention(
@@ -129,8 +139,8 @@ def branched_attention(
     scale: float,
 ) -> Tensor:
     """``weighted_attention`` of the same operands under each of n rows of weights. [n, B, H, Lq, d]"""
-    arguments = (causal, key_lengths, scale, False)
-    return torch.stack([weighted_attention(query, key, value, weights, *arguments)[0] for weights in key_weights])
+    arguments = (causal, key_lengths, scale)
+    return torch.stack([weighted_attention(query, key, value, weights, *arguments) for weights in key_weights])
 
 
 def absorbed_attention(
@@ -271,7 +281,7 @@ def dropout_add_layer_norm(
 
 
 def dropout_threshold(p: float) -> int:
-    """Of the 65,536 values a 16-bit draw can take, how many drop: p to the nearest 1/65,536."""
+    """How many of the 65,536 values of a 16-bit draw drop an element: p to the nearest 1/65,536."""
     return round(p * DROPOUT_LEVELS)
 
 

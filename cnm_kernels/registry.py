@@ -28,27 +28,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnm_kernels import op_list
+
 BACKENDS = {
     "native": "native",
     "triton": "triton",
     "torch": "reference",
 }  # in order of preference: module
-OPS = (
-    "gaussian_mask",
-    "weighted_attention",
-    "gaussian_attention",
-    "branched_attention",
-    "absorbed_attention",
-    "linear",
-    "linear_nll",
-    "intra_video_contrastive_loss",
-    "contrastive_reconstruction_loss",
-    "dropout",
-    "dropout_add_layer_norm",
-)
+OPS = tuple(op.name for op in op_list.OPS)
 # What vendors' libraries do best on GPUs, or what only CPUs gain by: a backend asked for by name may leave these to
 # PyTorch.
-LIBRARY_OPS = ("linear", "absorbed_attention")
+LIBRARY_OPS = tuple(op.name for op in op_list.OPS if op.library)
 ENVIRONMENT_VARIABLE = "CNM_KERNELS_BACKEND"
 
 

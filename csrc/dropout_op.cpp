@@ -8,7 +8,8 @@ namespace {
 
 Tensor forward(const Tensor& x, double p, const Tensor& seed, int64_t offset) {
     const OnDevice device(x);
-    const Tensor in = packed(x), out = empty_as(x, x.scalar_type());
+    const Tensor in = packed(x);
+    Tensor out = empty_as(x, x.scalar_type());
     dropout({in.const_data_ptr(), out.mutable_data_ptr(), dtype_of(in), in.numel(), p,
              packed(seed).const_data_ptr<int64_t>(), offset});
     return out;

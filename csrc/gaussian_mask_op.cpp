@@ -14,7 +14,7 @@ Tensor forward(const Tensor& center, const Tensor& width, int64_t length, double
     const Tensor c = packed(center), w = packed(width);
     std::vector<int64_t> sizes(c.sizes().begin(), c.sizes().end());
     sizes.push_back(length);
-    const Tensor out = empty(sizes.data(), static_cast<int64_t>(sizes.size()), c.scalar_type());
+    Tensor out = empty(sizes.data(), static_cast<int64_t>(sizes.size()), c.scalar_type());
     gaussian_mask({c.const_data_ptr(), w.const_data_ptr(), out.mutable_data_ptr(), dtype_of(c), c.numel(), length,
                    static_cast<float>(alpha), static_cast<float>(min_width), complement});
     return out;

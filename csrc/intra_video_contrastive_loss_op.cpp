@@ -11,7 +11,7 @@ namespace {
 Tensor forward(const Tensor& positive, const Tensor& hard, const Tensor& easy, double beta_1, double beta_2) {
     const OnDevice device(positive);
     const Tensor p = packed(positive), h = packed(hard), e = packed(easy);
-    const Tensor loss = empty({}, ScalarType::Float);
+    Tensor loss = empty({}, ScalarType::Float);
     intra_video_contrastive_loss({p.const_data_ptr(), h.const_data_ptr(), e.const_data_ptr(), dtype_of(p), p.numel(),
                                   static_cast<float>(beta_1), static_cast<float>(beta_2),
                                   loss.mutable_data_ptr<float>()});

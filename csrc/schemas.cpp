@@ -1,7 +1,7 @@
 // The library's operators: their schemas.
 //
 // Each op has a forward under its public name, which also returns what its backward reads, and a backward. Shapes are
-// stated in cnm_kernels/ops.py; implementations register themselves in *_op.cpp.
+// stated in cnm_kernels/ops/<op>.py; implementations register themselves in *_op.cpp.
 #include <torch/csrc/stable/library.h>
 
 #include "library.h"

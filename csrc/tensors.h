@@ -1,4 +1,4 @@
-// What the *_op.cpp files need to turn tensors into a kernel's params. Only they include torch's headers.
+// Turns tensors into a kernel's params, for the *_op.cpp files. Only they include torch's headers.
 #pragma once
 
 #include <initializer_list>

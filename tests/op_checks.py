@@ -163,11 +163,13 @@ def attention_terms(inputs: Inputs, score_gradient: float) -> dict[str, float]:
 def gaussian_terms(inputs: Inputs) -> dict[str, float]:
     """Size of the terms of d center and d width in ``gaussian_attention``: P_ij (dP_ij - delta_i) d log m_j."""
     inputs = in_dtype(inputs, torch.float64)
-    weights = REFERENCES["gaussian_attention"](**inputs | {"return_weights": True})[1].sum(1)  # [B, Lk]
     mask_inputs = {
         name: inputs[name] for name in ("center", "width", "alpha", "min_width", "complement") if name in inputs
     }
     mask_inputs["length"] = inputs["key"].size(2)
+    (mask,) = REFERENCES["gaussian_mask"](**mask_inputs)
+    scores = {name: inputs[name] for name in ("query", "key", "causal", "key_lengths", "scale") if name in inputs}
+    weights = REFERENCES["attention_weights"](**scores, key_weight=mask)[0].sum(1)  # [B, Lk]
 
     if mask_inputs["length"] == 0:
         return {}

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cnm_kernels import registry
+
 MASK32 = 0xFFFFFFFF
 
 
@@ -35,10 +37,27 @@ def weighted_attention(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
-    return_weights: bool = False,
 ) -> tuple[Tensor, ...]:
+    """The values by the weights of each head."""
+    probability = _weights_of_heads(query, key, key_weight, causal, key_lengths, scale)
+    return (torch.einsum("bhij,bhjd->bhid", probability, value),)
+
+
+def attention_weights(query: Tensor, key: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    """The mean over the heads."""
+    return (_weights_of_heads(query, key, *arguments, **options).sum(1) / query.size(1),)
+
+
+def _weights_of_heads(
+    query: Tensor,
+    key: Tensor,
+    key_weight: Tensor | None = None,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """softmax(s + log(m + 1e-10)), by an explicit bias; queries that see no key give zeros."""
-    B, H, Lq, d = query.shape
+    B, _, Lq, d = query.shape
     Lk = key.size(2)
     scores = torch.einsum("bhid,bhjd->bhij", query, key) * (d**-0.5 if scale is None else scale)
     if key_weight is not None:
@@ -50,9 +69,7 @@ def weighted_attention(
             last = min(i + 1, for_lengths) if causal else for_lengths
             hidden[b, 0, i, last:] = True
     probability = torch.softmax(scores.masked_fill(hidden, -1e30), -1)  # uniform where all is hidden: zeroed next
-    probability = probability.masked_fill(hidden, 0)
-    out = torch.einsum("bhij,bhjd->bhid", probability, value)
-    return (out, probability.sum(1) / H) if return_weights else (out,)
+    return probability.masked_fill(hidden, 0)
 
 
 def gaussian_attention(
@@ -67,11 +84,10 @@ def gaussian_attention(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
-    return_weights: bool = False,
 ) -> tuple[Tensor, ...]:
     """``weighted_attention`` with the mask in memory."""
     (mask,) = gaussian_mask(center.to(query.dtype), width.to(query.dtype), key.size(2), alpha, min_width, complement)
-    return weighted_attention(query, key, value, mask, causal, key_lengths, scale, return_weights)
+    return weighted_attention(query, key, value, mask, causal, key_lengths, scale)
 
 
 def branched_attention(
@@ -231,19 +247,4 @@ def dropout_add_layer_norm(
     return (centered / deviation * weight.to(x.dtype) + bias.to(x.dtype),)
 
 
-REFERENCES = {
-    function.__name__: function
-    for function in (
-        gaussian_mask,
-        weighted_attention,
-        gaussian_attention,
-        branched_attention,
-        absorbed_attention,
-        linear,
-        linear_nll,
-        intra_video_contrastive_loss,
-        contrastive_reconstruction_loss,
-        dropout,
-        dropout_add_layer_norm,
-    )
-}
+REFERENCES = {op: globals()[op] for op in registry.OPS}

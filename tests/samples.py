@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from op_records import RECORDS
 from torch import Tensor
 
 import cnm_kernels
@@ -19,19 +20,7 @@ from cnm_kernels import registry
 
 Inputs = dict[str, Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DIFFERENTIABLE = {
-    "gaussian_mask": ("center", "width"),
-    "weighted_attention": ("query", "key", "value", "key_weight"),
-    "gaussian_attention": ("query", "key", "value", "center", "width"),
-    "branched_attention": ("query", "key", "value", "key_weights"),
-    "absorbed_attention": ("query", "key", "value", "key_bias", "key_weight"),
-    "linear": ("x", "weight", "bias"),
-    "linear_nll": ("hidden", "weight", "bias"),
-    "intra_video_contrastive_loss": ("positive", "hard", "easy"),
-    "contrastive_reconstruction_loss": ("hidden", "weight", "bias"),
-    "dropout": ("x",),
-    "dropout_add_layer_norm": ("x", "residual", "weight", "bias"),
-}
+DIFFERENTIABLE = {op: record.differentiable for op, record in RECORDS.items()}
 
 
 class Draw:
@@ -70,6 +59,15 @@ def attention(draw: Draw, B: int, H: int, Lq: int, Lk: int, d: int, **options: A
 
 def weighted(draw: Draw, B: int, H: int, Lq: int, Lk: int, d: int, **options: Any) -> Inputs:
     return attention(draw, B, H, Lq, Lk, d, **options) | {"key_weight": draw.uniform(B, Lk)}
+
+
+def scored(draw: Draw, *sizes: int, **options: Any) -> Inputs:
+    """Queries and keys alone."""
+    return {name: value for name, value in attention(draw, *sizes, **options).items() if name != "value"}
+
+
+def weighted_scored(draw: Draw, *sizes: int, **options: Any) -> Inputs:
+    return {name: value for name, value in weighted(draw, *sizes, **options).items() if name != "value"}
 
 
 def gaussian(draw: Draw, B: int, H: int, Lq: int, Lk: int, d: int, *, alpha: float = 5.5, **options: Any) -> Inputs:
@@ -189,7 +187,7 @@ def misaligned(inputs: Inputs) -> Inputs:
 
 def heads_last(inputs: Inputs) -> Inputs:
     """query, key, value as a model hands them over: [B, L, H, d] in memory, transposed."""
-    names = ("query", "key", "value")
+    names = [name for name in ("query", "key", "value") if name in inputs]
     return inputs | {name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in names}
 
 
@@ -254,10 +252,10 @@ ATTENTION_SHAPES: dict[str, Callable[[Callable[..., Inputs]], Builder]] = {
     "lengths-0-1-odd-over": lambda make: (
         lambda draw: make(draw, 5, 2, 6, 7, 8, key_lengths=draw.lengths(0, 1, 5, 7, 9))
     ),
-    "causal-lengths-weights": lambda make: (
-        lambda draw: make(draw, 3, 2, 17, 17, 33, causal=True, key_lengths=draw.lengths(17, 1, 6), return_weights=True)
+    "causal-lengths": lambda make: (
+        lambda draw: make(draw, 3, 2, 17, 17, 33, causal=True, key_lengths=draw.lengths(17, 1, 6))
     ),
-    "returned-weights": lambda make: lambda draw: make(draw, 2, 3, 5, 6, 7, return_weights=True),
+    "three-heads": lambda make: lambda draw: make(draw, 2, 3, 5, 6, 7),
     "scale": lambda make: lambda draw: make(draw, 2, 2, 5, 7, 8, scale=0.3),
     "all-ones": lambda make: lambda draw: make(draw, 1, 1, 1, 1, 1),
     "one-key": lambda make: lambda draw: make(draw, 2, 2, 3, 1, 8),
@@ -306,6 +304,11 @@ SAMPLES: dict[str, dict[str, Builder]] = {
         "complement-words-clips": lambda draw: gaussian(draw, 2, 4, 13, 50, 64, complement=True),
         "narrow-and-outside": lambda draw: _narrow(draw, gaussian(draw, 5, 2, 4, 21, 8)),
         "narrow-and-outside-complement": lambda draw: _narrow(draw, gaussian(draw, 5, 2, 4, 21, 8, complement=True)),
+    },
+    "attention_weights": {
+        **{f"unweighted-{name}": make(scored) for name, make in ATTENTION_SHAPES.items()},
+        **{f"weighted-{name}": make(weighted_scored) for name, make in ATTENTION_SHAPES.items()},
+        "zero-weights": lambda draw: _zero_rows(weighted_scored(draw, 2, 2, 5, 7, 8)),
     },
     "branched_attention": {
         "plain": lambda draw: branched(draw, 3, 2, 2, 5, 7, 8),

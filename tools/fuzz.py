@@ -248,6 +248,8 @@ def fuzz_op(draw: random.Random) -> str:
         "gaussian_mask": moment | {"length": draw.choice((0, 1, 7, -1, 2.5))},
         "weighted_attention": attention | {"key_weight": draw.choice((None, any_tensor(draw, (B, K))))},
         "gaussian_attention": attention | moment,
+        "attention_weights": {name: value for name, value in attention.items() if name != "value"}
+        | {"key_weight": draw.choice((None, any_tensor(draw, (B, K))))},
         "branched_attention": attention | {"key_weights": any_tensor(draw, (2, B, K))},
         "absorbed_attention": {
             "query": any_tensor(draw, (B, L, d)),

@@ -1,4 +1,4 @@
-"""What trainer, evaluation and command line ask of a model, and what all models here are built from."""
+"""The interface of a model to trainer, evaluation and command line, and the parts that all models share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cnm.errors import InputError
 from cnm.models.layers import DualTransformer, ForwardPass, Source, apply_linear, sinusoidal_positions
 from cnm_kernels.checks import Arguments
 
-# Where products are what costs. GPUs wait for memory, and what is spared in products is moved all the same.
+# Matmul-bound devices. GPUs are memory-bound: fewer products would move as many bytes.
 MATMUL_BOUND_DEVICES = {"cpu"}
 
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16}  # name: Model.compute_dtype
@@ -57,7 +57,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class VideoEncoding:
-    """What of N videos' localization does not depend on the sentence: see ``Model.encode_video``.
+    """The part of N videos' localization that does not depend on the sentence: see ``Model.encode_video``.
 
     Attributes:
         states: [N, rows, D], after the first self-attention (projected frames where decoder1 has a single layer).

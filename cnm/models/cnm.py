@@ -18,7 +18,7 @@ from cnm_kernels.constants import MIN_WIDTH
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What ``CNM.reconstruct`` finds. Branches are stacked as positive, hard negative, easy negative.
+    """The results of ``CNM.reconstruct``. Branches are stacked as positive, hard negative, easy negative.
 
     Attributes:
         center, width: [B], fraction of the video.

@@ -20,7 +20,7 @@ from cnm_kernels.constants import MIN_PROPOSAL_WIDTH
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What ``CPL.reconstruct`` finds.
+    """The results of ``CPL.reconstruct``.
 
     Attributes:
         center, width: [B, K], fractions of the video.

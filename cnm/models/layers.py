@@ -190,7 +190,8 @@ class MultiheadAttention(nn.Module):
         return packed.unflatten(-1, (2, self.num_heads, -1))
 
     def _absorb_into_queries(self, source: Source, x: Tensor, rows: Tensor | None) -> Tensor:
-        """q . (W_k y + b_k) = (W_k^T q) . y and what no softmax sees; P (W_v y + b_v) = W_v (P y) + b_v."""
+        """q . (W_k y + b_k) = (W_k^T q) . y + q . b_k, constant over keys, which softmax cancels; and
+        P (W_v y + b_v) = W_v (P y) + b_v."""
         H = self.num_heads
         W_q, W_k, W_v = self.in_proj_weight.chunk(3)
         b_q, _, b_v = self.in_proj_bias.chunk(3)

@@ -1,4 +1,4 @@
-"""What a training step is to the trainer, and the update that all of them share."""
+"""The interface between trainer and training steps, and the update that all steps share."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class ModelStep(ABC):
                 parameter.grad = gradient
         everybody = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(everybody)
-        # What the clip would make of another group's gradients nobody reads: its next update brings new ones.
+        # Another group's gradients are not clipped: its next update overwrites them before they are used.
         torch.nn.utils.clip_grads_with_norm_(optimizer.parameters, MAX_GRADIENT_NORM, norm)
         optimizer.apply()
         return norm

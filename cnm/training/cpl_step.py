@@ -25,7 +25,7 @@ from cnm.training.optim import ScheduledAdam
 
 @dataclass(frozen=True)
 class Branches:
-    """What the loss reads of one forward pass.
+    """The outputs of one forward pass that the loss reads.
 
     Attributes:
         positive, left, right, reference: [B], reconstruction errors of the best proposal, its negatives and the whole.
@@ -92,7 +92,7 @@ class TrainingStep(ModelStep):
 
 
 def sum_of_hinges(positive: Tensor, negatives: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """Of each (negative, margin): mean relu(positive - negative + margin), the gradient at the kink one half."""
+    """For each (negative, margin): mean relu(positive - negative + margin), the gradient at the kink one half."""
     hinges = [torch.maximum(positive - negative + margin, torch.zeros_like(positive)) for negative, margin in negatives]
     return torch.stack(hinges).mean(1).sum()
 

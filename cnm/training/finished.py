@@ -1,4 +1,4 @@
-"""What a run left behind, read again: its localizer, its splits, its metrics."""
+"""Reads a finished run again: its localizer, its splits, its metrics."""
 
 from __future__ import annotations
 

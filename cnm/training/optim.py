@@ -30,7 +30,7 @@ class Adam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update": 0})
-        # Of each group's next step: its rate with both bias corrections, and what weight decay leaves.
+        # Each group's next step: its rate with both bias corrections, and the factor that weight decay leaves.
         self._sizes: dict[int, Tensor] = {}
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -66,7 +66,7 @@ class Adam(torch.optim.Optimizer):
             (beta1, beta2), (rate, shrink) = group["betas"], self._sizes[id(group)].unbind()
             if group["weight_decay"] != 0:
                 torch._foreach_mul_(parameters, shrink)
-            # The rate holds the bias corrections: after infinitely many steps PyTorch's own are one.
+            # step = inf disables PyTorch's bias corrections: ours are in the rate.
             forever = torch.full((), math.inf, device=rate.device)
             torch._fused_adam_(
                 parameters,

@@ -83,7 +83,7 @@ class RunFolder:
         append_line(self.metrics, json.dumps(row, allow_nan=False))
 
     def rows(self) -> list[dict[str, Any]]:
-        """What ``metrics.jsonl`` holds so far; a last line cut short by a crash is left out.
+        """The records in ``metrics.jsonl`` so far; a last line cut short by a crash is left out.
 
         Raises:
             InputError: the file cannot be read, or a row is not one that a run writes.

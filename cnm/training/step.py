@@ -154,7 +154,7 @@ class LeanStep(TrainingStep):
 
 
 class _ReconstructorInputs:
-    """What the branches of decoding 2 share: inputs, targets and the first layers' projections."""
+    """The branches of decoding 2 share these: inputs, targets and the first layers' projections."""
 
     def __init__(
         self, model: CNM, batch: Batch, frames: Tensor, words: Tensor, masked_words: Tensor, ctx: ForwardPass

@@ -1,4 +1,4 @@
-"""weighted_attention and gaussian_attention: one operator, whose keys' weights are a tensor, a Gaussian or neither.
+"""weighted_attention, gaussian_attention, attention_weights: one operator; keys weigh by a tensor, a Gaussian or alike.
 
 It takes heads packed as a projection gives them, and hands their gradients back packed: nothing is copied together.
 """
@@ -80,8 +80,8 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.scale = scale
 
 
-def register(namespace: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The op on the operators of this namespace."""
+def register(namespace: str) -> tuple[Callable[..., Any], ...]:
+    """The ops on the operators of this namespace."""
     operator = Operator(namespace, "attention")
 
     def weighted_attention(
@@ -92,12 +92,9 @@ def register(namespace: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         causal: bool,
         key_lengths: Tensor | None,
         scale: float,
-        return_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        out, _, weights = operator.forward(
-            query, key, value, key_weight, None, None, 1.0, 1.0, False, causal, key_lengths, scale, return_weights
-        )
-        return out, weights if return_weights else None
+    ) -> Tensor:
+        none = (None, None, 1.0, 1.0, False)
+        return operator.forward(query, key, value, key_weight, *none, causal, key_lengths, scale, False)[0]
 
     def gaussian_attention(
         query: Tensor,
@@ -111,13 +108,20 @@ def register(namespace: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         causal: bool,
         key_lengths: Tensor | None,
         scale: float,
-        return_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         gaussian = (center, width, alpha, min_width, complement)
-        out, _, weights = operator.forward(
-            query, key, value, None, *gaussian, causal, key_lengths, scale, return_weights
-        )
-        return out, weights if return_weights else None
+        return operator.forward(query, key, value, None, *gaussian, causal, key_lengths, scale, False)[0]
+
+    def attention_weights(
+        query: Tensor,
+        key: Tensor,
+        key_weight: Tensor | None,
+        causal: bool,
+        key_lengths: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        none = (None, None, 1.0, 1.0, False)  # the kernels want values too: the keys serve
+        return operator.forward(query, key, key.detach(), key_weight, *none, causal, key_lengths, scale, True)[2]
 
     def backward(ctx: Any, d_out: Tensor | None, _stats: None, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, key_lengths, stats = ctx.saved_tensors
@@ -138,4 +142,4 @@ def register(namespace: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     operator.register_autograd(setup_context, backward, not_differentiable=[1])
     weighted_attention.takes_packed_heads = True  # type: ignore[attr-defined]
     gaussian_attention.takes_packed_heads = True  # type: ignore[attr-defined]
-    return weighted_attention, gaussian_attention
+    return weighted_attention, gaussian_attention, attention_weights

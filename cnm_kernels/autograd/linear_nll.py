@@ -1,4 +1,4 @@
-"""linear_nll, and contrastive_reconstruction_loss upon it."""
+"""linear_nll."""
 
 from __future__ import annotations
 
@@ -40,11 +40,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(*tensors, *output[2:])
 
 
-def register(
-    namespace: str,
-    intra_video_contrastive_loss: Callable[..., Any],
-    keeps_expected: Callable[[Tensor, Tensor, Tensor], bool],
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def register(namespace: str, keeps_expected: Callable[[Tensor, Tensor, Tensor], bool]) -> Callable[..., Any]:
     """The op on the operators of this namespace.
 
     ``keeps_expected(hidden, weight, bias)`` says whether softmax(z) W of every token is worth keeping for a backward to
@@ -68,21 +64,6 @@ def register(
         )
         return nll, accuracy if return_accuracy else None
 
-    def contrastive_reconstruction_loss(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        target: Tensor,
-        valid_lengths: Tensor,
-        label_smoothing: float,
-        beta_1: float,
-        beta_2: float,
-    ) -> tuple[Tensor, Tensor]:
-        targets, lengths = target.repeat(3, 1), valid_lengths.repeat(3)
-        nll, _ = linear_nll(hidden.flatten(0, 1), weight, bias, targets, lengths, label_smoothing, False)
-        nll = nll.view(3, -1)
-        return intra_video_contrastive_loss(nll[0], nll[1], nll[2], beta_1, beta_2), nll
-
     def backward(ctx: Any, d_nll: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if d_nll is None:
             return (None,) * 8
@@ -93,4 +74,4 @@ def register(
 
     operator.register_fake(_fake, _fake_backward)
     operator.register_autograd(setup_context, backward, not_differentiable=[1, 2, 3])
-    return linear_nll, contrastive_reconstruction_loss
+    return linear_nll

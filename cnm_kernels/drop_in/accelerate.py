@@ -228,7 +228,7 @@ def _layer_differs(module: Any, ours: Any) -> str | None:
 
 
 def _differs(module: nn.Module, ours: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> str | None:
-    """What small examples show: None if ``ours`` gives what the module's own class gives, or else why not.
+    """Compares both on small examples: None if ``ours`` gives what the module's own class gives, else why not.
 
     A module that cannot run by itself (the published attention needs fairseq) is taken at its word.
     """

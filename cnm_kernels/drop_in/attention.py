@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cnm_kernels import ops
+from cnm_kernels.autograd.attention import unpack
 from cnm_kernels.constants import KEY_WEIGHT_EPS
 from cnm_kernels.drop_in.deferred import defer
 
@@ -139,9 +140,8 @@ class AcceleratedAttention:
         def averaged(*inputs: Tensor | None) -> Tensor:
             *operands, weight, lengths = inputs
             query, key, value = cast("tuple[Tensor, Tensor | None, Tensor | None]", operands)
-            return ops.weighted_attention(
-                query, key, value, weight, causal=causal, key_lengths=lengths, return_weights=True
-            )[1]
+            query, key, _ = unpack(query, key, value)
+            return ops.attention_weights(query, key, weight, causal=causal, key_lengths=lengths)
 
         like = torch.empty(out.size(0), Lq, Lk, dtype=out.dtype, device="meta")
         return joined, defer(averaged, like, *packed, key_weight, padding.lengths)

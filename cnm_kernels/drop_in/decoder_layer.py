@@ -28,7 +28,7 @@ def can_replace(layer: nn.Module) -> bool:
 
 
 def passed_over(layer: nn.Module) -> str | None:
-    """What of the layer ``AcceleratedLayer`` does not compute in its place; None where it does all."""
+    """The part of the layer that ``AcceleratedLayer`` cannot compute; None where it computes everything."""
     if not isinstance(getattr(layer, "dropout", None), float | int):
         return f"its dropout must be a rate, got {type(getattr(layer, 'dropout', None)).__name__}"
     for name in (*ATTENTIONS, *NORMS, *LINEARS):

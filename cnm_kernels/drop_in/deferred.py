@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
-# What can be told without the numbers.
+# These can be answered without computing the tensor.
 _METADATA = {
     *(
         getattr(Tensor, name).__get__
@@ -45,7 +45,7 @@ class Deferred(Tensor):
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
-        """What it would be computed from, unchanged since.
+        """The inputs it would be computed from, if they are unchanged since.
 
         Raises:
             RuntimeError: an input was changed in place since: the value it stood for is lost.

@@ -136,7 +136,7 @@ def _valid_lengths(mask: Tensor) -> Tensor | None:
 
 
 def _loss_dtype(logits: Tensor) -> torch.dtype:
-    """What ``log_softmax`` gives: float32 under autocast, else the dtype of the logits."""
+    """The dtype of ``log_softmax``'s result: float32 under autocast, else the dtype of the logits."""
     if torch.is_autocast_enabled(logits.device.type) and logits.dtype != torch.float64:
         return torch.float32
     return logits.dtype
@@ -363,7 +363,7 @@ def _arguments(function: Callable[..., Any]) -> list[str]:
 
 
 def _differs(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | None:
-    """What a small example shows: None if both give the same, or else why not.
+    """Compares both on a small example: None if they give the same, else why not.
 
     A function that cannot run here is not replaced: its name and arguments do not say what it computes.
     """

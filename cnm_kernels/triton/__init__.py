@@ -15,18 +15,9 @@ from typing import Any
 
 import torch
 
-from cnm_kernels import autograd, registry
+from cnm_kernels import autograd, op_list, registry
 
 NAMESPACE = "cnm_kernels_triton"
-_FILES = (
-    "attention",
-    "branched_attention",
-    "dropout",
-    "dropout_add_layer_norm",
-    "gaussian_mask",
-    "intra_video_contrastive_loss",
-    "linear_nll",
-)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _DEVICE = "cpu" if _INTERPRETED else "cuda"
@@ -62,7 +53,7 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 def _define_operators() -> None:
     library = torch.library.Library(NAMESPACE, "DEF")
     _libraries.append(library)
-    for name in _FILES:
+    for name in op_list.kernel_files(library=False):
         file = importlib.import_module(f"{__name__}.{name}")
         for op, schema in file.SCHEMAS.items():
             library.define(op + schema)
@@ -77,12 +68,5 @@ if not LOAD_ERRORS:
     _define_operators()
     from cnm_kernels.triton.linear_nll import keeps_expected
 
-    gaussian_mask = autograd.gaussian_mask.register(NAMESPACE)
-    weighted_attention, gaussian_attention = autograd.attention.register(NAMESPACE)
-    branched_attention = autograd.branched_attention.register(NAMESPACE)
-    intra_video_contrastive_loss = autograd.intra_video_contrastive_loss.register(NAMESPACE)
-    linear_nll, contrastive_reconstruction_loss = autograd.linear_nll.register(
-        NAMESPACE, intra_video_contrastive_loss, keeps_expected
-    )
-    dropout = autograd.dropout.register(NAMESPACE)
-    dropout_add_layer_norm = autograd.dropout_add_layer_norm.register(NAMESPACE)
+    _options = {"linear_nll": {"keeps_expected": keeps_expected}}
+    globals().update(autograd.register(NAMESPACE, library=False, options=_options))

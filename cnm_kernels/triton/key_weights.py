@@ -43,11 +43,6 @@ class KeyWeights:
             return KeyWeights(TENSOR, key_weight.contiguous(), None, alpha, min_width)
         return KeyWeights(NONE, None, None, alpha, min_width)
 
-    @property
-    def arguments(self) -> tuple[Tensor | None, Tensor | None, float, float]:
-        """As the kernels take them, after which comes ``kind``."""
-        return self.first, self.second, self.alpha, self.min_width
-
 
 @triton.jit
 def load_key_weights(first_ptr, second_ptr, b, keys, limit, Lk, alpha, min_width, KIND: tl.constexpr):

@@ -70,7 +70,7 @@ Tensor forward(const Tensor& query, const Tensor& key, const Optional& value, co
                const Optional& key_weight, const Optional& query_lengths, const Optional& key_lengths, double scale) {
     const Arguments arguments(query, key, value, key_bias, key_weight, query_lengths, key_lengths, scale);
     auto p = arguments.params<AbsorbedAttentionParams>();
-    const Tensor out = empty_as(query, query.scalar_type());
+    Tensor out = empty_as(query, query.scalar_type());
     p.out = rows_of(out);
     absorbed_attention(p);
     return out;

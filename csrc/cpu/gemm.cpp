@@ -248,24 +248,20 @@ void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, int64_t 
     blocked(M, N, K, a, a_m, a_k, b, ldb, result);
 }
 
-void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd) {
+template <class T>
+void pack_rows(int64_t K, int64_t N, const T* src, int64_t ld, float* dst, int64_t ldd) {
     rows_to_float(K, N, src, ld, dst, ldd);
 }
-void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd) {
-    rows_to_float(K, N, src, ld, dst, ldd);
-}
-void pack_rows(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd) {
-    rows_to_float(K, N, src, ld, dst, ldd);
-}
-void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd) {
+template <class T>
+void pack_transposed(int64_t K, int64_t N, const T* src, int64_t ld, float* dst, int64_t ldd) {
     transposed_to_float(K, N, src, ld, dst, ldd);
 }
-void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd) {
-    transposed_to_float(K, N, src, ld, dst, ldd);
-}
-void pack_transposed(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd) {
-    transposed_to_float(K, N, src, ld, dst, ldd);
-}
+template void pack_rows(int64_t, int64_t, const float*, int64_t, float*, int64_t);
+template void pack_rows(int64_t, int64_t, const bf16*, int64_t, float*, int64_t);
+template void pack_rows(int64_t, int64_t, const f16*, int64_t, float*, int64_t);
+template void pack_transposed(int64_t, int64_t, const float*, int64_t, float*, int64_t);
+template void pack_transposed(int64_t, int64_t, const bf16*, int64_t, float*, int64_t);
+template void pack_transposed(int64_t, int64_t, const f16*, int64_t, float*, int64_t);
 
 #if defined(__AVX512BF16__)
 void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t a_k, const bf16x2* b, int64_t ldb,
@@ -284,24 +280,24 @@ void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t
 }
 #endif
 
-void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, bf16x2* dst, int64_t ldd) {
+template <class T>
+void pack_rows(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd) {
     rows_to_pairs(K, N, src, ld, dst, ldd);
 }
-void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, bf16x2* dst, int64_t ldd) {
-    rows_to_pairs(K, N, src, ld, dst, ldd);
-}
-void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, bf16x2* dst, int64_t ldd) {
+template <class T>
+void pack_transposed(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd) {
     transposed_to_pairs(K, N, src, ld, dst, ldd);
 }
-void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, bf16x2* dst, int64_t ldd) {
-    transposed_to_pairs(K, N, src, ld, dst, ldd);
-}
-void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, bf16x2* dst, int64_t ldd) {
+template <class T>
+void pack_a(int64_t M, int64_t K, const T* src, int64_t ld, bf16x2* dst, int64_t ldd) {
     a_to_pairs(M, K, src, ld, dst, ldd);
 }
-void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, bf16x2* dst, int64_t ldd) {
-    a_to_pairs(M, K, src, ld, dst, ldd);
-}
+template void pack_rows(int64_t, int64_t, const float*, int64_t, bf16x2*, int64_t);
+template void pack_rows(int64_t, int64_t, const bf16*, int64_t, bf16x2*, int64_t);
+template void pack_transposed(int64_t, int64_t, const float*, int64_t, bf16x2*, int64_t);
+template void pack_transposed(int64_t, int64_t, const bf16*, int64_t, bf16x2*, int64_t);
+template void pack_a(int64_t, int64_t, const float*, int64_t, bf16x2*, int64_t);
+template void pack_a(int64_t, int64_t, const bf16*, int64_t, bf16x2*, int64_t);
 #endif
 
 }  // namespace cnm::CNM_ISA

@@ -36,7 +36,7 @@ struct bf16x2 {
     uint32_t bits;
 };
 
-// What operands of element type T are packed as.
+// The type that operands of element type T are packed to.
 template <class T>
 using Operand = std::conditional_t<HAS_BF16X2 && std::is_same_v<T, bf16>, bf16x2, float>;
 
@@ -83,18 +83,16 @@ void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t
 
 // Packs X[K, N] = src[k * ld + n] for use as B (or, with strides a_m = 1 and a_k = ldd, as A = X^T):
 // to float dst[k * ldd + n], or to pairs dst[k / 2 * ldd + n]. S is T, or float where T is a narrower type.
-void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd);
-void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd);
-void pack_rows(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd);
-void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, bf16x2* dst, int64_t ldd);
-void pack_rows(int64_t K, int64_t N, const bf16* src, int64_t ld, bf16x2* dst, int64_t ldd);
+template <class T>
+void pack_rows(int64_t K, int64_t N, const T* src, int64_t ld, float* dst, int64_t ldd);
+template <class T>
+void pack_rows(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd);
 
 // Packs X[K, N] = src[n * ld + k], the transpose of what lies in memory, into the same form.
-void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, float* dst, int64_t ldd);
-void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, float* dst, int64_t ldd);
-void pack_transposed(int64_t K, int64_t N, const f16* src, int64_t ld, float* dst, int64_t ldd);
-void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, bf16x2* dst, int64_t ldd);
-void pack_transposed(int64_t K, int64_t N, const bf16* src, int64_t ld, bf16x2* dst, int64_t ldd);
+template <class T>
+void pack_transposed(int64_t K, int64_t N, const T* src, int64_t ld, float* dst, int64_t ldd);
+template <class T>
+void pack_transposed(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd);
 
 // Packs A[M, K] = src[i * ld + k] row by row: to float dst[i * ldd + k], or to pairs dst[i * ldd + k / 2]. A row-major
 // operand that is float already, or bf16 with even K and ld, needs no packing: use it (as_bf16x2) where it lies.
@@ -102,8 +100,8 @@ template <class T>
 inline void pack_a(int64_t M, int64_t K, const T* src, int64_t ld, float* dst, int64_t ldd) {
     pack_rows(M, K, src, ld, dst, ldd);
 }
-void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, bf16x2* dst, int64_t ldd);
-void pack_a(int64_t M, int64_t K, const bf16* src, int64_t ld, bf16x2* dst, int64_t ldd);
+template <class T>
+void pack_a(int64_t M, int64_t K, const T* src, int64_t ld, bf16x2* dst, int64_t ldd);
 
 inline const bf16x2* as_bf16x2(const bf16* p) { return reinterpret_cast<const bf16x2*>(p); }
 

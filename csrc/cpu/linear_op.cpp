@@ -101,7 +101,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
     STD_TORCH_CHECK(!b.has_value() || b->numel() == p.G * p.M, "linear: weight and bias do not fit");
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
     sizes.back() = p.M;
-    const Tensor out = empty(sizes.data(), static_cast<int64_t>(sizes.size()), x.scalar_type());
+    Tensor out = empty(sizes.data(), static_cast<int64_t>(sizes.size()), x.scalar_type());
     p.bias = data_or_null<float>(b);
     p.out = out.mutable_data_ptr();
     p.relu = relu;

@@ -57,4 +57,5 @@ PyModuleDef module = {
 
 }  // namespace
 
+// Python looks for this name.  NOLINTNEXTLINE(bugprone-reserved-identifier)
 PyMODINIT_FUNC PyInit__C_cpu() { return PyModule_Create(&module); }

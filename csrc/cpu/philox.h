@@ -139,7 +139,7 @@ inline void draw(const Dropout& dropout, uint64_t first, uint8_t* out) {
 // Which of a run of elements are kept, one bit each. One per thread: the bits lie in memory the caller gives.
 class KeepBits {
   public:
-    // What `memory` must hold for `count` elements, wherever they start.
+    // The bytes that `memory` must have for `count` elements, wherever they start.
     static constexpr int64_t bytes(int64_t count) { return count / 8 + 2 + COUNTERS + 4; }
 
     // Draws for elements [start, start + count).

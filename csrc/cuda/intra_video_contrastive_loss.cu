@@ -11,7 +11,7 @@ constexpr int THREADS = 256;
 
 __device__ __forceinline__ float hinge(float margin) { return margin < 0.0f ? 0.0f : margin; }  // a NaN stays
 
-// Of the hinge; one half at the kink.
+// The hinge's slope; one half at the kink.
 __device__ __forceinline__ float slope(float margin) { return margin > 0.0f ? 1.0f : margin == 0.0f ? 0.5f : 0.0f; }
 
 template <class T>

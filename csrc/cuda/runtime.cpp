@@ -1,4 +1,4 @@
-// What the kernels' host code needs of PyTorch: the current stream and scratch memory from PyTorch's own allocator.
+// PyTorch gives the kernels' host code two things: the current stream and scratch memory from PyTorch's own allocator.
 #include "runtime.h"
 
 #include "tensors.h"

@@ -1,4 +1,4 @@
-// What the kernels' host code needs of its surroundings: a stream, scratch memory, the limits of the device.
+// The kernels' host code asks its surroundings for these: a stream, scratch memory, the limits of the device.
 // runtime.cpp gets it from PyTorch, the tests from the emulator.
 #pragma once
 

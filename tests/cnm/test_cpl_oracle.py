@@ -14,6 +14,7 @@ import published
 import published_cpl
 import pytest
 import torch
+from oracle_checks import dataset_section, randomize, transformer_section
 from test_oracle import GRADIENT_NOISE, TOLERANCE, assert_agrees, make_masked_words, oracle_inputs
 from test_oracle import Case as Sizes
 from test_oracle import make_batch as make_any_batch
@@ -71,14 +72,7 @@ FULL_VIDEOS = dataclasses.replace(RAGGED, frame_lengths=(21, 20, 19, 21, 18))  #
 def make_config(case: Case, dropout: float = 0.0) -> CPLConfig:
     return CPLConfig.from_json(
         {
-            "dataset": {
-                "dataset": "synthetic",
-                "vocab_size": case.vocab_size - 1,
-                "word_dim": case.word_dim,
-                "frame_dim": case.frame_dim,
-                "max_num_words": case.num_words,
-                "max_num_frames": case.num_frames,
-            },
+            "dataset": dataset_section(case),
             "train": {
                 "optimizer": OPTIMIZER,
                 "batch_size": len(case.word_lengths),
@@ -93,13 +87,7 @@ def make_config(case: Case, dropout: float = 0.0) -> CPLConfig:
                     "sigma": case.sigma,
                     "gamma": case.gamma,
                     "dropout": dropout,
-                    "DualTransformer": {
-                        "d_model": case.d_model,
-                        "num_heads": case.num_heads,
-                        "num_decoder_layers1": 3,
-                        "num_decoder_layers2": 3,
-                        "dropout": dropout,
-                    },
+                    "DualTransformer": transformer_section(case, dropout),
                 },
             },
             "loss": LOSS | {"alpha_2": case.alpha_2},
@@ -113,19 +101,12 @@ def oracle_loss(case: Case) -> published_cpl.Loss:
 
 
 def make_oracle(case: Case, logit_scale: float = 1.0) -> published_cpl.PublishedCPL:
-    """float64, every parameter away from its initial value, exact in float32 (see ``test_oracle.make_oracle``)."""
+    """float64, every parameter away from its initial value, exact in float32 (see ``randomize``)."""
     names = {field.name for field in dataclasses.fields(published_cpl.Sizes)}
     sizes = {name: value for name, value in vars(case).items() if name in names}
     oracle = published_cpl.PublishedCPL(published_cpl.Sizes(**sizes, max_epoch=MAX_EPOCH)).double()
-    generator = torch.Generator().manual_seed(3)
+    randomize(oracle)
     with torch.no_grad():
-        for name, parameter in oracle.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            spread = 0.2 if parameter.dim() == 1 else parameter.size(1) ** -0.5
-            value = spread * noise + (1.0 if name.endswith("norm.weight") else 0.0)
-            if "fc1" in name:
-                value = value / 3 + (noise.sign() if parameter.dim() == 1 else 0.0)
-            parameter.copy_(value.float())
         oracle.fc_comp.weight.mul_(logit_scale)
     return oracle
 

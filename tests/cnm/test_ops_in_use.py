@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from op_checks import gradients_of
+from op_records import RECORDS
 from samples import DIFFERENTIABLE, SAMPLES, run, sample
 from step_checks import make_batch, make_model
 from torch import Tensor
@@ -20,19 +21,7 @@ from cnm_kernels import registry
 from examples.research_code.attention import MultiheadAttention
 
 BACKENDS = [name for name in ("native", "torch") if registry.unavailable("dropout", name, "cpu", torch.float32) is None]
-OPS = {  # one sample of each op
-    "gaussian_mask": "published-50",
-    "weighted_attention": "weighted-causal",
-    "gaussian_attention": "clips-50",
-    "branched_attention": "plain",
-    "absorbed_attention": "lengths-0-1-odd-over",
-    "linear": "lengths-0-1-odd-over",
-    "linear_nll": "lengths-0-1-odd-over",
-    "intra_video_contrastive_loss": "odd-7",
-    "contrastive_reconstruction_loss": "lengths-0-1-odd-over",
-    "dropout": "rows-of-37",
-    "dropout_add_layer_norm": "published-12x256",
-}
+OPS = {op: record.in_use for op, record in RECORDS.items()}
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
 on_ops = pytest.mark.parametrize("op", OPS)
 

@@ -13,6 +13,7 @@ import dataclasses
 import published
 import pytest
 import torch
+from oracle_checks import dataset_section, randomize, transformer_section
 from torch import Tensor
 
 import cnm_kernels
@@ -71,14 +72,7 @@ RAGGED = CASES[0]
 def make_config(case: Case, dropout: float = 0.0) -> CNMConfig:
     return CNMConfig.from_json(
         {
-            "dataset": {
-                "dataset": "synthetic",
-                "vocab_size": case.vocab_size - 1,
-                "word_dim": case.word_dim,
-                "frame_dim": case.frame_dim,
-                "max_num_words": case.num_words,
-                "max_num_frames": case.num_frames,
-            },
+            "dataset": dataset_section(case),
             "train": {
                 "generator": GENERATOR,
                 "reconstructor": RECONSTRUCTOR,
@@ -93,13 +87,7 @@ def make_config(case: Case, dropout: float = 0.0) -> CNMConfig:
                     "alpha": case.alpha,
                     "max_width": case.max_width,
                     "dropout": dropout,
-                    "DualTransformer": {
-                        "d_model": case.d_model,
-                        "num_heads": case.num_heads,
-                        "num_decoder_layers1": 3,
-                        "num_decoder_layers2": 3,
-                        "dropout": dropout,
-                    },
+                    "DualTransformer": transformer_section(case, dropout),
                 },
             },
             "loss": BETAS,
@@ -112,15 +100,8 @@ def make_oracle(case: Case, logit_scale: float = 1.0) -> published.PublishedCNM:
     names = {field.name for field in dataclasses.fields(published.Sizes)}
     sizes = published.Sizes(**{name: value for name, value in vars(case).items() if name in names})
     oracle = published.PublishedCNM(sizes).double()
-    generator = torch.Generator().manual_seed(3)
+    randomize(oracle)
     with torch.no_grad():
-        for name, parameter in oracle.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            spread = 0.2 if parameter.dim() == 1 else parameter.size(1) ** -0.5
-            value = spread * noise + (1.0 if name.endswith("norm.weight") else 0.0)
-            if "fc1" in name:  # of two million units rounding would move one across the kink of ReLU
-                value = value / 3 + (noise.sign() if parameter.dim() == 1 else 0.0)
-            parameter.copy_(value.float())  # exact in float32: that comparison sees rounding inside the model only
         oracle.fc_rec.weight.mul_(logit_scale)
     return oracle
 

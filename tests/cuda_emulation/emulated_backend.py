@@ -24,15 +24,8 @@ else:
     machine = ctypes.CDLL(str(library))
     machine.emulator_set_seed.argtypes = [ctypes.c_uint64]
     machine.emulator_set_shared_bytes.argtypes = [ctypes.c_int64]
-    gaussian_mask = autograd.gaussian_mask.register(NAMESPACE)
-    weighted_attention, gaussian_attention = autograd.attention.register(NAMESPACE)
-    branched_attention = autograd.branched_attention.register(NAMESPACE)
-    intra_video_contrastive_loss = autograd.intra_video_contrastive_loss.register(NAMESPACE)
-    linear_nll, contrastive_reconstruction_loss = autograd.linear_nll.register(
-        NAMESPACE, intra_video_contrastive_loss, lambda *_: True
-    )
-    dropout = autograd.dropout.register(NAMESPACE)
-    dropout_add_layer_norm = autograd.dropout_add_layer_norm.register(NAMESPACE)
+    _options = {"linear_nll": {"keeps_expected": lambda *_: True}}
+    globals().update(autograd.register(NAMESPACE, library=False, options=_options))
 
 
 def seed(number: int) -> None:

@@ -9,7 +9,8 @@ from samples import DIFFERENTIABLE, Inputs, cases, run, sample
 
 KEYS = {"key": 2, "value": 2, "key_weight": 1, "key_weights": 2, "key_bias": 2}
 CASES = {
-    "weighted_attention": ["weighted-lengths-0-1-odd-over", "weighted-causal-lengths-weights"],
+    "weighted_attention": ["weighted-lengths-0-1-odd-over", "weighted-causal-lengths"],
+    "attention_weights": ["weighted-lengths-0-1-odd-over"],
     "gaussian_attention": ["lengths-0-1-odd-over"],
     "branched_attention": ["lengths-0-1-odd-over"],
     "absorbed_attention": ["lengths-0-1-odd-over"],

@@ -7,42 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from op_records import RECORDS
 from samples import DIFFERENTIABLE, SAMPLES, Inputs, sample
 
 import cnm_kernels
 
-VALID = {  # a sample in which every argument is present
-    "gaussian_mask": "odd-3x5x37-complement",
-    "weighted_attention": "weighted-causal-lengths-weights",  # B, H, Lq, Lk, d = 3, 2, 17, 17, 33
-    "gaussian_attention": "causal-lengths-weights",
-    "branched_attention": "lengths-0-1-odd-over",
-    "absorbed_attention": "lengths-0-1-odd-over",
-    "linear": "lengths-0-1-odd-over",
-    "linear_nll": "odd",  # M, L, D, V = 3, 5, 37, 101
-    "intra_video_contrastive_loss": "odd-7",
-    "contrastive_reconstruction_loss": "plain",  # B, L, D, V = 3, 5, 8, 11
-    "dropout": "plain",
-    "dropout_add_layer_norm": "odd-5x37",
-}
-INTEGERS = {
-    "weighted_attention": ("key_lengths",),
-    "gaussian_attention": ("key_lengths",),
-    "branched_attention": ("key_lengths",),
-    "absorbed_attention": ("query_lengths", "key_lengths"),
-    "linear": ("lengths",),
-    "linear_nll": ("target", "valid_lengths"),
-    "contrastive_reconstruction_loss": ("target", "valid_lengths"),
-}
-OWN_DTYPE = {  # these may be float32 beside lower or higher ones
-    "weighted_attention": ("key_weight",),
-    "gaussian_attention": ("center", "width"),
-    "branched_attention": ("key_weights",),
-    "absorbed_attention": ("key_bias", "key_weight"),
-    "linear": ("weight", "bias"),
-    "linear_nll": ("weight", "bias"),
-    "contrastive_reconstruction_loss": ("weight", "bias"),
-    "dropout_add_layer_norm": ("weight", "bias"),
-}
+VALID = {op: record.valid for op, record in RECORDS.items()}
+INTEGERS = {op: record.integers for op, record in RECORDS.items() if record.integers}
+OWN_DTYPE = {op: record.own_dtype for op, record in RECORDS.items() if record.own_dtype}
 ATTENTION = ("weighted_attention", "gaussian_attention", "branched_attention")
 FLOATING = [(op, name) for op, names in DIFFERENTIABLE.items() for name in names]
 

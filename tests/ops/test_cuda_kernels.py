@@ -30,7 +30,7 @@ on_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     ("op", "name"),
     [
         ("gaussian_attention", "clips-50"),
-        ("weighted_attention", "weighted-causal-lengths-weights"),
+        ("weighted_attention", "weighted-causal-lengths"),
         ("branched_attention", "frames-150"),
         ("contrastive_reconstruction_loss", "lengths-0-1-odd-over"),
         ("dropout_add_layer_norm", "published-12x256"),
@@ -57,7 +57,7 @@ MANY_TILES = {
     "three-tiles": lambda draw: weighted(draw, 1, 1, 130, 150, 16),
     "causal": lambda draw: gaussian(draw, 2, 1, 135, 135, 32, causal=True),
     "lengths": lambda draw: weighted(draw, 3, 1, 70, 200, 8, causal=True, key_lengths=draw.lengths(200, 0, 65)),
-    "returned-weights": lambda draw: gaussian(draw, 1, 2, 70, 130, 24, return_weights=True),
+    "two-heads": lambda draw: gaussian(draw, 1, 2, 70, 130, 24),
     "head-of-128": lambda draw: gaussian(draw, 1, 1, 66, 70, 128, complement=True),
     "head-of-100": lambda draw: attention(draw, 1, 1, 66, 70, 100, causal=True),
     "enough-heads-for-one-launch": lambda draw: gaussian(draw, 66, 4, 65, 66, 8, causal=True),

@@ -18,7 +18,7 @@ on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targe
 def test_it_is_weighted_attention_under_the_mask(
     backend: str, device: str, dtype: torch.dtype, complement: bool
 ) -> None:
-    inputs = sample(OP, "causal-lengths-weights", dtype, device) | {"complement": complement}
+    inputs = sample(OP, "causal-lengths", dtype, device) | {"complement": complement}
     moment = {name: inputs[name] for name in ("center", "width", "alpha", "complement")}
     (mask,) = run("gaussian_mask", moment | {"length": inputs["key"].size(2)}, "torch")
     weighted = {name: value for name, value in inputs.items() if name not in moment} | {"key_weight": mask}

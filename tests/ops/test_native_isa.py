@@ -89,6 +89,8 @@ def large(op: str) -> dict[str, Tensor | float]:
         return {**heads, **gaussian, "causal": True, "key_lengths": draw.lengths(0, 1, 16, 50, 99, 101, 64)}
     if op == "weighted_attention":
         return {name: draw.normal(7, 3, 101, 40) for name in ("query", "key", "value")}
+    if op == "attention_weights":
+        return {name: draw.normal(7, 3, 101, 40) for name in ("query", "key")}
     if op == "branched_attention":
         heads = {name: draw.normal(7, 3, 101, 40) for name in ("query", "key", "value")}
         return {**heads, "key_weights": draw.uniform(3, 7, 101), "causal": True}

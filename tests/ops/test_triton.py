@@ -12,7 +12,7 @@ from step_checks import assert_trains_as_torch
 
 import cnm_kernels
 from cnm.training.step import STEPS
-from cnm_kernels import registry
+from cnm_kernels import op_list, registry
 
 pytestmark = pytest.mark.skipif(
     registry.unavailable("dropout", "triton", "cpu", torch.float32) is not None and not torch.cuda.is_available(),
@@ -67,7 +67,7 @@ def test_the_interpreter_runs_only_when_asked_for() -> None:
 def test_schemas_are_those_of_the_compiled_backend() -> None:
     if registry.unavailable("dropout", "native", "cpu", torch.float32) is not None:
         pytest.skip("the compiled module is not there to compare with")
-    for file in ("attention", "dropout", "dropout_add_layer_norm", "gaussian_mask", "linear_nll"):
+    for file in op_list.kernel_files(library=False):
         for op in importlib.import_module(f"cnm_kernels.triton.{file}").SCHEMAS:
             ours = str(getattr(torch.ops.cnm_kernels_triton, op).default._schema)
             assert ours.replace("cnm_kernels_triton", "cnm_kernels") == str(

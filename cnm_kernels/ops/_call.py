@@ -1,0 +1,63 @@
+"""How a public op reaches its backend: autocast, forward-mode derivatives, and the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
+
+from cnm_kernels import reference, registry
+
+
+def run(op: str, tensor: Tensor, *arguments: Any) -> Any:
+    """Calls the backend's function."""
+    function = registry.implementation(op, tensor)
+    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if forward_mode and function is not getattr(reference, op) and any(map(_has_tangent, arguments)):
+        raise NotImplementedError(f'{op}: forward-mode derivatives want use_backend("torch")')
+    return outside_autocast(function, tensor, *arguments)
+
+
+def _has_tangent(argument: Any) -> bool:
+    """Whether its forward-mode derivative is asked for, at this level of ``torch.func`` or one below."""
+    if not isinstance(argument, Tensor):
+        return False
+    tensor = argument
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    forward = {level.level() for level in retrieve_all_functorch_interpreters() if level.key() == TransformType.Jvp}
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.maybe_get_level(tensor) in forward:
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
+def outside_autocast(function: Callable[..., Any], tensor: Tensor, *arguments: Any) -> Any:
+    """The ops fix their own precision."""
+    if _autocasts(tensor.device.type):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(*arguments)
+    return function(*arguments)
+
+
+def _autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Matrix operands in the autocast dtype where autocast is on; float64 is left alone, as PyTorch leaves it."""
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return tensors  # the checks that follow name the culprit
+    device = tensors[0].device.type
+    if not _autocasts(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)

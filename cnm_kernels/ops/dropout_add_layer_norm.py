@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from cnm_kernels.checks import Arguments
+from cnm_kernels.constants import LAYER_NORM_EPS
+from cnm_kernels.ops._call import run
+from cnm_kernels.ops._checks import seed_tensor
+
+
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    p: float,
+    *,
+    seed: int | Tensor,
+    offset: int = 0,
+    eps: float = LAYER_NORM_EPS,
+    sample_indices: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm(residual + dropout(x)) over the last dimension, the end of every transformer sublayer.
+
+    Differentiable in x, residual, weight and bias.
+
+    Args:
+        x, residual: [..., D], one dtype. Where they differ, as under autocast, both run in the wider one.
+        weight, bias: [D], the dtype of x or float32.
+        p, seed, offset: as in ``dropout``; p = 0 draws nothing.
+        eps: added to the variance.
+        sample_indices: [B] int64, >= 0, for x [B, ..., D]: sample i drops what sample ``sample_indices[i]`` of a
+            larger batch, of the same shape otherwise, would. None: each its own.
+
+    Returns:
+        [..., D] in the dtype of x (the wider one, where x and residual differ).
+    """
+    floating = all(isinstance(t, Tensor) and t.is_floating_point() and t.layout == torch.strided for t in (x, residual))
+    if floating and x.dtype != residual.dtype:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+    check = Arguments("dropout_add_layer_norm")
+    check.floating("x", x, "... D")
+    check.floating("residual", residual, "... D")
+    check.floating("weight", weight, "D", own_dtype=True)
+    check.floating("bias", bias, "D", own_dtype=True)
+    check.number("p", p, 0, 1)
+    offset = check.whole("offset", offset, -(1 << 63), (1 << 63) - 1)
+    check.number("eps", eps, 0, sys.float_info.max)
+    arguments = (x, residual, weight, bias, p, seed_tensor(check, seed, x), offset, eps, sample_indices)
+    if sample_indices is None:
+        return run("dropout_add_layer_norm", x, *arguments)
+    check.integer("sample_indices", sample_indices, "B")
+    if x.dim() < 2 or x.size(0) != sample_indices.size(0):
+        raise ValueError(
+            f"dropout_add_layer_norm: sample_indices must hold an index for each sample of x {list(x.shape)}, got "
+            f"{list(sample_indices.shape)}"
+        )
+    return run("dropout_add_layer_norm", x, *arguments)

@@ -1,0 +1,165 @@
+"""accelerate(model): one attention module, and its weights, which are computed when they are read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerate_checks import (
+    EVERYWHERE,
+    FUTURE,
+    PREFIX,
+    B,
+    D,
+    H,
+    assert_as_good,
+    differentiate,
+    draw,
+    module_in,
+)
+from torch import Tensor
+
+import cnm_kernels
+from cnm_kernels.drop_in.attention import AcceleratedAttention
+from examples.research_code.attention import MultiheadAttention
+
+SCATTERED = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
+STARVING = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
+CALLS: dict[str, dict[str, Any]] = {
+    "self": {},
+    "self-causal": {"attn_mask": FUTURE},
+    "self-causal-gauss": {"attn_mask": FUTURE, "gauss": True},
+    "self-causal-uint8-gauss": {"attn_mask": FUTURE, "key_padding_mask": PREFIX.byte(), "gauss": True},
+    "self-causal-scattered": {"attn_mask": FUTURE, "key_padding_mask": SCATTERED.bool()},
+    "self-causal-scattered-gauss": {"attn_mask": FUTURE, "key_padding_mask": SCATTERED.byte(), "gauss": True},
+    "self-causal-starving": {"attn_mask": FUTURE, "key_padding_mask": STARVING.bool()},
+    "self-starving-gauss": {"key_padding_mask": STARVING.byte(), "gauss": True},
+    "self-no-mask-at-all": {"attn_mask": torch.zeros(5, 5), "key_padding_mask": torch.zeros(3, 5).bool()},
+    "self-without-weights": {"attn_mask": FUTURE, "need_weights": False},
+    "cross": {"sources": 2},
+    "cross-prefix-bool-gauss": {"sources": 2, "key_padding_mask": PREFIX.bool(), "gauss": True},
+    "cross-scattered-gauss": {"sources": 2, "key_padding_mask": SCATTERED.bool(), "gauss": True},
+    "three-sources-gauss": {"sources": 3, "gauss": True},
+}
+
+pytestmark = pytest.mark.usefixtures("warnings_are_errors")
+
+
+def attention_call(
+    name: str, dtype: torch.dtype, device: str, *, accelerated: bool, bias: bool = True
+) -> tuple[Callable[[], Any], list[Tensor]]:
+    options = dict(CALLS[name])
+    module = module_in(lambda: MultiheadAttention(D, H, bias=bias), dtype, device)
+    if accelerated:
+        cnm_kernels.accelerate(module)
+    sources = [draw(5, B, D, seed=i).to(device, dtype).requires_grad_() for i in range(options.pop("sources", 1))]
+    leaves = [*sources, *module.parameters()]
+    if "attn_mask" in options:
+        options["attn_mask"] = options["attn_mask"].to(device, dtype)
+    if "key_padding_mask" in options:
+        options["key_padding_mask"] = options["key_padding_mask"].to(device)
+    if options.pop("gauss", False):
+        options["gauss_weight"] = draw(B, 5, seed=7).sigmoid().bfloat16().to(device, dtype).requires_grad_()
+        leaves.append(options["gauss_weight"])
+    arguments = {1: sources * 3, 2: [sources[0], sources[-1], sources[-1]], 3: sources}[len(sources)]
+    return lambda: module(*arguments, **options), leaves
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype"), EVERYWHERE)
+@pytest.mark.parametrize("name", CALLS)
+def test_attention(name: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    plain = differentiate(*attention_call(name, dtype, device, accelerated=False))
+    exact = differentiate(*attention_call(name, torch.float64, device, accelerated=False))
+    with cnm_kernels.use_backend(backend):
+        found = differentiate(*attention_call(name, dtype, device, accelerated=True))
+    assert_as_good(found, plain, exact)
+
+
+def test_attention_without_biases() -> None:
+    plain = differentiate(*attention_call("cross", torch.float64, "cpu", accelerated=False, bias=False))
+    found = differentiate(*attention_call("cross", torch.float64, "cpu", accelerated=True, bias=False))
+    assert_as_good(found, plain, plain)
+
+
+def test_another_additive_mask_is_left_to_pytorch_and_said_once() -> None:
+    mask = draw(5, 5).requires_grad_()
+    x = draw(5, B, D)
+    module = module_in(lambda: MultiheadAttention(D, H), torch.float64, "cpu")
+    fast = cnm_kernels.accelerate(copy.deepcopy(module))
+    wanted = differentiate(lambda: module(x, x, x, attn_mask=mask), [mask, *module.parameters()])
+    with pytest.warns(RuntimeWarning, match="attention mask other than a causal one is computed by PyTorch"):
+        found = differentiate(lambda: fast(x, x, x, attn_mask=mask), [mask, *fast.parameters()])
+    assert_as_good(found, wanted, wanted)
+    fast(x, x, x, attn_mask=mask)  # in silence, or the warning would be an error
+
+
+def test_a_mask_changed_in_place_is_looked_at_again() -> None:
+    module = cnm_kernels.accelerate(module_in(lambda: MultiheadAttention(D, H), torch.float64, "cpu"))
+    x, mask = draw(5, B, D), torch.zeros(B, 5, dtype=torch.uint8)
+    before = module(x, x, x, mask)[0]
+    mask[:, 3:] = 1
+    after = module(x, x, x, mask)[0]
+    cnm_kernels.restore(module)
+    torch.testing.assert_close(after, module(x, x, x, mask)[0])
+    assert not torch.allclose(before, after)
+
+
+def test_dropout_on_the_attention_is_left_to_pytorch() -> None:
+    module = module_in(lambda: MultiheadAttention(D, H, dropout=0.5), torch.float64, "cpu")
+    x = draw(5, B, D)
+    fast = cnm_kernels.accelerate(copy.deepcopy(module))
+    with pytest.warns(RuntimeWarning, match="dropout on the attention"):
+        dropped = fast(x, x, x)[1]
+    assert 0.2 < (dropped == 0).double().mean() < 0.6 or (dropped < 1e-9).any()
+    torch.testing.assert_close(fast.eval()(x, x, x)[0], module.eval()(x, x, x)[0])
+
+
+def test_step_by_step_decoding_is_the_module_s_own_business() -> None:
+    class Incremental(MultiheadAttention):
+        def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                    static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+            if incremental_state is not None:
+                return "decoded", None
+            return super().forward(query, key, value, key_padding_mask, None, need_weights, static_kv, attn_mask,
+                                   fast_weights, gauss_weight)  # fmt: skip
+
+    module = cnm_kernels.accelerate(Incremental(D, H))
+    x = torch.randn(5, B, D)
+    assert isinstance(module, AcceleratedAttention)
+    assert module(x, x, x, incremental_state={})[0] == "decoded"
+
+
+def test_weights_are_computed_only_when_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    op = cnm_kernels.ops.attention_weights
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        asked.append(True)
+        return op(*arguments, **options)
+
+    monkeypatch.setattr(cnm_kernels.ops, "attention_weights", counted)
+    module = cnm_kernels.accelerate(MultiheadAttention(D, H))
+    x = torch.randn(5, B, D)
+    asked.clear()
+    output, weights = module(x, x, x)
+    assert weights.shape == (B, 5, 5)
+    assert weights.dtype == torch.float32
+    output.sum().backward()
+    assert not asked
+    torch.testing.assert_close(weights.sum(-1), torch.ones(B, 5))
+    assert weights.mean().item() == pytest.approx(0.2)
+    assert len(asked) == 1
+
+
+def test_attention_may_be_read_after_the_update() -> None:
+    """What logs an attention map after optimizer.step() gets the map the step was made with."""
+    module = cnm_kernels.accelerate(MultiheadAttention(D, H))
+    x = torch.randn(5, B, D)
+    output, weights = module(x, x, x)
+    expected = module(x, x, x)[1].detach().clone()
+    output.sum().backward()
+    torch.optim.SGD(module.parameters(), 10.0).step()
+    torch.testing.assert_close(weights.detach(), expected)
