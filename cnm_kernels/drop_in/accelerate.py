@@ -10,17 +10,17 @@ import copyreg
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from cnm_kernels.drop_in import losses as fused_losses
-from cnm_kernels.drop_in.attention import AcceleratedAttention, in_silence
+from cnm_kernels.drop_in.attention import AcceleratedAttention
 from cnm_kernels.drop_in.decoder_layer import AcceleratedLayer, passed_over
 from cnm_kernels.drop_in.losses import DeferredLinear
+from cnm_kernels.drop_in.report import Row, StepTimer, table
+from cnm_kernels.drop_in.trial import attention_differs, layer_differs
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,11 +45,9 @@ LAYER_ARGUMENTS = [
     "src_gauss_weight",
     "tgt_gauss_weight",
 ]
-# ||ours - theirs|| / ||theirs|| on the small example: far above rounding, far below another formula.
-PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
-def accelerate(model: Model) -> Model:
+def accelerate(model: Model, *, report: bool | Callable[[], Tensor] = False) -> Model:
     """Routes every attention module of ``model`` that has the published interface to ``weighted_attention``, and every
     decoder layer that has the published interface to ``dropout_add_layer_norm`` and ``linear`` as well.
 
@@ -63,38 +61,59 @@ def accelerate(model: Model) -> Model:
     masks are not those that PyTorch would draw. The attention returned beside an output is computed when it is read. A
     model pickled whole needs cnm_kernels to be loaded again; a state_dict does not.
 
+    Every module is tried beside its replacement before it is replaced, in evaluation and in training, with dropout and
+    without; one whose own forward cannot run is left alone.
+
     Source: the published code of CNM (AAAI 2022) and CPL (CVPR 2022), as behaviour.
+
+    Args:
+        model: changed in place.
+        report: True prints a table of the modules looked at: replaced by what, or why not. A function that returns the
+            loss of a sample batch, ``lambda: loss(model(**batch))``, is also timed with its backward before and after,
+            and the table says what share of it each module takes. Gradients, buffers and random state stay.
 
     Returns:
         ``model`` itself. A module left alone although it looks the part, and a model without any, give a warning.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
+        ValueError: ``report`` returns something else than a loss.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
-    found = 0
-    for mixin, looks_right, differs in (
-        (AcceleratedAttention, _looks_like_attention, _attention_differs),
-        (AcceleratedLayer, _looks_like_layer, _layer_differs),
-    ):
-        reasons: dict[type, str | None] = {}  # one of each class is tried
-        for module in model.modules():
-            if isinstance(module, mixin):
-                found += 1
-            elif looks_right(module):
-                kind = type(module)
+    rows = [
+        Row(name, type(module).__name__, "", module)
+        for name, module in model.named_modules()
+        if isinstance(module, AcceleratedAttention | AcceleratedLayer)
+        or _looks_like_attention(module)
+        or _looks_like_layer(module)
+    ]
+    timer = StepTimer(model, report, [row.module for row in rows]) if callable(report) else None
+    measured = [timer.measure()] if timer else []
+    found, reasons = 0, set[str]()
+    for mixin, looks_right, unsupported, differs, fused in KINDS:
+        for row in rows:
+            module, kind = row.module, type(row.module)
+            reason = None
+            if not isinstance(module, mixin):
+                if not looks_right(module):
+                    continue
                 ours = _accelerated(mixin, cast(Any, kind))
-                reason = _unsupported(module) if mixin is AcceleratedAttention else passed_over(module)
-                if reason is None:
-                    if kind not in reasons:
-                        reasons[kind] = differs(module, ours)
-                    reason = reasons[kind]
+                reason = unsupported(module) or differs(module, ours)
                 if reason is None:
                     module.__class__ = ours
-                    found += 1
-                else:
-                    warnings.warn(f"accelerate: {kind.__name__} is left alone: {reason}", RuntimeWarning, stacklevel=2)
+            found += reason is None
+            row.outcome = fused if reason is None else f"nothing: {reason}"
+            if reason is not None:
+                said = f"accelerate: {kind.__name__} is left alone: {reason}"
+                if said not in reasons:
+                    warnings.warn(said, RuntimeWarning, stacklevel=2)
+                reasons.add(said)
+    if report:
+        measured += [timer.measure()] if timer else []
+        for row in rows:
+            row.seconds = [parts[row.module] for _, parts in measured]
+        print(table(rows, [whole for whole, _ in measured]))
     if not found:
         warnings.warn(
             f"accelerate: {type(model).__name__} has no attention module with the published interface; nothing changed",
@@ -189,121 +208,10 @@ def _unsupported(module: Any) -> str | None:
     return None
 
 
-def _attention_differs(module: Any, ours: Any) -> str | None:
-    draw = _Draw(module.in_proj_weight)
-    L, B, D = 4, 2, module.in_proj_weight.size(1)
-    x, source = draw(L, B, D), draw(L + 1, B, D)
-    calls = [
-        ((x, x, x, draw.padding(B, L)), {"attn_mask": draw.future(L), "gauss_weight": draw(B, L).sigmoid()}),
-        ((x, source, source), {"gauss_weight": draw(B, L + 1).sigmoid()}),
-    ]
-    # Weights near the eps tell its size and place; float16 has no such numbers.
-    small = 1e-3 if x.dtype == torch.float16 else 1e-9
-    faint = draw(B, L).sigmoid() * small
-    faint[:, 1] = 0
-    calls += [((x, x, x), {"gauss_weight": faint}), ((x, x, x), {})]
-    with _mode(module, training=False):
-        reason = _differs(module, ours, calls)
-    if reason is not None:
-        return reason
-    # With dropout, from one seed: where it stands shows.
-    dropout = {"dropout": 0.5} if isinstance(getattr(module, "dropout", None), float | int) else {}
-    with _mode(module, training=True), _set(module, **dropout), in_silence():
-        reason = _differs(module, ours, calls)
-    return reason and f"{reason}, in training"
-
-
-def _layer_differs(module: Any, ours: Any) -> str | None:
-    draw = _Draw(module.fc1.weight)
-    L, B, D = 4, 2, module.fc1.weight.size(1)
-    x, source = draw(L, B, D), draw(L + 1, B, D)
-    alone = (x, draw.padding(B, L), None, None, draw.future(L), None, draw(B, L).sigmoid())
-    reading = (x, draw.padding(B, L), source, draw.padding(B, L + 1), draw.future(L), draw(B, L + 1).sigmoid(), None)
-    with (
-        _set(module.self_attn, training=False),
-        _set(module.encoder_attn, training=False),
-        _set(module, training=True, dropout=0.0),  # whatever else it does in training shows
-    ):
-        return _differs(module, ours, [(alone, {}), (reading, {})])
-
-
-def _differs(module: nn.Module, ours: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> str | None:
-    """Compares both on small examples: None if ``ours`` gives what the module's own class gives, else why not.
-
-    A module that cannot run by itself (the published attention needs fairseq) is taken at its word.
-    """
-    own = type(module)
-    known = _arguments(module)
-    calls = [
-        (arguments[: len(known)], {name: value for name, value in options.items() if name in known})
-        for arguments, options in calls
-    ]
-    if any(parameter.is_meta for parameter in module.parameters()):
-        return None
-    for arguments, options in calls:
-        with torch.no_grad(), torch.random.fork_rng():
-            try:
-                torch.manual_seed(0)
-                expected = own.forward(module, *arguments, **options)
-            except ImportError:
-                return None
-            except Exception as error:
-                return f"its own forward fails on a small example ({type(error).__name__}: {error})"
-            with _set(module, __class__=ours):
-                torch.manual_seed(0)
-                found = ours.forward(module, *arguments, **options)
-        if not isinstance(expected, tuple) or len(expected) != len(found):
-            return "its own forward does not return an output and its attention"
-        for name, mine, theirs in zip(("output", "attention"), found, expected, strict=True):
-            difference = torch.linalg.vector_norm(mine.double() - theirs.double())
-            if not difference <= PROBE_TOLERANCE[mine.dtype] * torch.linalg.vector_norm(theirs.double()):
-                return f"its own forward gives another {name} than the published one on a small example"
-    return None
-
-
-class _Draw:
-    """Small examples on a parameter's device, in its dtype; PyTorch's generators are not touched."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.like)
-
-    def padding(self, B: int, L: int) -> Tensor:
-        """[B, L]: the first sample's last position."""
-        padded = torch.zeros(B, L, dtype=torch.bool, device=self.like.device)
-        padded[0, -1] = True
-        return padded
-
-    def future(self, L: int) -> Tensor:
-        return torch.full((L, L), -torch.inf).to(self.like).triu(1)
-
-
-@contextmanager
-def _set(target: Any, **attributes: Any) -> Iterator[None]:
-    """These attributes for a while; a module's children are not told."""
-    before = {name: getattr(target, name) for name in attributes}
-    for name, value in attributes.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)
-
-
-@contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """The module and its children in train or eval mode for a while."""
-    before = [(part, part.training) for part in module.modules()]
-    module.train(training)
-    try:
-        yield
-    finally:
-        for part, mode in before:
-            part.training = mode
+KINDS: tuple[tuple[Any, Any, Any, Any, str], ...] = (  # the attentions first: a layer's must be accelerated before it
+    (AcceleratedAttention, _looks_like_attention, _unsupported, attention_differs, "linear, weighted_attention"),
+    (AcceleratedLayer, _looks_like_layer, passed_over, layer_differs, "linear, dropout_add_layer_norm"),
+)
 
 
 def _vocabulary_layers(model: nn.Module) -> list[nn.Module]:

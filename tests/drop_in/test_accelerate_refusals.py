@@ -25,12 +25,6 @@ class Other(MultiheadAttention):
         return (output, weights) if gauss_weight is None else (output, weights * gauss_weight.unsqueeze(1))
 
 
-class NeedsFairseq(MultiheadAttention):
-    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
-                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
-        raise ModuleNotFoundError("No module named 'fairseq'")
-
-
 class Broken(MultiheadAttention):
     def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
                 static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
@@ -157,12 +151,6 @@ def test_a_learned_extra_key_is_left_alone() -> None:
         cnm_kernels.accelerate(module)
     assert type(module) is MultiheadAttention
     assert "bias_k" in str(said[0].message)
-
-
-def test_fairseq_is_not_needed() -> None:
-    module = cnm_kernels.accelerate(NeedsFairseq(D, H))
-    x = torch.randn(5, B, D)
-    assert module(x, x, x)[0].shape == (5, B, D)
 
 
 def test_torch_s_own_attention_is_not_taken_for_it() -> None:

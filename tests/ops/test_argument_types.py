@@ -17,8 +17,9 @@ from cnm_kernels import registry
 
 FLAGS = {  # bools
     "gaussian_mask": ("complement",),
-    "weighted_attention": ("causal", "return_weights"),
-    "gaussian_attention": ("complement", "causal", "return_weights"),
+    "weighted_attention": ("causal",),
+    "attention_weights": ("causal",),
+    "gaussian_attention": ("complement", "causal"),
     "branched_attention": ("causal",),
     "linear": ("relu",),
     "linear_nll": ("return_accuracy",),
@@ -26,6 +27,7 @@ FLAGS = {  # bools
 NUMBERS = {  # floats, with a value that NumPy's scalars hold exactly
     "gaussian_mask": {"alpha": 5.0, "sigma": 8.0, "min_width": 0.5},
     "weighted_attention": {"scale": 0.5},
+    "attention_weights": {"scale": 0.5},
     "gaussian_attention": {"alpha": 5.0, "min_width": 0.5, "scale": 0.5},
     "branched_attention": {"scale": 0.5},
     "absorbed_attention": {"scale": 0.5},

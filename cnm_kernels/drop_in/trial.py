@@ -1,0 +1,210 @@
+"""Tries a published module beside its replacement on small examples, chosen to tell published variants apart."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from cnm_kernels import ops
+from cnm_kernels.drop_in.attention import in_silence
+from cnm_kernels.drop_in.decoder_layer import SEEDS
+
+# ||ours - theirs|| / ||theirs|| on the small example: far above rounding, far below another formula.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+DROPOUT = 0.5  # of a trial in training
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def attention_differs(module: Any, ours: Any) -> str | None:
+    """None if ``ours`` gives what the attention's own class gives, in evaluation and in training, or else why not."""
+    module = _real(module)
+    draw = _Draw(module.in_proj_weight)
+    L, B, D = 4, 2, module.in_proj_weight.size(1)
+    x, source = draw(L, B, D), draw(L + 1, B, D)
+    calls: list[Call] = [
+        ((x, x, x, draw.padding(B, L)), {"attn_mask": draw.future(L), "gauss_weight": draw(B, L).sigmoid()}),
+        ((x, source, source), {"gauss_weight": draw(B, L + 1).sigmoid()}),
+    ]
+    # Weights near the eps tell its size and place; float16 has no such numbers.
+    small = 1e-3 if x.dtype == torch.float16 else 1e-9
+    faint = draw(B, L).sigmoid() * small
+    faint[:, 1] = 0
+    calls += [((x, x, x), {"gauss_weight": faint}), ((x, x, x), {})]
+    with _mode(module, training=False):
+        reason = _differs(module, ours, calls)
+    if reason is not None:
+        return reason
+    # With dropout, from one seed: where it stands shows.
+    dropout = {"dropout": DROPOUT} if isinstance(getattr(module, "dropout", None), float | int) else {}
+    with _mode(module, training=True), _set(module, **dropout), in_silence():
+        reason = _differs(module, ours, calls)
+    return reason and f"{reason}, in training"
+
+
+def layer_differs(module: Any, ours: Any) -> str | None:
+    """None if ``ours`` gives what the layer's own class gives, with dropout and without, or else why not."""
+    module = _real(module)
+    draw = _Draw(module.fc1.weight)
+    L, B, D = 4, 2, module.fc1.weight.size(1)
+    x, source = draw(L, B, D), draw(L + 1, B, D)
+    alone: Call = ((x, draw.padding(B, L), None, None, draw.future(L), None, draw(B, L).sigmoid()), {})
+    reading: Call = (
+        (x, draw.padding(B, L), source, draw.padding(B, L + 1), draw.future(L), draw(B, L + 1).sigmoid(), None),
+        {},
+    )
+    with (
+        _set(module.self_attn, training=False),
+        _set(module.encoder_attn, training=False),
+        _set(module, training=True, dropout=0.0),  # whatever else it does in training shows
+    ):
+        reason = _differs(module, ours, [alone, reading])
+        if reason is None:
+            with _set(module, dropout=DROPOUT):
+                for call, offsets in ((alone, (0, 2)), (reading, (0, 1, 2))):
+                    reason = reason or _differs(module, ours, [call], partial(_OurMasks, offsets))
+            reason = reason and f"{reason}, with dropout"
+    return reason
+
+
+def _differs(module: nn.Module, ours: Any, calls: list[Call], around: Callable[[], Any] = in_silence) -> str | None:
+    """What the calls show; the module's own forward runs within ``around()``."""
+    own = type(module)
+    known = list(inspect.signature(own.forward).parameters)[1:]
+    calls = [
+        (arguments[: len(known)], {name: value for name, value in options.items() if name in known})
+        for arguments, options in calls
+    ]
+    for arguments, options in calls:
+        with torch.no_grad(), torch.random.fork_rng(), _fairseq():
+            try:
+                torch.manual_seed(0)
+                with around():
+                    expected = own.forward(module, *arguments, **options)
+            except Exception as error:
+                return f"its own forward fails on a small example ({type(error).__name__}: {error})"
+            with _set(module, __class__=ours):
+                torch.manual_seed(0)
+                found = ours.forward(module, *arguments, **options)
+        if not isinstance(expected, tuple) or len(expected) != len(found):
+            return "its own forward does not return an output and its attention"
+        for name, mine, theirs in zip(("output", "attention"), found, expected, strict=True):
+            if not isinstance(theirs, Tensor) or theirs.shape != mine.shape:
+                return f"its own forward returns another {name} than the published one on a small example"
+            difference = torch.linalg.vector_norm(mine.double() - theirs.double())
+            if not difference <= TOLERANCE[mine.dtype] * torch.linalg.vector_norm(theirs.double()):
+                return f"its own forward gives another {name} than the published one on a small example"
+    return None
+
+
+def _real(module: nn.Module) -> nn.Module:
+    """The module; of one without data (meta tensors), a copy with random parameters."""
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        return module
+    copied = copy.deepcopy(module).to_empty(device="cpu")
+    draw = _Draw(next(copied.parameters()))
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.copy_(draw(*parameter.shape) / 4)
+    return copied
+
+
+class _OurMasks(TorchFunctionMode):
+    """Dropout draws the masks that ``AcceleratedLayer`` draws from the same state of PyTorch's generator.
+
+    So a layer that drops elsewhere, or at another rate, gives another result. Drops are numbered as they come.
+    """
+
+    def __init__(self, offsets: tuple[int, ...]) -> None:
+        super().__init__()
+        self.offsets = iter(offsets)
+        self.seed: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (F.dropout, torch.dropout):
+            return func(*args, **(kwargs or {}))
+        names = ("input", "p", "training") if func is F.dropout else ("input", "p", "train")
+        given = dict(zip(names, args, strict=False)) | (kwargs or {})
+        x, p, training = given["input"], given.get("p", 0.5), given.get(names[2], True)
+        if not training or p == 0:
+            return x
+        if self.seed is None:
+            self.seed = torch.randint(SEEDS, (), device=x.device)
+        batch_first = x.transpose(0, 1).contiguous()
+        return ops.dropout(batch_first, p, seed=self.seed, offset=next(self.offsets, -1)).transpose(0, 1)
+
+
+@contextmanager
+def _fairseq() -> Iterator[None]:
+    """What the published attention imports when it runs: ``fairseq.utils.softmax``; nothing where fairseq is."""
+    if "fairseq" in sys.modules or importlib.util.find_spec("fairseq") is not None:
+        yield
+        return
+    package, utils = ModuleType("fairseq"), ModuleType("fairseq.utils")
+    utils.softmax = _softmax  # type: ignore[attr-defined]
+    package.utils = utils  # type: ignore[attr-defined]
+    sys.modules |= {"fairseq": package, "fairseq.utils": utils}
+    try:
+        yield
+    finally:
+        del sys.modules["fairseq"], sys.modules["fairseq.utils"]
+
+
+def _softmax(x: Tensor, dim: int, onnx_trace: bool = False) -> Tensor:
+    return F.softmax(x, dim=dim, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+class _Draw:
+    """Small examples on a parameter's device, in its dtype; PyTorch's generators are not touched."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.like)
+
+    def padding(self, B: int, L: int) -> Tensor:
+        """[B, L]: the first sample's last position."""
+        padded = torch.zeros(B, L, dtype=torch.bool, device=self.like.device)
+        padded[0, -1] = True
+        return padded
+
+    def future(self, L: int) -> Tensor:
+        return torch.full((L, L), -torch.inf).to(self.like).triu(1)
+
+
+@contextmanager
+def _set(target: Any, **attributes: Any) -> Iterator[None]:
+    """These attributes for a while; a module's children are not told."""
+    before = {name: getattr(target, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
+
+
+@contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """The module and its children in train or eval mode for a while."""
+    before = [(part, part.training) for part in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in before:
+            part.training = mode

@@ -1,0 +1,154 @@
+"""What ``accelerate`` tries: variants that only one of its examples tells from the published modules."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cnm_kernels
+from cnm_kernels.drop_in.attention import AcceleratedAttention
+from cnm_kernels.drop_in.decoder_layer import AcceleratedLayer
+from examples.research_code.attention import MultiheadAttention
+from examples.research_code.transformer import DecoderLayer
+
+D, H = 32, 4
+
+
+class DropsHidden(DecoderLayer):
+    """Drops between its two linear layers too."""
+
+    def forward(self, x, mask, encoder_out=None, encoder_mask=None, self_attn_mask=None, src_gauss_weight=None,
+                tgt_gauss_weight=None):  # fmt: skip
+        with_hidden = copy.copy(self)
+        with_hidden.__class__ = DecoderLayer
+        with_hidden._modules = dict(self._modules)
+        with_hidden.fc2 = nn.Sequential(_Drop(self), self.fc2)
+        return DecoderLayer.forward(
+            with_hidden, x, mask, encoder_out, encoder_mask, self_attn_mask, src_gauss_weight, tgt_gauss_weight
+        )
+
+
+class _Drop(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.rate, self.training = layer.dropout, layer.training
+
+    def forward(self, x):
+        return F.dropout(x, self.rate, self.training)
+
+
+class HalfRate(DecoderLayer):
+    """Drops its last sublayer at half the rate."""
+
+    def forward(self, x, mask, encoder_out=None, encoder_mask=None, self_attn_mask=None, src_gauss_weight=None,
+                tgt_gauss_weight=None):  # fmt: skip
+        update, attention = self.self_attn(x, x, x, mask, attn_mask=self_attn_mask, gauss_weight=tgt_gauss_weight)
+        x = self.self_attn_layer_norm(x + F.dropout(update, self.dropout, self.training))
+        if encoder_out is not None:
+            update, attention = self.encoder_attn(
+                x, encoder_out, encoder_out, encoder_mask, gauss_weight=src_gauss_weight
+            )
+            x = self.encoder_attn_layer_norm(x + F.dropout(update, self.dropout, self.training))
+        update = self.fc2(F.relu(self.fc1(x)))
+        return self.final_layer_norm(x + F.dropout(update, self.dropout / 2, self.training)), attention
+
+
+@pytest.mark.parametrize("kind", [DropsHidden, HalfRate])
+def test_a_layer_that_drops_elsewhere_is_left_alone(kind: type[DecoderLayer]) -> None:
+    layer = kind(D, H, dropout=0.1)
+    with pytest.warns(RuntimeWarning, match=f"{kind.__name__} is left alone: .* with dropout"):
+        cnm_kernels.accelerate(layer)
+    assert type(layer) is kind
+    assert isinstance(layer.self_attn, AcceleratedAttention)
+
+
+class Epsilon(MultiheadAttention):
+    """Its epsilon is an attribute: instances of one class differ."""
+
+    extra = 0.0
+
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        gauss_weight = None if gauss_weight is None else gauss_weight + self.extra
+        return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
+
+
+@pytest.mark.parametrize("extra", [1e-4, 1e-10])
+def test_every_instance_is_tried(extra: float) -> None:
+    model = nn.ModuleList([Epsilon(D, H), Epsilon(D, H)])
+    model[1].extra = extra
+    with pytest.warns(RuntimeWarning, match="Epsilon is left alone: its own forward gives another"):
+        cnm_kernels.accelerate(model)
+    assert isinstance(model[0], AcceleratedAttention)
+    assert type(model[1]) is Epsilon
+
+
+@pytest.mark.parametrize(("kind", "changes"), [(Epsilon, True), (MultiheadAttention, False)])
+def test_a_model_without_data_is_tried_on_a_copy(kind: type[MultiheadAttention], changes: bool) -> None:
+    with torch.device("meta"):
+        module = kind(D, H)
+    module.extra = 1e-4
+    if changes:
+        with pytest.warns(RuntimeWarning, match="is left alone"):
+            cnm_kernels.accelerate(module)
+    else:
+        cnm_kernels.accelerate(module)
+    assert isinstance(module, AcceleratedAttention) is not changes
+    assert module.in_proj_weight.is_meta
+
+
+class UsesFairseq(MultiheadAttention):
+    """Imports fairseq when it runs, as the published attention does."""
+
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        from fairseq import utils
+
+        utils.softmax(query, dim=-1)
+        return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
+
+
+class OtherWithFairseq(UsesFairseq):
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask)
+
+
+class NeedsMore(MultiheadAttention):
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        raise ModuleNotFoundError("No module named 'apex'")
+
+
+def test_fairseq_is_not_needed() -> None:
+    module = cnm_kernels.accelerate(UsesFairseq(D, H))
+    x = torch.randn(5, 3, D)
+    assert module(x, x, x)[0].shape == (5, 3, D)
+    assert "fairseq" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(OtherWithFairseq, "another output"), (NeedsMore, "No module named 'apex'")]
+)
+def test_what_could_not_be_tried_or_differs_is_left_alone(kind: type[nn.Module], reason: str) -> None:
+    module = kind(D, H)
+    with pytest.warns(RuntimeWarning, match=reason):
+        cnm_kernels.accelerate(module)
+    assert type(module) is kind
+
+
+def test_a_trial_changes_no_random_state_and_no_mode() -> None:
+    layer = DecoderLayer(D, H, dropout=0.1).eval()
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    cnm_kernels.accelerate(layer)
+    assert torch.equal(torch.rand(4), expected)
+    assert isinstance(layer, AcceleratedLayer)
+    assert layer.dropout == 0.1
+    assert not any(part.training for part in layer.modules())
