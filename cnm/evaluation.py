@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,7 @@ class Evaluation:
     """A model's predictions for the N sentences of a split, K moments each, best first.
 
     Attributes:
-        centers, widths, confidences: [N, K] float64; fractions of the video, and ``Proposals.score``.
+        centers, widths, confidences: [N, K] float64; of the moments, fractions of the video, and ``Proposals.score``.
         scores: R@1 and mIoU of the first, keyed by ``cnm.metrics.SCORES``; and R@5 where there are several.
         by_selection: the same for each way to choose the first, ``cnm.metrics.SELECTIONS``, "nll" being ``scores``.
     """
@@ -96,6 +96,8 @@ def evaluate(
             f"{split.name} split: the model's answer to sentence {row} is no number; its checkpoint, or features of "
             f"video {split.samples[row].video!r}, hold numbers too large"
         )
+    if scoring is not None and scoring.select is not None:
+        arrays[1] = metrics.width_above(scoring.select, arrays[1], model.alpha, model.min_width)
     moments = metrics.moments_from_gaussian(arrays[0], arrays[1])
     by_selection = metrics.by_selection(moments, split.windows)
     return Evaluation(arrays[0], arrays[1], arrays[2], by_selection["nll"], by_selection)
@@ -116,18 +118,15 @@ class Spread:
     deviation: dict[str, dict[str, float]]
 
 
-def evaluate_seeds(
-    model: Model, split: Split, batch_size: int, seeds: int, *, masks: int = Scoring.masks, published: bool = False
-) -> Spread:
-    """``evaluate`` with the draws of seeds 0 to ``seeds`` - 1; ``masks`` and ``published`` as in ``Scoring``.
+def evaluate_seeds(model: Model, split: Split, batch_size: int, seeds: int, scoring: Scoring | None = None) -> Spread:
+    """``evaluate`` with the draws of seeds 0 to ``seeds`` - 1, otherwise as ``scoring`` says.
 
     What is drawn as published depends on PyTorch's generator too, which is seeded with each of them.
     """
     found = []
     for seed in range(seeds):
         torch.manual_seed(seed)
-        scoring = Scoring(masks, seed, published)
-        found.append(evaluate(model, split, batch_size, scoring=scoring))
+        found.append(evaluate(model, split, batch_size, scoring=replace(scoring or Scoring(), seed=seed)))
     mean, deviation = (
         {
             selection: {name: float(reduce([one.by_selection[selection][name] for one in found])) for name in names}

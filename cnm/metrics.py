@@ -34,6 +34,23 @@ def moments_from_gaussian(center: ArrayLike, width: ArrayLike) -> Array:
     return np.stack([np.maximum(center - width / 2, 0.0), np.minimum(center + width / 2, 1.0)], axis=-1)
 
 
+def width_above(level: float, width: ArrayLike, alpha: float, min_width: float) -> Array:
+    """How wide the part of a Gaussian is that lies above ``level`` of its peak: 2 w sqrt(-ln(level) / alpha).
+
+    With alpha = sigma^2 / 2 (CPL) the boundaries are center +- w sqrt(-2 ln(level)) / sigma, a selection rule of the
+    literature that needs no training.
+
+    Args:
+        level: in (0, 1).
+        width: [...], fractions of the video.
+        alpha, min_width: the Gaussian is exp(-alpha (x - center)^2 / max(width, min_width)^2).
+
+    Returns:
+        [...] float64.
+    """
+    return 2 * np.maximum(np.asarray(width, np.float64), min_width) * np.sqrt(-np.log(level) / alpha)
+
+
 def iou(predicted: ArrayLike, true: ArrayLike) -> Array:
     """Intersection over union in time as published: (intersection + 1e-10) / (union + 1e-10), at least 0.
 

@@ -61,6 +61,14 @@ def evaluate_command(
         int,
         typer.Option(min=1, help="Repeat with as many draws of masked words; prints means and standard deviations."),
     ] = 1,
+    select: Annotated[
+        float | None,
+        typer.Option(
+            metavar="LEVEL",
+            help="Take as a moment where a proposal's Gaussian is above LEVEL of its peak, 0 to 1, say 0.05; otherwise "
+            "center +- half the width, as published.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Scores a checkpoint: R@1 at five IoU thresholds and mIoU, with baselines that need no video beside.
@@ -74,6 +82,8 @@ def evaluate_command(
       cnm evaluate --checkpoint runs/first/best.pt --config charades_i3d
       cnm evaluate --checkpoint runs/cpl/last.pt --config charades_cpl --masks 8 --seeds 5
     """
+    if select is not None and not 0 < select < 1:
+        raise InputError(f"--select must lie between 0 and 1, got {select:g}")
     if predictions is not None and predictions.exists():
         raise InputError(f"{predictions}: exists and is not written over; choose another --predictions")
     model = load_checkpoint(checkpoint_path, chosen_device(device))
@@ -94,9 +104,10 @@ def evaluate_command(
     )
     check_vocabulary(model, data.vocabulary.words, None if stored is None else stored.words)
     several, batch_size = model.num_proposals > 1, chosen.train.batch_size
-    found = {"": evaluate_seeds(model, data, batch_size, seeds if several else 1, masks=masks)}
+    scoring = Scoring(masks, select=select)
+    found = {"": evaluate_seeds(model, data, batch_size, seeds if several else 1, scoring)}
     if several:
-        found[", as published"] = evaluate_seeds(model, data, batch_size, seeds, published=True)
+        found[", as published"] = evaluate_seeds(model, data, batch_size, seeds, Scoring(published=True))
     if predictions is not None:
         first = found[""].first
         write_predictions(predictions, data.samples, first.centers, first.widths, first.confidences)
@@ -108,6 +119,7 @@ def evaluate_command(
             "split": split.value,
             "sentences": len(data),
             "known_as": known_split(data.samples),
+            "select": select,
             "scores": ours.mean["nll"],
             "baselines": baselines,
             "notes": data.notes,
@@ -118,7 +130,10 @@ def evaluate_command(
         typer.echo(json.dumps(content, allow_nan=False))
         return
     print_notes(data.notes)
-    rows = _rows(found, seeds) if several else {str(checkpoint_path): found[""].mean["nll"]}
+    if select is not None:
+        found = {("" if way else f", above {select:g} of the peak") + way: spread for way, spread in found.items()}
+    alone = f"{checkpoint_path}{next(iter(found))}"
+    rows = _rows(found, seeds) if several else {alone: next(iter(found.values())).mean["nll"]}
     print_scores(split_title(split.value, data.samples), rows | baselines)
 
 

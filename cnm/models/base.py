@@ -48,11 +48,14 @@ class Scoring:
         seed: of the draws.
         published: one random draw from PyTorch's generator instead, and rows scored up to the longest sentence of the
             batch: figures then depend on the batch, as in the published evaluation.
+        select: in (0, 1): a moment is where a proposal's Gaussian lies above this part of its peak. None: center +-
+            width / 2, as published.
     """
 
     masks: int = 4
     seed: int = 0
     published: bool = False
+    select: float | None = None
 
 
 @dataclass(frozen=True)

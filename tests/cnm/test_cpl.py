@@ -328,6 +328,15 @@ def test_every_command(tmp_path: Path) -> None:
     scores = json.loads(result.stdout)
     assert set(scores["scores"]) == {*metrics.SCORES, *metrics.TOP_SCORES}
     assert set(scores["as_published"]["mean"]) == set(metrics.SELECTIONS)
+    selected = ["evaluate", "--checkpoint", str(folder / "last.pt"), "--select", "0.3"]
+    above = json.loads(run(*selected, "--json").stdout)
+    assert above["select"] == 0.3
+    assert above["as_published"] == scores["as_published"]
+    assert above["scores"]["mIoU"] != scores["scores"]["mIoU"]
+    assert "lowest nll, above 0.3 of the peak" in run(*selected).output
+    refused = run(*selected[:-1], "1.5")
+    assert refused.exit_code != 0
+    assert "--select must lie between 0 and 1, got 1.5" in refused.output + refused.stderr
 
     np.save(tmp_path / "video.npy", np.random.default_rng(0).standard_normal((30, 12), dtype=np.float32))
     query = ["--features", str(tmp_path / "video.npy"), "--query", "the dog opens the door", "--duration", "20"]

@@ -131,3 +131,13 @@ def test_five_constants_are_never_worse_than_one() -> None:
     assert next(iter(rows.values()))["mIoU@5"] == pytest.approx(best[4])
     assert rows["whole video"]["mIoU@5"] == rows["whole video"]["mIoU"]
     assert rows["random moment"]["mIoU@5"] > rows["random moment"]["mIoU"]
+
+
+def test_the_width_above_a_level_ends_where_the_gaussian_has_it() -> None:
+    sigma, center, width = 9.0, 0.5, np.array([0.3, 0.001])
+    start, end = np.moveaxis(
+        metrics.moments_from_gaussian(center, metrics.width_above(0.2, width, sigma**2 / 2, 0.01)), -1, 0
+    )
+    deviation = np.maximum(width, 0.01) / sigma
+    for edge in (start, end):
+        np.testing.assert_allclose(np.exp(-((edge - center) ** 2) / (2 * deviation**2)), 0.2)
