@@ -137,6 +137,8 @@ def check_gradients(op: str, inputs: Inputs, backend: str, names: Sequence[str] 
         terms |= attention_terms(inputs, GRADIENT_TERM)
     if op == "gaussian_attention":
         terms |= gaussian_terms(inputs)
+    if op == "attention_weights":
+        terms |= attention_terms(inputs, GRADIENT_TERM) | key_weight_terms(inputs)
     for name in names:
         assert actual[name].dtype == inputs[name].dtype
         plain_gradient = plain[name].to(inputs[name].dtype)
@@ -182,6 +184,15 @@ def gaussian_terms(inputs: Inputs) -> dict[str, float]:
         return (weights * slopes.abs().T).sum(1)
 
     return {name: GRADIENT_TERM * max(sizes(name).tolist(), default=0.0) for name in ("center", "width")}
+
+
+def key_weight_terms(inputs: Inputs) -> dict[str, float]:
+    """Size of the terms of d key_weight: P_ij / m_j, which small weights make large, times a difference of order 1."""
+    if inputs.get("key_weight") is None or inputs["key_weight"].numel() == 0:
+        return {}
+    inputs = in_dtype(inputs, torch.float64)
+    weights = REFERENCES["attention_weights"](**inputs)[0].detach().sum(1)  # [B, Lk]
+    return {"key_weight": max(1.0, (weights / (inputs["key_weight"].detach() + 1e-10)).max().item())}
 
 
 def check_gradients_one_at_a_time(op: str, inputs: Inputs, backend: str) -> None:

@@ -75,4 +75,5 @@ def test_batches_that_are_all_kept_stay_what_they_were() -> None:
 def test_epochs_take_turns_with_a_few_buffers() -> None:
     loader = BatchLoader(split(), 8, shuffle=True)
     seen = {batch.frames.data_ptr() for epoch in range(5) for _, batch in loader.epoch(epoch)}
-    assert len(seen) <= AHEAD + 2 < len(loader)
+    # Those ahead, one that is filled, one that is looked at, and one that the epoch before has not let go of yet.
+    assert len(seen) <= AHEAD + 3 < len(loader)
