@@ -89,6 +89,16 @@ inline Vec sum_of(const T* x, const T* residual, const KeepBits& keep, Vec scale
     return load_tail(residual + j, n) + dropped;
 }
 
+// 1 / standard deviation of a row whose squares overflow float.
+inline float inverse_of_large(const float* t, float mean, int64_t D, double eps) {
+    double squares = 0.0;
+    for (int64_t j = 0; j < D; ++j) {
+        const double centered = static_cast<double>(t[j]) - mean;
+        squares += centered * centered;
+    }
+    return static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(D) + eps));
+}
+
 template <bool DROP, class T>
 void forward(const DropoutAddLayerNormParams& p) {
     const int64_t D = p.D, chunk_rows = layer_norm_rows(D);
@@ -117,7 +127,8 @@ void forward(const DropoutAddLayerNormParams& p) {
                 const Vec centered = within(load_tail(t + j, n) - set1(mean), n);
                 squares.parts[slot] = fma(centered, centered, squares.parts[slot]);
             });
-            const float inverse = 1.0f / std::sqrt(squares.total() / count + p.eps);
+            float inverse = 1.0f / std::sqrt(squares.total() / count + p.eps);
+            if (inverse == 0.0f) inverse = inverse_of_large(t, mean, D, p.eps);
             T* out = static_cast<T*>(p.out) + row * D;
             for_each_vector(D, [&](int64_t j, int64_t n, int) {
                 const Vec normal = (load_tail(t + j, n) - set1(mean)) * set1(inverse);

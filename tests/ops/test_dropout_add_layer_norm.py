@@ -92,3 +92,21 @@ def test_any_shape(
     inputs = add_and_norm(Draw(f"{shape} {D}", dtype, device), *shape, D, p=p, seed=seed, eps=1e-3)
     check_values(OP, inputs, backend)
     check_gradients(OP, inputs, backend)
+
+
+@pytest.mark.parametrize("size", [1e19, 1e25, 1e35])
+@pytest.mark.parametrize("D", [256, 37])
+def test_rows_whose_squares_overflow(D: int, size: float) -> None:
+    draw = Draw("large rows", torch.float32, "cpu")
+    inputs = add_and_norm(draw, 3, D, p=0.0)
+    inputs = inputs | {"residual": inputs["residual"] * size, "x": inputs["x"] * size}
+    d_out = draw.normal(3, D)
+    results = []
+    for dtype, backend in ((torch.float64, "torch"), (torch.float32, "native")):
+        leaves = {name: inputs[name].to(dtype).requires_grad_() for name in ("x", "residual", "weight", "bias")}
+        (out,) = run(OP, inputs | leaves, backend)
+        results.append((out, *torch.autograd.grad(out, list(leaves.values()), d_out.to(dtype))))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(
+            found.double() / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-5
+        )
