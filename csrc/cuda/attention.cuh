@@ -28,8 +28,8 @@ __device__ __forceinline__ int64_t real_keys(const AttentionInputs& p, int64_t b
 // m + eps of a tile of keys, for each of `branches`, to weights [branches, TILE]; 1 behind the `limit` real keys: what
 // lies there may be anything.
 __device__ __forceinline__ void load_key_weights(const AttentionInputs& p, const Branches& branches, int64_t b,
-                                                 int64_t first_branch, int64_t count, int64_t first_key,
-                                                 int64_t limit, float* weights) {
+                                                 int64_t first_branch, int64_t count, int64_t first_key, int64_t limit,
+                                                 float* weights) {
     for (int64_t i = thread(); i < count * TILE; i += threads()) {
         const int64_t j = first_key + i % TILE;
         float m = 1.0f;

@@ -274,8 +274,10 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     }
 }
 
-// Per row of tokens: the parts put together, statistics and O of each token, the mean nll. A warp takes a token at a time.
-__global__ void __launch_bounds__(SUM_THREADS) combine_kernel(LinearNllParams p, ForwardScratch scratch, int parts, int words_per_part) {
+// Per row of tokens: the parts put together, statistics and O of each token, the mean nll. A warp takes a token at a
+// time.
+__global__ void __launch_bounds__(SUM_THREADS)
+    combine_kernel(LinearNllParams p, ForwardScratch scratch, int parts, int words_per_part) {
     float* const shared = dynamic_shared<float>();
     const int64_t m = blockIdx.x, N = p.M * p.L, before = tokens_before(p, nullptr, m, shared);
     const int64_t length = valid_length(p, nullptr, m);
@@ -309,10 +311,9 @@ __global__ void __launch_bounds__(SUM_THREADS) combine_kernel(LinearNllParams p,
         const float log_total = logf(total);
         const int64_t target = load(p.target + token);
         const bool known =
-            target >= 0 && target < p.V;  // a word that is none gives NaN: nothing here can raise an error
+            target >= 0 && target < p.V;   // a word that is none gives NaN: nothing here can raise an error
         if (smoothing == 0.0f) below = 0;  // words of bias -inf are infinitely below
-        nll +=
-            known ? log_total + (1.0f - smoothing) * (highest - z_target) - smoothing * (below / count) : NAN;
+        nll += known ? log_total + (1.0f - smoothing) * (highest - z_target) - smoothing * (below / count) : NAN;
         correct += static_cast<float>(best == target);
         if (lane() == 0) store(p.stats + token, highest);
         if (lane() == 0) store(p.stats + N + token, log_total);
