@@ -323,8 +323,9 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_byt
               "a block of this GPU has too little shared memory");
     }
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
-    // clang-format off: it takes the launch apart
-    kernel<<<blocks, threads, shared_bytes, current_stream()> > >(arguments...);
+    // clang-format would take the launch apart.
+    // clang-format off
+    kernel<<<blocks, threads, shared_bytes, current_stream()>>>(arguments...);
     // clang-format on
     check(cudaGetLastError(), "a kernel could not be launched");
 }
