@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import cnm_kernels
@@ -19,43 +18,34 @@ from examples.research_code.transformer import DecoderLayer
 D, H = 32, 4
 
 
-class DropsHidden(DecoderLayer):
-    """Drops between its two linear layers too."""
+class Changed(DecoderLayer):
+    """The published forward on a copy that ``change`` has changed."""
+
+    def change(self, layer: DecoderLayer) -> None:
+        raise NotImplementedError
 
     def forward(self, x, mask, encoder_out=None, encoder_mask=None, self_attn_mask=None, src_gauss_weight=None,
                 tgt_gauss_weight=None):  # fmt: skip
-        with_hidden = copy.copy(self)
-        with_hidden.__class__ = DecoderLayer
-        with_hidden._modules = dict(self._modules)
-        with_hidden.fc2 = nn.Sequential(_Drop(self), self.fc2)
+        layer = copy.copy(self)
+        layer._modules = dict(self._modules)
+        self.change(layer)
         return DecoderLayer.forward(
-            with_hidden, x, mask, encoder_out, encoder_mask, self_attn_mask, src_gauss_weight, tgt_gauss_weight
+            layer, x, mask, encoder_out, encoder_mask, self_attn_mask, src_gauss_weight, tgt_gauss_weight
         )
 
 
-class _Drop(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.rate, self.training = layer.dropout, layer.training
+class DropsHidden(Changed):
+    """Drops between its two linear layers too."""
 
-    def forward(self, x):
-        return F.dropout(x, self.rate, self.training)
+    def change(self, layer: DecoderLayer) -> None:
+        layer.fc2 = nn.Sequential(nn.Dropout(self.dropout).train(self.training), self.fc2)
 
 
-class HalfRate(DecoderLayer):
-    """Drops its last sublayer at half the rate."""
+class HalfRate(Changed):
+    """Drops at half the rate it is said to."""
 
-    def forward(self, x, mask, encoder_out=None, encoder_mask=None, self_attn_mask=None, src_gauss_weight=None,
-                tgt_gauss_weight=None):  # fmt: skip
-        update, attention = self.self_attn(x, x, x, mask, attn_mask=self_attn_mask, gauss_weight=tgt_gauss_weight)
-        x = self.self_attn_layer_norm(x + F.dropout(update, self.dropout, self.training))
-        if encoder_out is not None:
-            update, attention = self.encoder_attn(
-                x, encoder_out, encoder_out, encoder_mask, gauss_weight=src_gauss_weight
-            )
-            x = self.encoder_attn_layer_norm(x + F.dropout(update, self.dropout, self.training))
-        update = self.fc2(F.relu(self.fc1(x)))
-        return self.final_layer_norm(x + F.dropout(update, self.dropout / 2, self.training)), attention
+    def change(self, layer: DecoderLayer) -> None:
+        layer.dropout = self.dropout / 2
 
 
 @pytest.mark.parametrize("kind", [DropsHidden, HalfRate])
