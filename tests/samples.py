@@ -7,7 +7,8 @@ sample's name fixes and rounded to the dtype under test, so every backend sees t
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -517,14 +518,37 @@ def targets(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Any]:
     ] + _missing_devices(3)
 
 
-def cases(names: dict[str, Sequence[str]], dtypes: Sequence[torch.dtype] = DTYPES) -> list[Any]:
-    """pytest parameters (op, name, backend, device, dtype): these samples on everything that can run them."""
+def cases(
+    names: dict[str, Sequence[str]],
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    large: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> list[Any]:
+    """pytest parameters (op, name, backend, device, dtype): these samples on everything that can run them. ``large``
+    ones are slow where a GPU's kernels run on the CPU."""
+
+    def marks_of(op: str, name: str, backend: str, device: str, marks: list[Any]) -> list[Any]:
+        stands_in = device == "cpu" and backend not in ("native", "torch")
+        return [*marks, pytest.mark.slow] if stands_in and name in large.get(op, ()) else marks
+
     return [
-        pytest.param(op, name, backend, device, dtype, id=f"{op}-{name}-{target}", marks=marks)
+        pytest.param(
+            op,
+            name,
+            backend,
+            device,
+            dtype,
+            id=f"{op}-{name}-{target}",
+            marks=marks_of(op, name, backend, device, marks),
+        )
         for op, samples in names.items()
         for backend, device, dtype, target, marks in _targets(op, dtypes)
         for name in samples
     ] + _missing_devices(5)
+
+
+def with_slow(names: Iterable[str], slow: Collection[str]) -> list[Any]:
+    """pytest parameters: these names, those of ``slow`` with its mark."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
 
 
 def _targets(op: str, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, str, torch.dtype, str, list[Any]]]:

@@ -34,6 +34,7 @@ def test_nothing_is_found(kind: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_hides_behind_three_bytes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fuzz.READERS, "array", (lambda: bytes(8), ".npy", fuzz.READERS["array"][2]))
     outcome = fuzz_coverage.run("array", 300_000, tmp_path, setup=HIDDEN)

@@ -86,7 +86,7 @@ def assert_same_parameters(run: Path, other: Path) -> None:
         torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_do_what_one_does(processes: int, config_file: Path, alone: Path) -> None:
     """Batches of 8 among 3 are uneven, and one process writes."""
     run = config_file.parent / f"of-{processes}"
@@ -103,6 +103,7 @@ def test_processes_do_what_one_does(processes: int, config_file: Path, alone: Pa
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in alone.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(config_file: Path, alone: Path) -> None:
     run = config_file.parent / "resumed"
     short = train(2, "--config", str(config_file), "--run-folder", str(run), "--set", "train.max_num_epochs=3")
@@ -144,6 +145,7 @@ def test_a_killed_process_ends_the_job_and_the_run_resumes(config_file: Path) ->
     assert b"lost another process of the job" in said or b"Signal 9 (SIGKILL)" in said
 
 
+@pytest.mark.slow
 def test_sigterm_stops_all_after_the_same_update(config_file: Path) -> None:
     code, said = stopped(config_file, config_file.parent / "stopped", lambda job: job.send_signal(signal.SIGTERM))
     assert code != 0

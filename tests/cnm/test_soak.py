@@ -14,6 +14,7 @@ import torch
 from cnm.training.step import LeanStep
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", soak.PRECISIONS)
 def test_steps_repeat_stay_finite_and_leak_nothing(precision: str) -> None:
     report = soak.soak(precision, 60)

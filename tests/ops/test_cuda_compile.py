@@ -7,7 +7,7 @@ import pytest
 from cuda_resources import SHARED_BYTES, Kernel
 
 REASON = cuda_resources.why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 OPS = {
     "attention_backward_kernel",
     "attention_kernel",

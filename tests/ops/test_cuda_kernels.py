@@ -14,7 +14,19 @@ import pytest
 import torch
 from emulated_backend import LOAD_ERRORS, NAME, seed
 from op_checks import check_gradients, check_values, gradients_of
-from samples import DIFFERENTIABLE, Draw, add_and_norm, attention, branched, gaussian, run, sample, vocabulary, weighted
+from samples import (
+    DIFFERENTIABLE,
+    Draw,
+    add_and_norm,
+    attention,
+    branched,
+    gaussian,
+    run,
+    sample,
+    vocabulary,
+    weighted,
+    with_slow,
+)
 from step_checks import assert_trains_as_torch
 
 from cnm.training.step import STEPS
@@ -74,7 +86,7 @@ def shared_memory(request: pytest.FixtureRequest) -> Iterator[int]:
     emulated_backend.machine.emulator_set_shared_bytes(227 << 10)
 
 
-@pytest.mark.parametrize("name", MANY_TILES)
+@pytest.mark.parametrize("name", with_slow(MANY_TILES, {"enough-heads-for-one-launch"}))
 @on_dtypes
 def test_attention_over_many_tiles(name: str, dtype: torch.dtype, shared_memory: int) -> None:
     if dtype == torch.float32 and name.startswith("head-of-1") and shared_memory < 140:
@@ -168,7 +180,7 @@ def test_float32_products_are_not_tf32() -> None:
     assert (ours.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", with_slow(STEPS, {"published", "recompute"}))
 def test_a_training_step(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_trains_as_torch(step, NAME, monkeypatch)
 
@@ -246,6 +258,7 @@ def probe(csrc: Path, cases: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_caught(mistake: str, tmp_path: Path) -> None:
     file, right, wrong, cases = MISTAKES[mistake]

@@ -31,12 +31,12 @@ def test_every_op_has_samples_a_record_and_a_reference() -> None:
     assert set(SAMPLES) == set(REFERENCES) == set(RECORDS) == set(registry.OPS)
 
 
-@pytest.mark.parametrize(ARGUMENTS, cases(ALL))
+@pytest.mark.parametrize(ARGUMENTS, cases(ALL, large=LARGE))
 def test_values(op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
     check_values(op, sample(op, name, dtype, device), backend)
 
 
-@pytest.mark.parametrize(ARGUMENTS, cases(ALL))
+@pytest.mark.parametrize(ARGUMENTS, cases(ALL, large=LARGE))
 def test_gradients(op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
     check_gradients(op, sample(op, name, dtype, device), backend)
 
@@ -51,7 +51,7 @@ def test_gradcheck(op: str, name: str) -> None:
     check_gradcheck(op, sample(op, name, torch.float64))
 
 
-@pytest.mark.parametrize(ARGUMENTS, cases(LARGE, [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize(ARGUMENTS, cases(LARGE, [torch.float32, torch.bfloat16], LARGE))
 def test_deterministic(op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
     check_deterministic(op, sample(op, name, dtype, device), backend)
 

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 from op_checks import check_deterministic, check_gradients, check_values
-from samples import ATTENTION_SHAPES, sample
+from samples import ATTENTION_SHAPES, sample, with_slow
 from step_checks import assert_trains_as_torch
 
 import cnm_kernels
@@ -26,6 +26,7 @@ ATTENTION = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "name"), ATTENTION)
 def test_the_blocked_kernels_take_every_size(
     op: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -52,7 +53,7 @@ def test_whole_and_blocked_kernels_share_their_statistics(monkeypatch: pytest.Mo
         check_gradients("gaussian_attention", inputs, "triton")
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", with_slow(STEPS, {"published", "recompute"}))
 def test_a_training_step(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_trains_as_torch(step, "triton", monkeypatch)
 
