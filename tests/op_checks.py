@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from references import REFERENCES
-from samples import DIFFERENTIABLE, Inputs, run
+from op_records import DIFFERENTIABLE, RECORDS, REFERENCES
+from op_records.draw import Inputs
+from samples import run
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import cnm_kernels
 
-RETURN_FLOAT32 = ("linear_nll", "intra_video_contrastive_loss", "contrastive_reconstruction_loss")
 TIMES_PLAIN = 4
 SLACK = {  # of the tensor's scale; float64 has no plain computation to be compared with
     torch.float64: 1e-10,
@@ -31,9 +31,6 @@ SLACK = {  # of the tensor's scale; float64 has no plain computation to be compa
 }
 # Gradients sum products of standard normals: single terms reach this, also where the sum cancels to nothing.
 GRADIENT_TERM = 8.0
-# Their backward multiplies a softmax rounded to the dtype of the hidden states, also for parameters in float32.
-SOFTMAX_PRODUCTS = ("linear_nll", "contrastive_reconstruction_loss")
-ILL_CONDITIONED = ("gaussian_mask", "weighted_attention", "gaussian_attention", "branched_attention")
 
 
 def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -57,7 +54,7 @@ def rounded_once_more(op: str, inputs: Inputs) -> Inputs:
     """
     moved = in_dtype(inputs, torch.float64)
     first = next(value for value in inputs.values() if isinstance(value, Tensor))
-    if op not in ILL_CONDITIONED or first.dtype == torch.float64:
+    if not RECORDS[op].ill_conditioned or first.dtype == torch.float64:
         return moved
     generator = torch.Generator().manual_seed(2)
     for name, value in moved.items():
@@ -107,7 +104,7 @@ def check_values(op: str, inputs: Inputs, backend: str) -> None:
     """Every output against the test's formula in float64; dtypes as documented."""
     outputs = run(op, inputs, backend)
     first = next(value for value in inputs.values() if isinstance(value, Tensor))
-    expected_dtype = wide(first.dtype) if op in RETURN_FLOAT32 else first.dtype
+    expected_dtype = wide(first.dtype) if RECORDS[op].returns_float32 else first.dtype
     exact = REFERENCES[op](**in_dtype(inputs, torch.float64))
     plain = _plain(op, inputs, backend)
     moved = [REFERENCES[op](**near) for near in nearby(op, inputs)]
@@ -142,7 +139,7 @@ def check_gradients(op: str, inputs: Inputs, backend: str, names: Sequence[str] 
     for name in names:
         assert actual[name].dtype == inputs[name].dtype
         plain_gradient = plain[name].to(inputs[name].dtype)
-        operands = inputs["hidden"].dtype if op in SOFTMAX_PRODUCTS else None
+        operands = inputs["hidden"].dtype if RECORDS[op].softmax_products else None
         near = [gradients[name] for gradients in moved]
         assert_within_budget(f"d {name}", actual[name], exact[name], plain_gradient, near, terms[name], operands)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from emulated_backend import LOAD_ERRORS, NAME
 from op_checks import gradients_of
-from samples import DIFFERENTIABLE, SAMPLES, run, sample
+from op_records import DIFFERENTIABLE, SAMPLES
+from samples import run, sample
 from torch import Tensor
 
 from benchmarks import gpu, gpu_launches, gpu_predict

@@ -33,6 +33,11 @@ import torch
 from fuzz_more import MORE_READERS, MORE_TYPED
 from fuzz_typed import TYPED as TYPED_FILES
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # where the ops' records are
+
+from op_records import RECORDS
+from op_records.anything import Anything
+
 import cnm_kernels
 from cnm import checkpoint
 from cnm.config import CNMConfig
@@ -42,7 +47,6 @@ from cnm.data.vocabulary import Vocabulary
 from cnm.data.word_vectors import read_vectors
 from cnm.errors import InputError
 from cnm.predictions import read_predictions
-from cnm_kernels import registry
 
 BATCH = 250  # cases of a child process
 CASE_SECONDS = 20
@@ -184,106 +188,12 @@ def read_file(kind: str, content: bytes, folder: Path) -> str:
     return "read"
 
 
-def any_tensor(draw: random.Random, shape: tuple[int, ...]) -> Any:
-    """Mostly what was asked for; else another dtype, layout, width, or no tensor at all."""
-    kind = draw.randrange(40)
-    if kind == 0:
-        shape = tuple(draw.choice((0, 1, size, size + 1)) for size in shape)
-    elif kind == 1:
-        shape = shape[draw.randrange(2) :]
-    elif kind == 2:
-        return draw.choice((None, 3, "query", [1.0], np.ones(shape)))
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.complex64, torch.bool)
-    dtype = draw.choice(dtypes) if kind == 7 else dtypes[0]
-    scale = draw.choice((1.0, 1.0, 1e30, float("nan"), float("inf")))
-    tensor = (torch.randn(shape) * scale).to(dtype)
-    if kind == 3 and tensor.dim() > 1:
-        tensor = tensor.transpose(0, -1)
-    if kind == 4 and tensor.dim() > 0 and tensor.size(-1) > 1:
-        tensor = tensor[..., ::2]
-    if kind == 5:
-        tensor = tensor.to_sparse() if tensor.dim() > 0 else tensor
-    if kind == 6:
-        tensor = tensor.to("meta")
-    return tensor.requires_grad_() if tensor.is_floating_point() and draw.randrange(2) else tensor
-
-
-def any_integers(draw: random.Random, high: int, shape: tuple[int, ...]) -> Any:
-    kind = draw.randrange(20)
-    if kind == 0:
-        return any_tensor(draw, shape)
-    tensor = torch.randint(high, shape)
-    if kind == 1 and tensor.numel():
-        tensor.view(-1)[0] = draw.choice((-1, high, 1 << 62, -(1 << 63)))
-    return tensor
-
-
-def any_number(draw: random.Random, usual: float) -> Any:
-    return usual if draw.randrange(12) else draw.choice((0, -1, 1e30, float("nan"), float("inf"), "1", None))
-
-
 def fuzz_op(draw: random.Random) -> str:
     torch.manual_seed(draw.randrange(1 << 30))
-    B, H, L, K, d, V = (draw.choice((1, 2, 3, 5, 17)) for _ in range(6))
-    heads, keys = (B, H, L, d), (B, H, K, d)
-    groups = draw.choice(((), (H,)))
-    attention = {
-        "query": any_tensor(draw, heads),
-        "key": any_tensor(draw, keys),
-        "value": any_tensor(draw, keys),
-        "causal": draw.choice((False, True)),
-        "key_lengths": draw.choice((None, any_integers(draw, K + 1, (B,)))),
-    }
-    words = {
-        "hidden": any_tensor(draw, (B, L, d)),
-        "weight": any_tensor(draw, (V, d)),
-        "bias": any_tensor(draw, (V,)),
-        "target": any_integers(draw, V, (B, L)),
-        "valid_lengths": any_integers(draw, L + 1, (B,)),
-        "label_smoothing": any_number(draw, 0.1),
-    }
-    moment = {"center": any_tensor(draw, (B,)), "width": any_tensor(draw, (B,)), "alpha": any_number(draw, 5.0)}
-    rows = {"p": any_number(draw, 0.1), "seed": draw.choice((1, -1, 1 << 62)), "offset": any_number(draw, 0)}
-    calls: dict[str, dict[str, Any]] = {
-        "gaussian_mask": moment | {"length": draw.choice((0, 1, 7, -1, 2.5))},
-        "weighted_attention": attention | {"key_weight": draw.choice((None, any_tensor(draw, (B, K))))},
-        "gaussian_attention": attention | moment,
-        "attention_weights": {name: value for name, value in attention.items() if name != "value"}
-        | {"key_weight": draw.choice((None, any_tensor(draw, (B, K))))},
-        "branched_attention": attention | {"key_weights": any_tensor(draw, (2, B, K))},
-        "absorbed_attention": {
-            "query": any_tensor(draw, (B, L, d)),
-            "key": any_tensor(draw, keys),
-            "value": draw.choice((None, any_tensor(draw, keys))),
-            "scale": any_number(draw, 0.5),
-            "key_bias": draw.choice((None, any_tensor(draw, (B, H, K)))),
-            "key_weight": draw.choice((None, any_tensor(draw, (B, K)))),
-            "query_lengths": draw.choice((None, any_integers(draw, L + 1, (B,)))),
-            "key_lengths": draw.choice((None, any_integers(draw, K + 1, (B,)))),
-        },
-        "linear": {
-            "x": any_tensor(draw, (B, L, *groups, d)),
-            "weight": any_tensor(draw, (*groups, V, d)),
-            "bias": draw.choice((None, any_tensor(draw, (*groups, V)))),
-            "relu": draw.choice((False, True)),
-            "lengths": draw.choice((None, any_integers(draw, L + 1, (B,)))),
-        },
-        "linear_nll": words,
-        "intra_video_contrastive_loss": {name: any_tensor(draw, (B,)) for name in ("positive", "hard", "easy")},
-        "contrastive_reconstruction_loss": words | {"hidden": any_tensor(draw, (3, B, L, d))},
-        "dropout": {"x": any_tensor(draw, (B, d))} | rows,
-        "dropout_add_layer_norm": {
-            "x": any_tensor(draw, (B, d)),
-            "residual": any_tensor(draw, (B, d)),
-            "weight": any_tensor(draw, (d,)),
-            "bias": any_tensor(draw, (d,)),
-        }
-        | rows,
-    }
-    assert calls.keys() == set(registry.OPS)
-    op = draw.choice(sorted(calls))
+    op = draw.choice(sorted(RECORDS))
+    arguments = RECORDS[op].fuzzed(Anything(draw))
     try:
-        out = getattr(cnm_kernels, op)(**calls[op])
+        out = getattr(cnm_kernels, op)(**arguments)
         outputs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
         if outputs and not any(o.is_meta for o in outputs):
             sum(o.float().sum() for o in outputs).backward()

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from op_checks import gradients_of
-from op_records import RECORDS
-from samples import DIFFERENTIABLE, SAMPLES, run, sample
+from op_records import DIFFERENTIABLE, RECORDS, SAMPLES
+from samples import run, sample
 from step_checks import make_batch, make_model
 from torch import Tensor
 

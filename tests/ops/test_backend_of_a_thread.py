@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from samples import DIFFERENTIABLE, cases, run, sample
+from op_records import DIFFERENTIABLE
+from samples import cases, run, sample
 from test_every_op import TYPICAL
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

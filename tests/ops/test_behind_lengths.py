@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from op_checks import gradients_of
-from samples import DIFFERENTIABLE, Inputs, cases, run, sample
+from op_records import DIFFERENTIABLE
+from op_records.draw import Inputs
+from samples import cases, run, sample
 
 KEYS = {"key": 2, "value": 2, "key_weight": 1, "key_weights": 2, "key_bias": 2}
 CASES = {

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from op_records import RECORDS
-from samples import DIFFERENTIABLE, SAMPLES, Inputs, sample
+from op_records import DIFFERENTIABLE, RECORDS, SAMPLES
+from op_records.draw import Inputs
+from samples import sample
 
 import cnm_kernels
 

@@ -14,19 +14,14 @@ import pytest
 import torch
 from emulated_backend import LOAD_ERRORS, NAME, seed
 from op_checks import check_gradients, check_values, gradients_of
-from samples import (
-    DIFFERENTIABLE,
-    Draw,
-    add_and_norm,
-    attention,
-    branched,
-    gaussian,
-    run,
-    sample,
-    vocabulary,
-    weighted,
-    with_slow,
-)
+from op_records import DIFFERENTIABLE
+from op_records.branched_attention import branched
+from op_records.draw import Draw
+from op_records.dropout_add_layer_norm import add_and_norm
+from op_records.gaussian_attention import gaussian
+from op_records.linear_nll import vocabulary
+from op_records.weighted_attention import attention, weighted
+from samples import run, sample, with_slow
 from step_checks import assert_trains_as_torch
 
 from cnm.training.step import STEPS

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from samples import DIFFERENTIABLE, Inputs, cases, run, sample
+from op_records import DIFFERENTIABLE
+from op_records.draw import Inputs
+from samples import cases, run, sample
 from test_every_op import TYPICAL
 from torch import Tensor
 

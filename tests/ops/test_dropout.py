@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import references
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import Draw, run, targets
+from op_records.draw import Draw
+from op_records.dropout import MASK32, keep, philox4x32
+from samples import run, targets
 
 from cnm_kernels import reference
 
@@ -38,13 +39,13 @@ def test_philox_known_answers(
     index, offset = torch.tensor([signed(*counter[:2])]), signed(*counter[2:])
     words = reference.philox(index, torch.tensor(signed(*key)), offset)
     assert tuple(words[0].tolist()) == expected
-    assert tuple(references.philox4x32(counter, key)) == expected
+    assert tuple(philox4x32(counter, key)) == expected
 
 
 @given(st.integers(0, 2**40), st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**63 - 1))
 def test_philox_is_the_scalar_one_everywhere(index: int, seed: int, offset: int) -> None:
-    counter = (index & references.MASK32, index >> 32, offset & references.MASK32, offset >> 32)
-    expected = references.philox4x32(counter, (seed & references.MASK32, (seed >> 32) & references.MASK32))
+    counter = (index & MASK32, index >> 32, offset & MASK32, offset >> 32)
+    expected = philox4x32(counter, (seed & MASK32, (seed >> 32) & MASK32))
     assert reference.philox(torch.tensor([index]), torch.tensor(seed), offset)[0].tolist() == expected
 
 
@@ -54,7 +55,7 @@ def test_philox_is_the_scalar_one_everywhere(index: int, seed: int, offset: int)
 def test_the_mask_is_the_stated_one(backend: str, device: str, dtype: torch.dtype, numel: int, p: float) -> None:
     x = torch.ones(numel, dtype=dtype, device=device)
     (dropped,) = run(OP, {"x": x, "p": p, "seed": 2**40 + 17, "offset": 5}, backend)
-    assert (dropped != 0).tolist() == references.keep(numel, p, 2**40 + 17, 5)
+    assert (dropped != 0).tolist() == keep(numel, p, 2**40 + 17, 5)
 
 
 @on_every_float32

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import check_gradients, check_values
-from samples import Draw, add_and_norm, run, sample, targets
+from op_records.draw import Draw
+from op_records.dropout_add_layer_norm import add_and_norm
+from samples import run, sample, targets
 
 OP = "dropout_add_layer_norm"
 on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))

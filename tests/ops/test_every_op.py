@@ -14,9 +14,8 @@ from op_checks import (
     check_library_ops,
     check_values,
 )
-from op_records import RECORDS
-from references import REFERENCES
-from samples import SAMPLES, cases, sample
+from op_records import RECORDS, REFERENCES, SAMPLES
+from samples import cases, sample
 
 from cnm_kernels import registry
 

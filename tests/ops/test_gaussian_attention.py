@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import check_gradients, check_values
-from samples import Draw, attention, run, sample, targets
+from op_records.draw import Draw
+from op_records.weighted_attention import attention
+from samples import run, sample, targets
 
 OP = "gaussian_attention"
 on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))

@@ -7,7 +7,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from op_checks import check_gradients, check_values
-from samples import Draw, run, sample, targets
+from op_records.draw import Draw
+from samples import run, sample, targets
 
 OP = "gaussian_mask"
 on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))

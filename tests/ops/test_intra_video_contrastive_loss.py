@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import check_values
-from samples import Draw, run, sample, targets, three_losses
+from op_records.draw import Draw
+from op_records.intra_video_contrastive_loss import three_losses
+from samples import run, sample, targets
 
 OP = "intra_video_contrastive_loss"
 on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))

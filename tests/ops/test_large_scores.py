@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from op_checks import attention_terms, gradients_of, in_dtype
-from references import REFERENCES
-from samples import DIFFERENTIABLE, Draw, Inputs, cases, run
+from op_records import DIFFERENTIABLE, REFERENCES
+from op_records.draw import Draw, Inputs
+from samples import cases, run
 from torch import Tensor
 
 HEAD_DIMS = ("16", "20", "32", "48", "64")

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import check_gradients, check_values
-from samples import Draw, layer, targets
+from op_records.draw import Draw
+from op_records.linear import layer
+from samples import targets
 
 import cnm_kernels
 from cnm_kernels import registry

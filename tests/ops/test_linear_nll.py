@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import check_gradients, check_values
-from samples import Draw, run, sample, targets, vocabulary
+from op_records.draw import Draw
+from op_records.linear_nll import vocabulary
+from samples import run, sample, targets
 
 OP = "linear_nll"
 on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))

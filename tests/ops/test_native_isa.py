@@ -13,7 +13,9 @@ import test_large_scores as large_scores
 import torch
 import torch.nn.functional as F
 from op_checks import check_gradients, check_values
-from samples import DIFFERENTIABLE, SAMPLES, Draw, absorbed, add_and_norm, run, sample
+from op_records import DIFFERENTIABLE, RECORDS, SAMPLES
+from op_records.draw import Draw, Inputs
+from samples import run, sample
 from torch import Tensor
 
 from cnm_kernels import native, reference
@@ -76,52 +78,18 @@ def test_misaligned_memory(numel: int, shift: int, isa: str) -> None:
     assert torch.equal(run("dropout", {"x": storage[shift:], **arguments}, "native")[0], expected)
 
 
-def large(op: str) -> dict[str, Tensor | float]:
-    """Enough for every thread to get several chunks, and to be written around the caches."""
-    draw = Draw("large", torch.float32, "cpu")
-    if op == "gaussian_mask":
-        return {"center": draw.uniform(3001), "width": draw.uniform(3001), "length": 200, "alpha": 5.0}
-    if op == "dropout":
-        return {"x": draw.normal(2_200_001), "p": 0.1, "seed": 3}
-    if op == "gaussian_attention":
-        heads = {name: draw.normal(7, 3, 101, 40) for name in ("query", "key", "value")}
-        gaussian = {"center": draw.uniform(7), "width": draw.uniform(7), "alpha": 5.0}
-        return {**heads, **gaussian, "causal": True, "key_lengths": draw.lengths(0, 1, 16, 50, 99, 101, 64)}
-    if op == "weighted_attention":
-        return {name: draw.normal(7, 3, 101, 40) for name in ("query", "key", "value")}
-    if op == "attention_weights":
-        return {name: draw.normal(7, 3, 101, 40) for name in ("query", "key")}
-    if op == "branched_attention":
-        heads = {name: draw.normal(7, 3, 101, 40) for name in ("query", "key", "value")}
-        return {**heads, "key_weights": draw.uniform(3, 7, 101), "causal": True}
-    if op == "absorbed_attention":
-        lengths = {"query_lengths": draw.integers(102, 23), "key_lengths": draw.integers(9, 23)}
-        return absorbed(draw, 23, 3, 101, 8, 120, **lengths)
-    if op == "linear":
-        return {"x": draw.normal(5001, 120), "weight": draw.normal(77, 120), "bias": draw.normal(77), "relu": True}
-    if op == "linear_nll":
-        layer = {"weight": draw.normal(1003, 37), "bias": draw.normal(1003)}
-        words = {"target": draw.integers(1003, 61, 17), "valid_lengths": draw.integers(18, 61)}
-        return {"hidden": draw.normal(61, 17, 37), **layer, **words}
-    return add_and_norm(draw, 9001, 251, p=0.1, seed=3)
+MANY = [op for op, record in RECORDS.items() if record.many]
 
 
-LARGE = (
-    "gaussian_mask",
-    "weighted_attention",
-    "gaussian_attention",
-    "branched_attention",
-    "absorbed_attention",
-    "linear",
-    "linear_nll",
-    "dropout",
-    "dropout_add_layer_norm",
-)
+def many_chunks(op: str) -> Inputs:
+    make = RECORDS[op].many
+    assert make is not None
+    return make(Draw("large", torch.float32, "cpu"))
 
 
-@pytest.mark.parametrize("op", LARGE)
+@pytest.mark.parametrize("op", MANY)
 def test_threads_do_not_change_a_bit(op: str, isa: str) -> None:
-    inputs = large(op)
+    inputs = many_chunks(op)
     names = [name for name in DIFFERENTIABLE[op] if name in inputs]
 
     def once(threads: int) -> list[Tensor]:
@@ -141,7 +109,7 @@ def test_threads_do_not_change_a_bit(op: str, isa: str) -> None:
 
 def test_large_values_and_gradients(isa: str) -> None:
     """Results that are written around the caches; without dropout, since the reference draws slowly."""
-    inputs = large("dropout_add_layer_norm") | {"p": 0.0}
+    inputs = many_chunks("dropout_add_layer_norm") | {"p": 0.0}
     names = DIFFERENTIABLE["dropout_add_layer_norm"]
 
     def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:

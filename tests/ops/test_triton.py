@@ -7,7 +7,8 @@ import importlib
 import pytest
 import torch
 from op_checks import check_deterministic, check_gradients, check_values
-from samples import ATTENTION_SHAPES, sample, with_slow
+from op_records.weighted_attention import ATTENTION_SHAPES
+from samples import sample, with_slow
 from step_checks import assert_trains_as_torch
 
 import cnm_kernels

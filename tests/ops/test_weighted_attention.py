@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import check_gradients, check_values
-from samples import Draw, attention, run, sample, targets
+from op_records.draw import Draw
+from op_records.weighted_attention import attention
+from samples import run, sample, targets
 
 import cnm_kernels
 
