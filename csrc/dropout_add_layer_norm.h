@@ -14,7 +14,7 @@ struct DropoutAddLayerNormParams {
     const float* weight;   // [D]
     const float* bias;     // [D]
     void* out;             // [rows, D]
-    float* stats;          // [rows, 2]: mean and 1 / standard deviation
+    float* stats;          // [rows, 2]: mean and 1 / standard deviation, see RowSize
     Dtype dtype;           // of x, residual, out
     int64_t rows, D;
     double p;
@@ -47,6 +47,25 @@ struct DropoutAddLayerNormBackwardParams {
 
 CNM_KERNEL(dropout_add_layer_norm, DropoutAddLayerNormParams)
 CNM_KERNEL(dropout_add_layer_norm_backward, DropoutAddLayerNormBackwardParams)
+
+// A row whose sum or squares no float32 holds is computed at another size, a power of two times its own.
+//
+// Of a row made smaller, mean and 1 / standard deviation are kept at that size, the latter with a minus sign.
+struct RowSize {
+    static constexpr float SMALLER = 0x1p-96f, LARGER = 0x1p96f;
+
+    // Of a row that was computed at its own size.
+    static constexpr float wanted(float mean, float variance) {
+        if (!(variance <= 0x1.fffffep127f)) return SMALLER;
+        return variance < 0x1p-80f && mean < 1.0f && mean > -1.0f ? LARGER : 1.0f;
+    }
+    static constexpr float of_kept(float inverse) { return inverse < 0.0f ? SMALLER : 1.0f; }
+
+    static constexpr float kept_mean(float mean, float size) { return size == LARGER ? mean * SMALLER : mean; }
+    static constexpr float kept_inverse(float inverse, float size) {
+        return size == LARGER ? inverse * LARGER : size == SMALLER ? -inverse : inverse;
+    }
+};
 
 // Rows that one chunk takes, and whose d_weight and d_bias are summed in order.
 constexpr int64_t layer_norm_rows(int64_t D) { return D > 16384 ? 1 : 16384 / (D > 0 ? D : 1); }

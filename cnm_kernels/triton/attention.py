@@ -147,6 +147,7 @@ def _backward_kernel(
             stats = stats_ptr + ((b * H + h) * Lq + rows) * 2
             highest = tl.load(stats, mask=rows < Lq, other=0.0)
             s = dot(q, tl.trans(k)) * scale - highest[:, None]
+            s = tl.where(s > 0.0, 0.0, s)  # no score is above the highest, however products of this kernel round
             unweighted = tl.where(visible(rows, keys, limit, CAUSAL), tl.exp(s), 0.0)
             to_scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for branch in tl.static_range(BRANCHES):

@@ -3,6 +3,7 @@ of the parameters' gradients, whose number and order depend on the sizes alone."
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +15,8 @@ from cnm_kernels.triton.philox import keep_elements, keep_groups
 
 TILE = 2048  # numbers in the rows of one tile
 MAX_PARTS = 512  # partial sums of the parameters' gradients
+_SMALLER, _LARGER = tl.constexpr(2.0**-96), tl.constexpr(2.0**96)  # sizes of rows, as in csrc/dropout_add_layer_norm.h
+_LEAST, _MOST = tl.constexpr(2.0**-80), tl.constexpr(torch.finfo(torch.float32).max)  # variances of rows at their own
 
 
 @triton.jit
@@ -37,22 +40,31 @@ def _keep(
 
 @triton.jit
 def _total(
-    x_ptr, residual_ptr, seed_ptr, samples_ptr, rows, N, D, sample_rows, threshold, kept_scale, offset,
+    x_ptr, residual_ptr, seed_ptr, samples_ptr, rows, size, N, D, sample_rows, threshold, kept_scale, offset,
     DROPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
-    """residual + dropout(x) of a tile, and what was kept."""
+    """size (residual + dropout(x)) of a tile, and what was kept; a size of 1 changes nothing."""
     columns = tl.arange(0, BLOCK_D)
     place = rows.to(tl.int64)[:, None] * D + columns[None, :]
     inside = (rows < N)[:, None] & (columns < D)[None, :]
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    x = x * size[:, None]
     keep = inside
     if DROPS:
         keep = _keep(
             rows, N, D, threshold, seed_ptr, samples_ptr, sample_rows, offset, ROWS, BLOCK_D, ALIGNED, INDEXED
         )  # fmt: skip
         x = tl.where(keep, x * kept_scale, 0.0)
-    return residual + x, keep
+    return residual * size[:, None] + x, keep
+
+
+@triton.jit
+def _moments(total, within, D):
+    """Mean, deviation from it, and mean square of that, of a tile's rows."""
+    mean = tl.sum(total, 1) / D
+    centered = tl.where(within, total - mean[:, None], 0.0)
+    return mean, centered, tl.sum(centered * centered, 1) / D
 
 
 @triton.jit(do_not_specialize=["threshold", "offset"])
@@ -63,19 +75,31 @@ def _forward_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
+    within = (columns < D)[None, :]
+    size = tl.full([ROWS], 1.0, tl.float32)
     total, _ = _total(
-        x_ptr, residual_ptr, seed_ptr, samples_ptr, rows, N, D, sample_rows, threshold, kept_scale,
+        x_ptr, residual_ptr, seed_ptr, samples_ptr, rows, size, N, D, sample_rows, threshold, kept_scale,
         offset.to(tl.int64), DROPS, ROWS, BLOCK_D, ALIGNED, INDEXED,
     )  # fmt: skip
-    within = (columns < D)[None, :]
-    mean = tl.sum(total, 1) / D
-    centered = tl.where(within, total - mean[:, None], 0.0)
-    deviation = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / D + eps)
+    mean, centered, squares = _moments(total, within, D)
+    variance = squares + eps
+    size = tl.where((variance < _LEAST) & (tl.abs(mean) < 1.0), _LARGER, size)
+    size = tl.where(variance <= _MOST, size, _SMALLER)
+    if tl.max((size != 1.0).to(tl.int32), 0) > 0:
+        total, _ = _total(
+            x_ptr, residual_ptr, seed_ptr, samples_ptr, rows, size, N, D, sample_rows, threshold, kept_scale,
+            offset.to(tl.int64), DROPS, ROWS, BLOCK_D, ALIGNED, INDEXED,
+        )  # fmt: skip
+        mean, centered, squares = _moments(total, within, D)
+        variance = squares + eps * size * size
+    deviation = 1.0 / tl.where(squares == 0.0, tl.sqrt(eps) * size, tl.sqrt(variance))
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     out = centered * deviation[:, None] * weight[None, :] + bias[None, :]
     place = rows.to(tl.int64)[:, None] * D + columns[None, :]
     tl.store(out_ptr + place, narrow(out, out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & within)
+    mean = tl.where(size == _LARGER, mean * _SMALLER, mean)
+    deviation = tl.where(size == _LARGER, deviation * _LARGER, tl.where(size == _SMALLER, -deviation, deviation))
     tl.store(stats_ptr + rows * 2, mean, mask=rows < N)
     tl.store(stats_ptr + rows * 2 + 1, deviation, mask=rows < N)
 
@@ -94,14 +118,16 @@ def _backward_kernel(
     d_bias = tl.zeros([BLOCK_D], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), parts):
         rows = tile * ROWS + tl.arange(0, ROWS)
+        mean = tl.load(stats_ptr + rows * 2, mask=rows < N, other=0.0)
+        deviation = tl.load(stats_ptr + rows * 2 + 1, mask=rows < N, other=0.0)
+        size = tl.where(deviation < 0.0, _SMALLER, 1.0)
+        deviation = tl.abs(deviation)
         total, keep = _total(
-            x_ptr, residual_ptr, seed_ptr, samples_ptr, rows, N, D, sample_rows, threshold, kept_scale,
+            x_ptr, residual_ptr, seed_ptr, samples_ptr, rows, size, N, D, sample_rows, threshold, kept_scale,
             offset.to(tl.int64), DROPS, ROWS, BLOCK_D, ALIGNED, INDEXED,
         )  # fmt: skip
         place = rows.to(tl.int64)[:, None] * D + columns[None, :]
         inside = (rows < N)[:, None] & (columns < D)[None, :]
-        mean = tl.load(stats_ptr + rows * 2, mask=rows < N, other=0.0)
-        deviation = tl.load(stats_ptr + rows * 2 + 1, mask=rows < N, other=0.0)
         d_out = tl.load(d_out_ptr + place, mask=inside, other=0.0).to(tl.float32)
         normalized = tl.where(inside, (total - mean[:, None]) * deviation[:, None], 0.0)
         if NEED_WEIGHTS:
@@ -111,6 +137,7 @@ def _backward_kernel(
             scaled = d_out * weight[None, :]
             along = tl.sum(scaled * normalized, 1) / D
             d_total = (scaled - (tl.sum(scaled, 1) / D)[:, None] - normalized * along[:, None]) * deviation[:, None]
+            d_total = d_total * size[:, None]
             if NEED_RESIDUAL:
                 tl.store(d_residual_ptr + place, narrow(d_total, d_residual_ptr.dtype.element_ty), mask=inside)
             if NEED_X:

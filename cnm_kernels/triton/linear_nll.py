@@ -21,6 +21,8 @@ from cnm_kernels.triton.packed_tokens import find_tokens, offsets, steps
 MAX_BLOCK_D = {2: 256, 4: 128}  # columns of a hidden state that one tile holds, by the bytes of an element
 PROGRAMS = 256  # enough to fill any GPU's processors once; not the device's own count, for the same bits on all
 MAX_SPLITS = 8
+# The least maximum: words of bias -inf are infinitely below it, also where there are no others.
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -69,7 +71,7 @@ def _forward_kernel(
         target = tl.load(target_ptr + token)
         columns = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
         h = _tile(hidden_ptr, token, valid, columns, D, dtype)
-        highest = tl.full([BLOCK_T], float("-inf"), tl.float32)
+        highest = tl.full([BLOCK_T], _LOWEST, tl.float32)
         total = tl.zeros([BLOCK_T], tl.float32)
         below = tl.zeros([BLOCK_T], tl.float32)
         z_target = tl.zeros([BLOCK_T], tl.float32)
@@ -88,7 +90,7 @@ def _forward_kernel(
                 best = tl.where(here > highest, start + tl.argmax(z, 1, tie_break_left=True), best)
             higher = tl.maximum(highest, here)
             shrink = tl.exp(highest - higher)
-            below += tl.where(highest == float("-inf"), 0.0, highest - higher) * (start - first)
+            below += tl.where(highest == _LOWEST, 0.0, highest - higher) * (start - first)
             below += tl.sum(tl.where(inside, z - higher[:, None], 0.0), 1)
             e = tl.exp(z - higher[:, None])
             total = total * shrink + tl.sum(e, 1)
@@ -224,7 +226,7 @@ def _word_gradient_kernel(
         z = _logits(hidden_ptr, weight_ptr, bias_ptr, h, w, token, valid, words, D, V, dtype, CHUNKS, BLOCK_D)
         z -= tl.load(stats_ptr + token)[:, None]
         z -= tl.load(stats_ptr + M * L + token)[:, None]
-        likely = tl.exp(z) - smoothing / V
+        likely = tl.exp(tl.where(z > 0.0, 0.0, z)) - smoothing / V  # none is above 1, however large logits round
         length = tl.minimum(tl.load(lengths_ptr + row), L)
         d_nll = tl.where(valid, tl.load(d_nll_ptr + row) / length.to(tl.float32), 0.0)
         target = tl.load(target_ptr + token)

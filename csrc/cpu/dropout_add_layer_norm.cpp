@@ -81,29 +81,19 @@ class Masks {
     KeepBits keep_;
 };
 
-// Element j of a row of t = residual + dropout(x); in `keep` the row begins at `base`.
+// Element j of a row of size t = size (residual + dropout(x)); in `keep` the row begins at `base`.
 template <bool DROP, class T>
-inline Vec sum_of(const T* x, const T* residual, const KeepBits& keep, Vec scale, int64_t base, int64_t j, int64_t n) {
-    Vec dropped = load_tail(x + j, n);
-    if (DROP) dropped = select(keep.lanes(base + j), dropped * scale, set1(0));
-    return load_tail(residual + j, n) + dropped;
-}
-
-// 1 / standard deviation of a row whose squares overflow float.
-inline float inverse_of_large(const float* t, float mean, int64_t D, double eps) {
-    double squares = 0.0;
-    for (int64_t j = 0; j < D; ++j) {
-        const double centered = static_cast<double>(t[j]) - mean;
-        squares += centered * centered;
-    }
-    return static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(D) + eps));
+inline Vec sum_of(const T* x, const T* residual, const KeepBits& keep, float scale, float size, int64_t base, int64_t j,
+                  int64_t n) {
+    Vec dropped = load_tail(x + j, n) * set1(DROP ? scale * size : size);
+    if (DROP) dropped = select(keep.lanes(base + j), dropped, set1(0));
+    return load_tail(residual + j, n) * set1(size) + dropped;  // a size of 1 changes nothing
 }
 
 template <bool DROP, class T>
 void forward(const DropoutAddLayerNormParams& p) {
     const int64_t D = p.D, chunk_rows = layer_norm_rows(D);
     const Dropout dropout(p.p, *p.seed, p.offset);
-    const Vec scale = set1(dropout.scale);
     const float count = static_cast<float>(D);
     const Output<T> write(p.rows * D);
     parallel_for(layer_norm_chunks(p.rows, D), [&](int64_t chunk) {
@@ -116,26 +106,32 @@ void forward(const DropoutAddLayerNormParams& p) {
             const int64_t base = DROP ? masks.begin(row) : 0;
             const T* x = static_cast<const T*>(p.x) + row * D;
             const T* residual = static_cast<const T*>(p.residual) + row * D;
-            Sum sum, squares;
-            for_each_vector(D, [&](int64_t j, int64_t n, int slot) {
-                const Vec v = sum_of<DROP>(x, residual, keep, scale, base, j, n);
-                store_tail(t + j, v, n);
-                sum.parts[slot] += within(v, n);
-            });
-            const float mean = sum.total() / count;
-            for_each_vector(D, [&](int64_t j, int64_t n, int slot) {
-                const Vec centered = within(load_tail(t + j, n) - set1(mean), n);
-                squares.parts[slot] = fma(centered, centered, squares.parts[slot]);
-            });
-            float inverse = 1.0f / std::sqrt(squares.total() / count + p.eps);
-            if (inverse == 0.0f) inverse = inverse_of_large(t, mean, D, p.eps);
+            float size = 1.0f, mean = 0.0f, inverse = 0.0f;
+            for (;;) {
+                Sum sum, squares;
+                for_each_vector(D, [&](int64_t j, int64_t n, int slot) {
+                    const Vec v = sum_of<DROP>(x, residual, keep, dropout.scale, size, base, j, n);
+                    store_tail(t + j, v, n);
+                    sum.parts[slot] += within(v, n);
+                });
+                mean = sum.total() / count;
+                for_each_vector(D, [&](int64_t j, int64_t n, int slot) {
+                    const Vec centered = within(load_tail(t + j, n) - set1(mean), n);
+                    squares.parts[slot] = fma(centered, centered, squares.parts[slot]);
+                });
+                const float spread = squares.total() / count, variance = spread + p.eps * size * size;
+                inverse = 1.0f / (spread == 0.0f ? std::sqrt(p.eps) * size : std::sqrt(variance));
+                const float wanted = RowSize::wanted(mean, variance);
+                if (size != 1.0f || wanted == 1.0f) break;
+                size = wanted;
+            }
             T* out = static_cast<T*>(p.out) + row * D;
             for_each_vector(D, [&](int64_t j, int64_t n, int) {
                 const Vec normal = (load_tail(t + j, n) - set1(mean)) * set1(inverse);
                 write(out + j, fma(normal, load_tail(p.weight + j, n), load_tail(p.bias + j, n)), n);
             });
-            p.stats[2 * row] = mean;
-            p.stats[2 * row + 1] = inverse;
+            p.stats[2 * row] = RowSize::kept_mean(mean, size);
+            p.stats[2 * row + 1] = RowSize::kept_inverse(inverse, size);
         }
         write.finish();
     });
@@ -145,7 +141,6 @@ template <bool DROP, class T>
 void backward(const DropoutAddLayerNormBackwardParams& p) {
     const int64_t D = p.D, chunk_rows = layer_norm_rows(D), chunks = layer_norm_chunks(p.rows, D);
     const Dropout dropout(p.p, *p.seed, p.offset);
-    const Vec scale = set1(dropout.scale);
     const float count = static_cast<float>(D);
     const Output<T> write(p.rows * D);
     parallel_for(chunks, [&](int64_t chunk) {
@@ -162,10 +157,11 @@ void backward(const DropoutAddLayerNormBackwardParams& p) {
             const T* x = static_cast<const T*>(p.x) + row * D;
             const T* residual = static_cast<const T*>(p.residual) + row * D;
             const T* d_out = static_cast<const T*>(p.d_out) + row * D;
-            const Vec mean = set1(p.stats[2 * row]), inverse = set1(p.stats[2 * row + 1]);
+            const float size = RowSize::of_kept(p.stats[2 * row + 1]);
+            const Vec mean = set1(p.stats[2 * row]), inverse = set1(std::abs(p.stats[2 * row + 1]));
             Sum sum_g, sum_gn;
             for_each_vector(D, [&](int64_t j, int64_t n, int slot) {
-                const Vec t = sum_of<DROP>(x, residual, keep, scale, base, j, n);
+                const Vec t = sum_of<DROP>(x, residual, keep, dropout.scale, size, base, j, n);
                 const Vec normalized = (t - mean) * inverse;
                 const Vec upstream = load_tail(d_out + j, n);
                 const Vec product = upstream * load_tail(p.weight + j, n);  // 0 beyond the row
@@ -181,10 +177,10 @@ void backward(const DropoutAddLayerNormBackwardParams& p) {
             const Vec mean_g = set1(sum_g.total() / count), mean_gn = set1(sum_gn.total() / count);
             for_each_vector(D, [&](int64_t j, int64_t n, int) {
                 const Vec centered = load_tail(g + j, n) - mean_g;
-                const Vec d = fnma(load_tail(normal + j, n), mean_gn, centered) * inverse;
+                const Vec d = fnma(load_tail(normal + j, n), mean_gn, centered) * inverse * set1(size);
                 if (p.d_residual != nullptr) write(static_cast<T*>(p.d_residual) + row * D + j, d, n);
                 if (p.d_x == nullptr) return;
-                const Vec kept = DROP ? select(keep.lanes(base + j), d * scale, set1(0)) : d;
+                const Vec kept = DROP ? select(keep.lanes(base + j), d * set1(dropout.scale), set1(0)) : d;
                 write(static_cast<T*>(p.d_x) + row * D + j, kept, n);
             });
         }

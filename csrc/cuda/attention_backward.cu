@@ -218,7 +218,7 @@ struct Block {
             for (int part = 0; part < TILE && first_row + part < rows(); part += PART) {
                 float e[PART / 8][4];
                 clear(e);
-                add_products<D>(e, own_keys, query + part * STRIDE, STRIDE);
+                add_products<D, true>(e, own_keys, query + part * STRIDE, STRIDE);  // the forward's scores, to the bit
 #pragma unroll
                 for (int q = 0; q < PART / 8; ++q) {
 #pragma unroll

@@ -16,8 +16,8 @@ namespace {
 
 constexpr int WARPS = 4;
 
-// residual + dropout(x) of one row. A lane's k-th group is computed once and kept, if k < HELD; else whenever asked
-// for.
+// size (residual + dropout(x)) of one row. A lane's k-th group is computed once and kept, if k < HELD; else whenever
+// asked for.
 template <class T, int HELD>
 struct Total {
     const T *x, *residual;
@@ -26,18 +26,20 @@ struct Total {
     uint64_t seed;
     const Dropout& dropout;
     bool aligned;
+    float size;
     float held[HELD > 0 ? HELD : 1][GROUP];
     uint32_t kept[HELD > 0 ? HELD : 1];
 
     __device__ Total(const void* x, const void* residual, int64_t row, int64_t drawn, int64_t D, uint64_t seed,
-                     const Dropout& dropout, bool aligned)
+                     const Dropout& dropout, bool aligned, float size)
         : x(static_cast<const T*>(x) + row * D),
           residual(static_cast<const T*>(residual) + row * D),
           first(drawn * D),
           D(static_cast<int>(D)),
           seed(seed),
           dropout(dropout),
-          aligned(aligned) {
+          aligned(aligned),
+          size(size) {
 #pragma unroll
         for (int k = 0; k < HELD; ++k) {
             if (column(k) < this->D) compute(k, held[k], kept[k]);
@@ -60,7 +62,9 @@ struct Total {
         }
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
-            if (keep >> i & 1) total[i] += dropout.threshold == 0 ? values[i] : values[i] * dropout.scale;
+            total[i] *= size;  // 1 changes nothing
+            const float scale = dropout.threshold == 0 ? size : dropout.scale * size;
+            if (keep >> i & 1) total[i] += values[i] * scale;
         }
     }
 
@@ -101,42 +105,52 @@ __device__ __forceinline__ int64_t drawn_row(const Params& p, int64_t row) {
 }
 
 template <class T, int HELD>
-__global__ void __launch_bounds__(WARPS* WARP, 7)  // at 8 blocks, sm_100 spills
+__global__ void __launch_bounds__(WARPS* WARP, HELD == 4 ? 5 : 7)  // at one block more, registers spill
     dropout_add_layer_norm_kernel(DropoutAddLayerNormParams p, Dropout dropout, bool aligned) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + warp();
     if (row >= p.rows) return;
     const int D = static_cast<int>(p.D);
     const uint64_t seed = dropout.threshold == 0 ? 0 : static_cast<uint64_t>(load(p.seed));
-    const Total<T, HELD> total(p.x, p.residual, row, drawn_row(p, row), p.D, seed, dropout, aligned);
-    float sum = 0, squares = 0;
-    for_groups<HELD>(D, [&](int k, int column) {
-        float y[GROUP];
-        total.get(k, y);
+    float size = 1.0f;
+    for (;;) {
+        const Total<T, HELD> total(p.x, p.residual, row, drawn_row(p, row), p.D, seed, dropout, aligned, size);
+        float sum = 0, squares = 0;
+        for_groups<HELD>(D, [&](int k, int column) {
+            float y[GROUP];
+            total.get(k, y);
 #pragma unroll
-        for (int i = 0; i < GROUP; ++i) y[i] = column + i < D ? y[i] : 0.0f;
-        sum += ((y[0] + y[1]) + (y[2] + y[3])) + ((y[4] + y[5]) + (y[6] + y[7]));  // of equal numbers: exact
-    });
-    const float mean = sum_over_lanes(sum) / static_cast<float>(D);
-    for_groups<HELD>(D, [&](int k, int column) {
-        float y[GROUP];
-        total.get(k, y);
+            for (int i = 0; i < GROUP; ++i) y[i] = column + i < D ? y[i] : 0.0f;
+            sum += ((y[0] + y[1]) + (y[2] + y[3])) + ((y[4] + y[5]) + (y[6] + y[7]));  // of equal numbers: exact
+        });
+        const float mean = sum_over_lanes(sum) / static_cast<float>(D);
+        for_groups<HELD>(D, [&](int k, int column) {
+            float y[GROUP];
+            total.get(k, y);
 #pragma unroll
-        for (int i = 0; i < GROUP; ++i) squares += column + i < D ? (y[i] - mean) * (y[i] - mean) : 0.0f;
-    });
-    const float inverse = 1.0f / sqrtf(sum_over_lanes(squares) / static_cast<float>(D) + p.eps);
-    T* const out = static_cast<T*>(p.out) + row * p.D;
-    for_groups<HELD>(D, [&](int k, int column) {
-        float y[GROUP], weight[GROUP], bias[GROUP];
-        total.get(k, y);
-        load_group(p.weight, column, D, aligned, weight);
-        load_group(p.bias, column, D, aligned, bias);
+            for (int i = 0; i < GROUP; ++i) squares += column + i < D ? (y[i] - mean) * (y[i] - mean) : 0.0f;
+        });
+        squares = sum_over_lanes(squares) / static_cast<float>(D);
+        const float variance = squares + p.eps * size * size, wanted = RowSize::wanted(mean, variance);
+        if (size == 1.0f && wanted != 1.0f) {
+            size = wanted;
+            continue;
+        }
+        const float inverse = 1.0f / (squares == 0.0f ? sqrtf(p.eps) * size : sqrtf(variance));
+        T* const out = static_cast<T*>(p.out) + row * p.D;
+        for_groups<HELD>(D, [&](int k, int column) {
+            float y[GROUP], weight[GROUP], bias[GROUP];
+            total.get(k, y);
+            load_group(p.weight, column, D, aligned, weight);
+            load_group(p.bias, column, D, aligned, bias);
 #pragma unroll
-        for (int i = 0; i < GROUP; ++i) y[i] = (y[i] - mean) * inverse * weight[i] + bias[i];
-        store_group(out, column, D, aligned, y);
-    });
-    if (lane() == 0) {
-        store(p.stats + 2 * row, mean);
-        store(p.stats + 2 * row + 1, inverse);
+            for (int i = 0; i < GROUP; ++i) y[i] = (y[i] - mean) * inverse * weight[i] + bias[i];
+            store_group(out, column, D, aligned, y);
+        });
+        if (lane() == 0) {
+            store(p.stats + 2 * row, RowSize::kept_mean(mean, size));
+            store(p.stats + 2 * row + 1, RowSize::kept_inverse(inverse, size));
+        }
+        return;
     }
 }
 
@@ -155,8 +169,9 @@ __global__ void __launch_bounds__(WARPS* WARP)
     }
     const int64_t per_chunk = layer_norm_rows(p.D), begin = static_cast<int64_t>(blockIdx.x) * per_chunk;
     for (int64_t row = begin + warp(); row < begin + per_chunk && row < p.rows; row += warps) {
-        const Total<T, HELD> total(p.x, p.residual, row, drawn_row(p, row), p.D, seed, dropout, aligned);
-        const float mean = load(p.stats + 2 * row), inverse = load(p.stats + 2 * row + 1);
+        const float mean = load(p.stats + 2 * row), signed_inverse = load(p.stats + 2 * row + 1);
+        const float size = RowSize::of_kept(signed_inverse), inverse = fabsf(signed_inverse);
+        const Total<T, HELD> total(p.x, p.residual, row, drawn_row(p, row), p.D, seed, dropout, aligned, size);
         const T* const upstream = static_cast<const T*>(p.d_out) + row * p.D;
         float g_sum = 0, along = 0;
         const auto group = [&](int k, int column, float(&n)[GROUP], float(&d_out)[GROUP], float(&weight)[GROUP]) {
@@ -192,7 +207,7 @@ __global__ void __launch_bounds__(WARPS* WARP)
             float d_total[GROUP], d_x[GROUP];
 #pragma unroll
             for (int i = 0; i < GROUP; ++i) {
-                d_total[i] = (d_out[i] * weight[i] - g_mean - n[i] * along) * inverse;
+                d_total[i] = (d_out[i] * weight[i] - g_mean - n[i] * along) * inverse * size;
                 d_x[i] = keep >> i & 1 ? (dropout.threshold == 0 ? d_total[i] : d_total[i] * dropout.scale) : 0.0f;
             }
             if (p.d_residual) store_group(static_cast<T*>(p.d_residual) + row * p.D, column, D, aligned, d_total);

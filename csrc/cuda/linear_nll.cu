@@ -20,6 +20,8 @@ namespace {
 
 constexpr int64_t BLOCKS = 256;   // enough for any GPU; not the present one's processors, for the same bits on all
 constexpr int64_t MAX_PARTS = 8;  // of the vocabulary, or of the tokens
+// The least maximum: words of bias -INFINITY are infinitely below it, also where there are no others.
+constexpr float LOWEST = -0x1.fffffep127f;
 constexpr int COLUMN_SUM_PARTS = 32, SUM_THREADS = 256, MAX_WARPS = 8;
 
 // Keys (words, backward: tokens) of a tile, for chunks of D columns: what registers allow.
@@ -62,8 +64,9 @@ __global__ void __launch_bounds__(SUM_THREADS)
 
 // ------------------------------------------------------------------------------------------------ the two products
 
-// A tile of rows (16 a warp) against all keys of a range, tile by tile, chunk by chunk; D columns to a chunk.
-template <class T, int D>
+// A tile of rows (16 a warp) against all keys of a range, tile by tile, chunk by chunk; D columns to a chunk. The same
+// two vectors have the same product, to the bit, whichever of them is the row, if `KEYS_FIRST` says where it is not.
+template <class T, int D, bool KEYS_FIRST>
 struct Products {
     static constexpr int STRIDE = tile_stride<T>(D), N = KEYS<T, D> / 8;
 
@@ -136,7 +139,7 @@ struct Products {
             sync_block();
             const T* const own = rows + (chunks > 1 ? step % stages : 0) * row_tile() + warp() * 16 * STRIDE;
             const T* const tile_keys = keys + step % stages * KEYS<T, D> * STRIDE;
-            add_products<D>(z, own, tile_keys, STRIDE);
+            add_products<D, KEYS_FIRST>(z, own, tile_keys, STRIDE);
             if (chunk + 1 == chunks) use(tile, z, tile_keys);
             sync_block();
             if (stages == 1 && step + 1 < steps) {
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     linear_nll_kernel(LinearNllInputs p, ForwardScratch scratch, int words_per_part, int stages, bool aligned) {
     const int warps = threads() / WARP, first = static_cast<int>(blockIdx.x) * warps * 16, count = load(scratch.count);
     if (first >= count) return;
-    const Products<T, D> products(p.D, stages, aligned);
+    const Products<T, D, false> products(p.D, stages, aligned);
     int* const tokens = reinterpret_cast<int*>(products.rest);  // [warps * 16]
     float* const bias = reinterpret_cast<float*>(tokens + warps * 16);
     for (int i = thread(); i < warps * 16; i += threads()) {
@@ -173,7 +176,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     const int end = first_word + words_per_part < vocabulary ? first_word + words_per_part : vocabulary;
     constexpr int N = KEYS<T, D> / 8;
     int target[2];
-    float highest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, below[2] = {0, 0}, z_target[2] = {0, 0};
+    float highest[2] = {LOWEST, LOWEST}, total[2] = {0, 0}, below[2] = {0, 0}, z_target[2] = {0, 0};
     int best[2] = {0, 0};
     float expected[D / 8][4];
     clear(expected);
@@ -244,7 +247,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) expected[d][i] *= shrink[i / 2];
             }
-            add_weighted<T>(expected, z, words, Products<T, D>::STRIDE);
+            add_weighted<T>(expected, z, words, tile_stride<T>(D));
         });
     const int64_t N_TOKENS = p.M * p.L, part = blockIdx.y;
 #pragma unroll
@@ -294,7 +297,7 @@ __global__ void __launch_bounds__(SUM_THREADS)
             continue;
         }
         const float* const partial = scratch.partial + before + i;
-        float highest = -INFINITY, total = 0, below = 0, z_target = 0;
+        float highest = LOWEST, total = 0, below = 0, z_target = 0;
         int best = 0;
         for (int part = 0; part < parts; ++part) {
             const float here = load(partial + part * 4 * N);
@@ -392,7 +395,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     const int tiles = (count + KEYS<T, D> - 1) / KEYS<T, D>, share = (tiles + parts - 1) / parts;
     const int first = part * share * KEYS<T, D>;
     const int end = first + share * KEYS<T, D> < count ? first + share * KEYS<T, D> : count;
-    const Products<T, D> products(p.D, stages, aligned);
+    const Products<T, D, true> products(p.D, stages, aligned);
     float* const highest = reinterpret_cast<float*>(products.rest);  // of a tile of tokens
     float* const log_total = highest + KEYS<T, D>;
     float* const d_nll = log_total + KEYS<T, D>;
@@ -432,13 +435,15 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
                     for (int i = 0; i < 4; ++i) {
                         const int column = 8 * n + column_of(i), word = own_word + row_of(i);
                         const float less = z[n][i] + bias[i / 2] - highest[column];
-                        float d_z = exponential(less - log_total[column]) - uniform;
+                        const float log_probability = less - log_total[column];
+                        // no probability is above 1, however large logits round
+                        float d_z = exponential(log_probability > 0.0f ? 0.0f : log_probability) - uniform;
                         if (word == target[column]) d_z -= 1.0f - smoothing;
                         z[n][i] = d_nll[column] == 0.0f ? 0.0f : d_z * d_nll[column];  // no token: exp may be infinite
                         d_bias[i / 2] += z[n][i];
                     }
                 }
-                if (scratch.d_weight != nullptr) add_weighted<T>(d_weight, z, tokens, Products<T, D>::STRIDE);
+                if (scratch.d_weight != nullptr) add_weighted<T>(d_weight, z, tokens, tile_stride<T>(D));
             });
     }
     const int first_column = products.own_chunk * D;
@@ -501,8 +506,8 @@ Plan plan(int most_warps, int64_t columns, size_t rest_per_row, size_t rest) {
     Plan found{};
     for (const auto& [warps, stages] :
          {std::pair{MAX_WARPS, 2}, {MAX_WARPS, 1}, {MAX_WARPS / 2, 2}, {MAX_WARPS / 2, 1}}) {
-        found = {warps, stages,
-                 Products<T, D>::bytes(warps, columns, stages) + rest + rest_per_row * static_cast<size_t>(warps * 16)};
+        const size_t tiles = Products<T, D, false>::bytes(warps, columns, stages);
+        found = {warps, stages, tiles + rest + rest_per_row * static_cast<size_t>(warps * 16)};
         if (warps <= most_warps && found.bytes <= limit) return found;
     }
     return found;  // too much, which the launch will say

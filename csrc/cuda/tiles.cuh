@@ -118,16 +118,19 @@ __device__ __forceinline__ void narrow(RowsOperand<float>& a, const float (&firs
     }
 }
 
-template <class T>
+// SMALL_B_FIRST: of which operand the trailing bits come first, as sums differ by their order.
+template <bool SMALL_B_FIRST = false, class T>
 __device__ __forceinline__ void multiply(float (&c)[4], const RowsOperand<T>& a, const ColumnsOperand<T>& b) {
-    mma<T>(c, a.r, b.r);
-}
-__device__ __forceinline__ void multiply(float (&c)[4], const RowsOperand<float>& a, const ColumnsOperand<float>& b) {
+    if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
-        mma_tf32(c, a.small[step], b.big[step]);
-        mma_tf32(c, a.big[step], b.small[step]);
-        mma_tf32(c, a.big[step], b.big[step]);
+        for (int step = 0; step < 2; ++step) {
+            if (SMALL_B_FIRST) mma_tf32(c, a.big[step], b.small[step]);
+            mma_tf32(c, a.small[step], b.big[step]);
+            if (!SMALL_B_FIRST) mma_tf32(c, a.big[step], b.small[step]);
+            mma_tf32(c, a.big[step], b.big[step]);
+        }
+    } else {
+        mma<T>(c, a.r, b.r);
     }
 }
 
@@ -141,7 +144,7 @@ __device__ __forceinline__ void clear(float (&c)[N][4]) {
 }
 
 // c [16, 8 N] += a [16, K] b [8 N, K]^T
-template <int K, int N, class T>
+template <int K, bool SMALL_B_FIRST = false, int N, class T>
 __device__ __forceinline__ void add_products(float (&c)[N][4], const T* a, const T* b, int stride) {
 #pragma unroll(sizeof(T) == 4 || K > 128 ? 1 : 2)  // as far as registers go
     for (int k = 0; k < K; k += 16) {
@@ -152,8 +155,8 @@ __device__ __forceinline__ void add_products(float (&c)[N][4], const T* a, const
             keep_order();
             ColumnsOperand<T> columns[2];
             load_columns(columns, b + n * 8 * stride + k, stride);
-            multiply(c[n], rows, columns[0]);
-            multiply(c[n + 1], rows, columns[1]);
+            multiply<SMALL_B_FIRST>(c[n], rows, columns[0]);
+            multiply<SMALL_B_FIRST>(c[n + 1], rows, columns[1]);
         }
     }
 }

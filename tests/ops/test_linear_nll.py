@@ -52,6 +52,48 @@ def test_words_that_cannot_be(backend: str, device: str, dtype: torch.dtype) -> 
 
 
 @on_every_float32
+@pytest.mark.parametrize("impossible", [(0, 300), (300, 1030), (100, 900), (0, 1029)])
+def test_whole_tiles_of_words_that_cannot_be(
+    backend: str, device: str, dtype: torch.dtype, impossible: tuple[int, int]
+) -> None:
+    """First, last or between: some part of the vocabulary has nothing but -inf."""
+    draw = Draw("tiles", dtype, device)
+    inputs = vocabulary(draw, 3, 5, 8, 1030, lengths=(5, 0, 3), return_accuracy=True, label_smoothing=0.0)
+    first, last = impossible
+    possible = [v for v in range(1030) if not first <= v < last]
+    inputs["target"] = torch.tensor(possible, device=device)[inputs["target"] % len(possible)]
+    inputs["bias"][first:last] = -torch.inf
+    check_values(OP, inputs, backend)
+    check_gradients(OP, inputs, backend)
+    smoothed = inputs | {"label_smoothing": 0.1}
+    assert run(OP, smoothed, backend)[0].tolist() == [math.inf, 0, math.inf]
+    check_gradients(OP, smoothed, backend)
+
+
+@on_every_float32
+def test_without_a_word_that_can_be_there_is_no_result(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = sample(OP, "no-smoothing", dtype, device)
+    inputs["bias"][:] = -torch.inf
+    assert run(OP, inputs, backend)[0].isnan().all()
+
+
+@on_every_float32
+@pytest.mark.parametrize("size", [1e6, 1e8])
+@pytest.mark.parametrize("D", [64, 200, 600])
+def test_probabilities_at_large_logits(backend: str, device: str, dtype: torch.dtype, size: float, D: int) -> None:
+    """None is above 1 in the backward, whose logits round as the forward's do, but for chunks of wide rows."""
+    draw = Draw("large logits", dtype, device)
+    inputs = vocabulary(draw, 40, 1, D, 70, label_smoothing=0.0)
+    inputs["hidden"] = inputs["hidden"] * size
+    bias = inputs["bias"].requires_grad_()
+    run(OP, inputs, backend)[0].sum().backward()
+    highest = torch.bincount((inputs["hidden"][:, 0] @ inputs["weight"].T).argmax(-1), minlength=70)
+    assert (bias.grad <= highest + 1).all()
+    if D <= 256:
+        assert abs(bias.grad.sum()) < 1e-4
+
+
+@on_every_float32
 def test_rows_of_length_zero_give_zero_and_no_gradient(backend: str, device: str, dtype: torch.dtype) -> None:
     inputs = sample(OP, "lengths-0-1-odd-over", dtype, device)  # the first length is 0
     hidden = inputs["hidden"].requires_grad_()
