@@ -36,10 +36,10 @@ struct bf16x2 {
     uint32_t bits;
 };
 
-// Pairs of bf16 numbers hi and lo whose sum stands for a float32 number x: hi is the one nearest to x, lo the one nearest
-// to x - hi. A product of such operands is hi hi + hi lo + lo hi: each x y is off by 3 2^-16 |x y| at most, by 4e-6 |x y|
-// in the mean. In memory a row of pairs of hi is the first half of ld elements, lo the second half. Denormal hi and lo
-// count as 0; where hi is not finite, as x is not or is beyond bf16's range, no result of it is.
+// Pairs of bf16 numbers hi and lo whose sum stands for a float32 number x: hi is the one nearest to x, lo the one
+// nearest to x - hi. A product of such operands is hi hi + hi lo + lo hi: each x y is off by 3 2^-16 |x y| at most, by
+// 4e-6 |x y| in the mean. In memory a row of pairs of hi is the first half of ld elements, lo the second half. Denormal
+// hi and lo count as 0; where hi is not finite, as x is not or is beyond bf16's range, no result of it is.
 struct split2 {
     uint32_t bits;
 };

@@ -414,8 +414,8 @@ bool weight_gradient(const LinearBackwardParams& p, const Rows<T>& g, const Rows
             own_x.list(begin + rows, std::min(SUMMED_ROWS, end - begin - rows), list);
             Prefetch prefetch = spread(list, height, width, elements_of<E>(rows));
             const OperandRows<E> of_x = right_rows(rows, width, from_x, x_ld, scratch.packed_x, PACKED_WIDE);
-            gemm(height, width, elements_of<E>(rows), of_g.data, 1, of_g.ld, of_x.data, of_x.ld, sums, p.K, begin > start,
-                 &prefetch);
+            gemm(height, width, elements_of<E>(rows), of_g.data, 1, of_g.ld, of_x.data, of_x.ld, sums, p.K,
+                 begin > start, &prefetch);
         }
         for (int64_t m = 0; p.d_weight != nullptr && start >= end && m < height; ++m) {
             std::fill(sums + m * p.K, sums + m * p.K + width, 0.0f);
