@@ -18,10 +18,12 @@ from torch import Tensor
 from benchmarks.bench_step import (
     AUTOCAST,
     COMPILED,
+    HIGH_PRECISION,
     PRODUCTS,
     RECOMPUTED,
     Experiment,
     Make,
+    in_high_precision,
     make_case,
     masked_words,
     products_of,
@@ -166,6 +168,7 @@ def step_case(experiment: Experiment, dtype: str, compiled: bool = True) -> Case
     makers: dict[str, tuple[Make, str]] = {
         OURS: (our_step, dtype),
         RECOMPUTED: (our_recomputing_step, dtype),
+        **({} if narrow else {HIGH_PRECISION: (in_high_precision(our_step), dtype)}),
         "published": (published_step, "float32"),
         **({"published, autocast": (published_step, dtype)} if narrow else {}),
         **({COMPILED: (compiled_step, dtype)} if compiled else {}),

@@ -24,6 +24,8 @@ from cnm import CNM, configs
 from cnm.config import CNMConfig
 from cnm.data.batch import Batch
 from cnm.models.base import PRECISIONS
+from cnm.precision import HIGH
+from cnm.precision import products_of as float32_products_of
 from cnm.training.step import STEPS
 from cnm_kernels.constants import KEY_WEIGHT_EPS, LABEL_SMOOTHING
 
@@ -31,6 +33,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))  # where the published
 import published
 
 RECOMPUTED = "ours, --step recompute"
+HIGH_PRECISION = "ours, --precision high"
 COMPILED, PRODUCTS = "published, compiled", "products alone"
 ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2}  # error, of the largest of the results compared
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16}
@@ -111,6 +114,21 @@ def our_step(experiment: Experiment, dtype: str, dropout: bool, step_name: str =
 
 def our_recomputing_step(experiment: Experiment, dtype: str, dropout: bool) -> Callable[[], Any]:
     return our_step(experiment, dtype, dropout, "recompute")
+
+
+def in_high_precision(make: Make) -> Make:
+    """Ours with float32 products as ``--precision high`` has them: on CPUs without AMX the same once more."""
+
+    def made(experiment: Experiment, dtype: str, dropout: bool) -> Callable[[], Any]:
+        step = make(experiment, dtype, dropout)
+
+        def call() -> Any:
+            with float32_products_of(HIGH):
+                return step()
+
+        return call
+
+    return made
 
 
 def our_localization(experiment: Experiment, dtype: str, dropout: bool) -> Callable[[], Any]:
@@ -247,27 +265,36 @@ def products_of(step: Callable[[], Any], dtype: str) -> Callable[[], Any]:
 class Products(TorchDispatchMode):
     """Records the products that our ops stand for: (batch, M, N, K) each."""
 
+    LEFT_TO_PYTORCH = ("mm", "addmm")  # of ``linear``, where its library is faster
+
     def __init__(self) -> None:
         super().__init__()
         self.shapes: list[tuple[int, int, int, int]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(function).removesuffix(".default")
-        handler = getattr(self, name.removeprefix("cnm_kernels."), None) if name.startswith("cnm_kernels.") else None
+        namespace, _, op = name.partition(".")
+        handler = getattr(self, op, None) if namespace == "cnm_kernels" or op in self.LEFT_TO_PYTORCH else None
         if handler is not None:
             handler(*args)
         return function(*args, **(kwargs or {}))
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Any, relu: bool, lengths: Tensor | None) -> None:
+    def linear(self, x: Tensor, weight: Tensor, bias: Any, relu: bool, lengths: Tensor | None, split: bool) -> None:
         groups, rows, M, K = self._linear(x, weight, lengths)
         self.shapes.append((groups, rows, M, K))
 
     def linear_backward(
-        self, d_out: Tensor, x: Tensor, weight: Tensor, out: Any, lengths: Tensor | None, *needs: bool
+        self, d_out: Tensor, x: Tensor, weight: Tensor, out: Any, lengths: Tensor | None, split: bool, *needs: bool
     ) -> None:
         groups, rows, M, K = self._linear(x, weight, lengths)
         need_x, need_weight, _ = needs
         self.shapes += [(groups, rows, K, M)] * need_x + [(groups, M, K, rows)] * need_weight
+
+    def mm(self, a: Tensor, b: Tensor) -> None:
+        self.shapes.append((1, a.size(0), b.size(1), a.size(1)))
+
+    def addmm(self, bias: Tensor, a: Tensor, b: Tensor) -> None:
+        self.mm(a, b)
 
     def _linear(self, x: Tensor, weight: Tensor, lengths: Tensor | None) -> tuple[int, int, int, int]:
         M, K = weight.shape[-2:]
@@ -394,6 +421,7 @@ def step_case(experiment: Experiment, dtype: str) -> Case:
     makers: dict[str, tuple[Make, str]] = {
         OURS: (our_step, dtype),
         RECOMPUTED: (our_recomputing_step, dtype),
+        **({} if narrow else {HIGH_PRECISION: (in_high_precision(our_step), dtype)}),
         "published": (published_step, "float32"),
         **({"published, autocast": (published_step, dtype)} if narrow else {}),
         COMPILED: (compiled_step, dtype),

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.seeds``: does the lean step, or bfloat16, train as well as the published formulation?
+"""``python -m benchmarks.seeds``: does the lean step, in any precision, train as well as the published formulation?
 
 Trains on the embedded data from several seeds in each way and prints the test mIoU's mean and standard deviation.
 ``--config synthetic_cpl`` trains CPL; ``--quick`` shows that everything works, too short to learn.
@@ -25,6 +25,7 @@ WAYS = {
     "published, float32": ("published", "float32"),
     "lean, float32": ("lean", "float32"),
     "lean, bf16": ("lean", "bf16"),
+    "lean, high": ("lean", "high"),  # on CPUs without AMX this is float32
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cnm_kernels import autograd, registry
+from cnm_kernels import autograd, products, registry
 from cnm_kernels.installed import hidden_reason
 
 ISA_VARIABLE = "CNM_KERNELS_CPU_ISA"  # forces a lower instruction set: portable, avx2, avx512, avx512bf16, amx
@@ -43,6 +43,7 @@ def _load_cpu() -> str | None:
             _C_cpu.set_isa(wanted)
         except ValueError as error:
             raise ValueError(f"{ISA_VARIABLE}: {error}") from None
+    products.use(_C_cpu.vendor(), _C_cpu.isa())
     return None
 
 

@@ -49,10 +49,10 @@ STABLE_TORCH_LIBRARY(CNM_LIBRARY, m) {
         "absorbed_attention_backward(Tensor d_out, Tensor query, Tensor key, Tensor? value, Tensor? key_bias, "
         "Tensor? key_weight, Tensor? query_lengths, Tensor? key_lengths, float scale, bool need_query, bool need_key, "
         "bool need_value, bool need_bias, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-    m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? lengths) -> Tensor");
+    m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? lengths, bool split) -> Tensor");
     m.def(
-        "linear_backward(Tensor d_out, Tensor x, Tensor weight, Tensor? out, Tensor? lengths, bool need_x, "
-        "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+        "linear_backward(Tensor d_out, Tensor x, Tensor weight, Tensor? out, Tensor? lengths, bool split, "
+        "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
     m.def("dropout(Tensor x, float p, Tensor seed, int offset) -> Tensor");
     m.def(
         "dropout_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float p, Tensor seed, "

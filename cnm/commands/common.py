@@ -32,6 +32,7 @@ class Precision(str, Enum):
     auto = "auto"
     float32 = "float32"
     bf16 = "bf16"
+    high = "high"
 
 
 class Step(str, Enum):
@@ -50,8 +51,9 @@ DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes
 PrecisionOption = Annotated[
     Precision,
     typer.Option(
-        help="Of activations; parameters, losses and statistics stay in float32. auto: bf16 on GPUs that have it, else "
-        "float32; a resumed run's own."
+        help="Of activations; parameters, losses and statistics stay in float32. high: float32, multiplied as sums of "
+        "two bfloat16 numbers on CPUs with AMX, and as TF32 on GPUs. auto: bf16 on GPUs that have it, else float32; a "
+        "resumed run's own."
     ),
 ]
 

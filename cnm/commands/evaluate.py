@@ -35,7 +35,9 @@ from cnm.data.origin import Origin
 from cnm.errors import InputError
 from cnm.evaluation import Spread, check_vocabulary, evaluate_seeds
 from cnm.models import load_checkpoint
-from cnm.models.base import PRECISIONS, Scoring
+from cnm.models.base import Scoring
+from cnm.precision import compute_dtype, products_of
+from cnm.precision import notes as notes_on_precision
 from cnm.predictions import write_predictions
 
 
@@ -87,7 +89,8 @@ def evaluate_command(
     if predictions is not None and predictions.exists():
         raise InputError(f"{predictions}: exists and is not written over; choose another --predictions")
     model = load_checkpoint(checkpoint_path, chosen_device(device))
-    dtype = model.compute_dtype = PRECISIONS[chosen_precision(precision, device)]
+    name = chosen_precision(precision, device)
+    dtype = model.compute_dtype = compute_dtype(name)
     if config is not None:
         chosen = configs.resolve(config, changes or [])
     else:
@@ -105,9 +108,11 @@ def evaluate_command(
     check_vocabulary(model, data.vocabulary.words, None if stored is None else stored.words)
     several, batch_size = model.num_proposals > 1, chosen.train.batch_size
     scoring = Scoring(masks, select=select)
-    found = {"": evaluate_seeds(model, data, batch_size, seeds if several else 1, scoring)}
-    if several:
-        found[", as published"] = evaluate_seeds(model, data, batch_size, seeds, Scoring(published=True))
+    with products_of(name):
+        found = {"": evaluate_seeds(model, data, batch_size, seeds if several else 1, scoring)}
+        if several:
+            found[", as published"] = evaluate_seeds(model, data, batch_size, seeds, Scoring(published=True))
+    notes = [*notes_on_precision(name, chosen_device(device)), *data.notes]
     if predictions is not None:
         first = found[""].first
         write_predictions(predictions, data.samples, first.centers, first.widths, first.confidences)
@@ -122,14 +127,14 @@ def evaluate_command(
             "select": select,
             "scores": ours.mean["nll"],
             "baselines": baselines,
-            "notes": data.notes,
+            "notes": notes,
         }
         if several:
             content |= {"seeds": seeds, "masks": masks, "by_selection": _plain(ours)}
             content["as_published"] = _plain(found[", as published"])
         typer.echo(json.dumps(content, allow_nan=False))
         return
-    print_notes(data.notes)
+    print_notes(notes)
     if select is not None:
         found = {("" if way else f", above {select:g} of the peak") + way: spread for way, spread in found.items()}
     alone = f"{checkpoint_path}{next(iter(found))}"

@@ -28,6 +28,7 @@ from cnm.config import Config
 from cnm.data.data_dir import with_data_dir
 from cnm.distributed import Group
 from cnm.errors import InputError
+from cnm.precision import notes as notes_on_precision
 from cnm.training.run_folder import RunFolder
 from cnm.training.trainer import Result, Trainer
 from cnm_kernels import registry
@@ -124,6 +125,7 @@ def train_and_report(trainer: Trainer) -> Result:
     echo = lambda line: typer.echo(line, err=True)  # noqa: E731
     echo(_machine(trainer.device, trainer.options["precision"]))
     print_notes(_fallback(trainer.device))
+    print_notes(notes_on_precision(trainer.options["precision"], trainer.device))
     sizes = ", ".join(f"{split.name} {len(split):,}" for split in trainer.splits)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     echo(f"sentences: {sizes}; vocabulary {len(trainer.train_split.vocabulary):,}; parameters {parameters:,}")

@@ -28,7 +28,7 @@ from cnm.evaluation import Evaluation, check_vocabulary, evaluate
 from cnm.files import replace_file
 from cnm.masking import sample_masked_words
 from cnm.models import build
-from cnm.models.base import PRECISIONS
+from cnm.precision import NAMES, compute_dtype, products_of
 from cnm.training.cuda_graph import GraphedStep
 from cnm.training.memory import keep_freed_memory
 from cnm.training.progress import Progress
@@ -77,7 +77,8 @@ class Trainer:
         folder: where the run's files go: a new folder, or with ``resume`` the run to continue.
         device: where to train.
         precision: of activations, "float32" or "bf16"; parameters, their gradients, optimizer states, losses and
-            statistics are float32 either way. None: as the resumed run; a new one computes in float32.
+            statistics are float32 either way. "high": float32 with faster products, see ``cnm.precision``. None: as the
+            resumed run; a new one computes in float32.
         step: one of ``cnm.training.steps.STEP_NAMES``. None: as the resumed run, or lean.
         skip_nonfinite: leave out updates whose loss or gradients are not finite, and count them in the metrics, instead
             of ending the run. On GPUs this waits for every update and uses no CUDA graph.
@@ -126,13 +127,13 @@ class Trainer:
             self.run.check_new()
 
         self.options = {
-            "precision": self._choice("precision", precision, "float32", PRECISIONS),
+            "precision": self._choice("precision", precision, "float32", NAMES),
             "step": self._choice("step", step, "lean", STEP_NAMES),
         }
 
         progress = not quiet
-        compute_dtype = PRECISIONS[self.options["precision"]]
-        self.dtype = compute_dtype or torch.float32  # of the frames that are read
+        narrow = compute_dtype(self.options["precision"])
+        self.dtype = narrow or torch.float32  # of the frames that are read
         if self.saved is None:
             self.origin = origin_of(config.dataset, "train")
         else:
@@ -147,7 +148,7 @@ class Trainer:
         train = self.config.train
         torch.manual_seed(train.seed)
         self.model = build(self.config).to(self.device)
-        self.model.compute_dtype = compute_dtype
+        self.model.compute_dtype = narrow
         self.step = make_step(self.options["step"], self.model, self.config)
         self.step.group = group
         self.model.seed_shift = 0 if group is None else group.rank
@@ -204,7 +205,7 @@ class Trainer:
         keep_freed_memory()
         if self.saved is None and self.writes:
             self.run.create(self.config)
-        with self._locked():
+        with self._locked(), products_of(self.options["precision"]):
             if self.saved is not None:
                 if self.writes:
                     self.run.clean()

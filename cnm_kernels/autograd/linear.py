@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from cnm_kernels import products, reference
 from cnm_kernels.autograd.operator import Operator, empty_like
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths: Tensor | None) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths: Tensor | None, split: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.size(-2)))
 
 
@@ -20,6 +21,7 @@ def _fake_backward(
     weight: Tensor,
     out: Tensor | None,
     lengths: Tensor | None,
+    split: bool,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
@@ -30,7 +32,7 @@ def _fake_backward(
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, relu, lengths = inputs
+    x, weight, _, relu, lengths, ctx.split = inputs
     ctx.save_for_backward(x, weight, output if relu else None, lengths)
 
 
@@ -39,14 +41,16 @@ def register(namespace: str) -> Callable[..., Any]:
     operator = Operator(namespace, "linear")
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths: Tensor | None) -> Tensor:
-        return operator.forward(x, weight, bias, relu, lengths)
+        if products.by_library(x, weight, lengths):
+            return reference.linear(x, weight, bias, relu, lengths)
+        return operator.forward(x, weight, bias, relu, lengths, products.split(x))
 
     def backward(ctx: Any, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_out is None:
-            return (None,) * 5
+            return (None,) * 6
         needs = ctx.needs_input_grad[:3]
-        gradients = operator.backward(d_out, *ctx.saved_tensors, *needs)
-        return (*(d if needed else None for d, needed in zip(gradients, needs, strict=True)), None, None)
+        gradients = operator.backward(d_out, *ctx.saved_tensors, ctx.split, *needs)
+        return (*(d if needed else None for d, needed in zip(gradients, needs, strict=True)), None, None, None)
 
     operator.register_fake(_fake, _fake_backward)
     operator.register_autograd(setup_context, backward)

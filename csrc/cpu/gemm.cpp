@@ -34,6 +34,11 @@ inline Vec load_b_n(const bf16x2* p, int n) { return {_mm512_maskz_loadu_ps(firs
 inline Vec multiply_add(Vec a, Vec b, Vec c, const bf16x2*) {
     return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
 }
+inline const bf16x2* as_pairs(const split2* p) { return reinterpret_cast<const bf16x2*>(p); }
+inline Vec broadcast(const split2* p) { return broadcast(as_pairs(p)); }
+inline Vec load_b(const split2* p) { return load_b(as_pairs(p)); }
+inline Vec load_b_n(const split2* p, int n) { return load_b_n(as_pairs(p), n); }
+inline Vec multiply_add(Vec a, Vec b, Vec c, const split2* p) { return multiply_add(a, b, c, as_pairs(p)); }
 // Two vectors that are neighbours, as one line.
 inline void put_two(bf16* p, Vec first, Vec second, bool streams) {
     const __m512i line = (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v);
@@ -45,6 +50,10 @@ inline void put_two(bf16* p, Vec first, Vec second, bool streams) {
 }
 #endif
 
+// The products of bf16 numbers that one of operands E stands for.
+template <class E>
+constexpr int PRODUCTS = std::is_same_v<E, split2> ? 3 : 1;
+
 // One tile, whose first row is row i of the result and whose first column is column j. `tail` is how many lanes of its
 // last vector there are; FULL says all.
 template <class E, class C, int MR, int NV, bool FULL>
@@ -53,23 +62,31 @@ void tile(int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t l
     const bool fetches = to.prefetch != nullptr && (K >> to.prefetch->shift) < Prefetch::PADDING;
     const char* nothing = reinterpret_cast<const char*>(a);
     const char* const* lines = fetches ? to.prefetch->take(K) : &nothing;
-    const int shift = fetches ? to.prefetch->shift : 62;  // beyond any k
+    constexpr int NEVER = 62;  // beyond any k
+    const int shift = fetches ? to.prefetch->shift : NEVER;
     Vec sums[MR][NV];
     CNM_UNROLL
     for (int i = 0; i < MR; ++i) {
         CNM_UNROLL
         for (int j = 0; j < NV; ++j) sums[i][j] = set1(0);
     }
-    for (int64_t k = 0; k < K; ++k, a += a_k, b += ldb) {
-        __builtin_prefetch(lines[k >> shift], 0, 2);
-        Vec values[NV];
-        CNM_UNROLL
-        for (int j = 0; j < NV; ++j) values[j] = FULL || j + 1 < NV ? load_b(b + j * W) : load_b_n(b + j * W, tail);
-        CNM_UNROLL
-        for (int i = 0; i < MR; ++i) {
-            const Vec element = broadcast(a + i * a_m);
+    const int64_t low_a = (a_m == 1 ? a_k : a_m) / 2, low_b = ldb / 2;  // from an operand's high half to its low one
+    for (int product = 0; product < PRODUCTS<E>; ++product) {
+        const E *left = product == 2 ? a + low_a : a, *right = product == 1 ? b + low_b : b;
+        const int one_in = product == 0 ? shift : NEVER;
+        for (int64_t k = 0; k < K; ++k, left += a_k, right += ldb) {
+            __builtin_prefetch(lines[k >> one_in], 0, 2);
+            Vec values[NV];
             CNM_UNROLL
-            for (int j = 0; j < NV; ++j) sums[i][j] = multiply_add(element, values[j], sums[i][j], b);
+            for (int j = 0; j < NV; ++j) {
+                values[j] = FULL || j + 1 < NV ? load_b(right + j * W) : load_b_n(right + j * W, tail);
+            }
+            CNM_UNROLL
+            for (int i = 0; i < MR; ++i) {
+                const Vec element = broadcast(left + i * a_m);
+                CNM_UNROLL
+                for (int j = 0; j < NV; ++j) sums[i][j] = multiply_add(element, values[j], sums[i][j], right);
+            }
         }
     }
     if (to.start != nullptr) {  // added last: a sum of sums rounds less than one long sum
@@ -175,6 +192,14 @@ void rows_to_float(int64_t M, int64_t K, const T* src, int64_t ld, float* dst, i
 }
 
 #if defined(__AVX512BF16__)
+// What of a number goes into a pair, rounded to bf16.
+struct Whole {
+    Vec operator()(Vec x) const { return x; }
+};
+struct Rest {
+    Vec operator()(Vec x) const { return x - widen(narrow(x, bf16{}), bf16{}); }
+};
+
 // The bf16 values 0, 16, 1, 17, ... of a vector: pairs from its two halves.
 inline Vec zip_halves(__m512i halves) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
@@ -182,60 +207,62 @@ inline Vec zip_halves(__m512i halves) {
     return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves))};
 }
 // Sixteen pairs of n elements of two rows, the lower half from the first; a null row is zeros.
-inline Vec zip_rows(const float* low, const float* high, int n) {
-    const Vec upper = high == nullptr ? set1(0) : load_n(high, n);
-    return zip_halves((__m512i)_mm512_cvtne2ps_pbh(upper.v, load_n(low, n).v));
+template <class Part>
+inline Vec zip_rows(const float* low, const float* high, int n, Part part) {
+    const Vec upper = high == nullptr ? set1(0) : part(load_n(high, n));
+    return zip_halves((__m512i)_mm512_cvtne2ps_pbh(upper.v, part(load_n(low, n)).v));
 }
-inline Vec zip_rows(const bf16* low, const bf16* high, int n) {
+inline Vec zip_rows(const bf16* low, const bf16* high, int n, Whole) {
     const __m256i upper = high == nullptr ? _mm256_setzero_si256() : _mm256_maskz_loadu_epi16(first_n(n), high);
     const __m512i lower = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(first_n(n), low));
     return zip_halves(_mm512_inserti64x4(lower, upper, 1));
 }
 // Pairs of neighbours along a row: up to 2 W elements from p.
-inline Vec row_pairs(const bf16* p, int64_t n) {
+inline Vec row_pairs(const bf16* p, int64_t n, Whole) {
     if (n >= 2 * W) return {_mm512_loadu_ps(p)};
     const int count = static_cast<int>(std::min<int64_t>(n, 2 * W));
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(count == 32 ? ~0u : (1u << count) - 1, p))};
 }
-inline Vec row_pairs(const float* p, int64_t n) {
-    if (n >= 2 * W) return {(__m512)_mm512_cvtne2ps_pbh(load(p + W).v, load(p).v)};
+template <class Part>
+inline Vec row_pairs(const float* p, int64_t n, Part part) {
+    if (n >= 2 * W) return {(__m512)_mm512_cvtne2ps_pbh(part(load(p + W)).v, part(load(p)).v)};
     const int first = static_cast<int>(std::min<int64_t>(n, W));
     const int second = static_cast<int>(std::min<int64_t>(n - first, W));
-    return {(__m512)_mm512_cvtne2ps_pbh(load_n(p + first, second).v, load_n(p, first).v)};
+    return {(__m512)_mm512_cvtne2ps_pbh(part(load_n(p + first, second)).v, part(load_n(p, first)).v)};
 }
 
-template <class T>
-void rows_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd) {
+template <class T, class Part>
+void rows_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd, Part part) {
     for (int64_t k = 0; k < K; k += 2) {
         const T *low = src + k * ld, *high = k + 1 < K ? low + ld : nullptr;
         float* out = reinterpret_cast<float*>(dst + k / 2 * ldd);
         int64_t n = 0;
-        for (; high != nullptr && n + W <= N; n += W) store(out + n, zip_rows(low + n, high + n, W));
+        for (; high != nullptr && n + W <= N; n += W) store(out + n, zip_rows(low + n, high + n, W, part));
         for (; n < N; n += W) {
             const int count = static_cast<int>(std::min<int64_t>(W, N - n));
-            store_tail(out + n, zip_rows(low + n, high == nullptr ? nullptr : high + n, count), count);
+            store_tail(out + n, zip_rows(low + n, high == nullptr ? nullptr : high + n, count, part), count);
         }
     }
 }
 
-template <class T>
-void transposed_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd) {
+template <class T, class Part>
+void transposed_to_pairs(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd, Part part) {
     float* out = reinterpret_cast<float*>(dst);
     const bool whole = K % 2 == 0;
     transpose_blocks(
         N, (K + 1) / 2,
         [&](int64_t n, int64_t k, int count) {
-            return row_pairs(src + n * ld + 2 * k, count == W && whole ? 2 * W : K - 2 * k);
+            return row_pairs(src + n * ld + 2 * k, count == W && whole ? 2 * W : K - 2 * k, part);
         },
         [&](int64_t k, int64_t n, Vec v, int count) { store_tail(out + k * ldd + n, v, count); });
 }
 
-template <class T>
-void a_to_pairs(int64_t M, int64_t K, const T* src, int64_t ld, bf16x2* dst, int64_t ldd) {
+template <class T, class Part>
+void a_to_pairs(int64_t M, int64_t K, const T* src, int64_t ld, bf16x2* dst, int64_t ldd, Part part) {
     for (int64_t i = 0; i < M; ++i) {
         float* out = reinterpret_cast<float*>(dst + i * ldd);
         for (int64_t k = 0; k < K; k += 2 * W) {
-            store_tail(out + k / 2, row_pairs(src + i * ld + k, K - k), (K - k + 1) / 2);
+            store_tail(out + k / 2, row_pairs(src + i * ld + k, K - k, part), (K - k + 1) / 2);
         }
     }
 }
@@ -272,6 +299,14 @@ void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t
     blocked(M, N, K, a, a_m, a_k, b, ldb, Result{c, ldc, accumulate ? c : nullptr, ldc, nullptr, 0, false, prefetch});
 #endif
 }
+void gemm(int64_t M, int64_t N, int64_t K, const split2* a, int64_t a_m, int64_t a_k, const split2* b, int64_t ldb,
+          float* c, int64_t ldc, bool accumulate, [[maybe_unused]] Prefetch* prefetch) {
+#if defined(CNM_AMX)
+    gemm_tiles(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
+#else
+    blocked(M, N, K, a, a_m, a_k, b, ldb, Result{c, ldc, accumulate ? c : nullptr, ldc, nullptr, 0, false, prefetch});
+#endif
+}
 
 #if !defined(CNM_AMX)
 void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t a_k, const bf16x2* b, int64_t ldb,
@@ -282,15 +317,39 @@ void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t
 
 template <class T>
 void pack_rows(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd) {
-    rows_to_pairs(K, N, src, ld, dst, ldd);
+    rows_to_pairs(K, N, src, ld, dst, ldd, Whole{});
 }
 template <class T>
 void pack_transposed(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd) {
-    transposed_to_pairs(K, N, src, ld, dst, ldd);
+    transposed_to_pairs(K, N, src, ld, dst, ldd, Whole{});
 }
 template <class T>
 void pack_a(int64_t M, int64_t K, const T* src, int64_t ld, bf16x2* dst, int64_t ldd) {
-    a_to_pairs(M, K, src, ld, dst, ldd);
+    a_to_pairs(M, K, src, ld, dst, ldd, Whole{});
+}
+// Both parts of a few rows at a time: what the first reads is at hand for the second.
+void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, split2* dst, int64_t ldd) {
+    bf16x2* pairs = reinterpret_cast<bf16x2*>(dst);
+    for (int64_t k = 0; k < K; k += 2) {
+        const int64_t rows = std::min<int64_t>(2, K - k);
+        rows_to_pairs(rows, N, src + k * ld, ld, pairs + k / 2 * ldd, ldd, Whole{});
+        rows_to_pairs(rows, N, src + k * ld, ld, pairs + k / 2 * ldd + ldd / 2, ldd, Rest{});
+    }
+}
+void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, split2* dst, int64_t ldd) {
+    bf16x2* pairs = reinterpret_cast<bf16x2*>(dst);
+    for (int64_t n = 0; n < N; n += W) {
+        const int64_t rows = std::min<int64_t>(W, N - n);
+        transposed_to_pairs(K, rows, src + n * ld, ld, pairs + n, ldd, Whole{});
+        transposed_to_pairs(K, rows, src + n * ld, ld, pairs + n + ldd / 2, ldd, Rest{});
+    }
+}
+void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, split2* dst, int64_t ldd) {
+    bf16x2* pairs = reinterpret_cast<bf16x2*>(dst);
+    for (int64_t i = 0; i < M; ++i) {
+        a_to_pairs(1, K, src + i * ld, ld, pairs + i * ldd, ldd, Whole{});
+        a_to_pairs(1, K, src + i * ld, ld, pairs + i * ldd + ldd / 2, ldd, Rest{});
+    }
 }
 template void pack_rows(int64_t, int64_t, const float*, int64_t, bf16x2*, int64_t);
 template void pack_rows(int64_t, int64_t, const bf16*, int64_t, bf16x2*, int64_t);

@@ -36,6 +36,14 @@ struct bf16x2 {
     uint32_t bits;
 };
 
+// Pairs of bf16 numbers hi and lo whose sum stands for a float32 number x: hi is the one nearest to x, lo the one
+// nearest to x - hi. A product of such operands is hi hi + hi lo + lo hi: each x y is off by 3 2^-16 |x y| at most, by
+// 4e-6 |x y| in the mean. In memory a row of pairs of hi is the first half of ld elements, lo the second half. Denormal
+// hi and lo count as 0; where hi is not finite, as x is not or is beyond bf16's range, no result of it is.
+struct split2 {
+    uint32_t bits;
+};
+
 // The type that operands of element type T are packed to.
 template <class T>
 using Operand = std::conditional_t<HAS_BF16X2 && std::is_same_v<T, bf16>, bf16x2, float>;
@@ -44,10 +52,21 @@ using Operand = std::conditional_t<HAS_BF16X2 && std::is_same_v<T, bf16>, bf16x2
 template <class T>
 constexpr bool DIRECT = std::is_same_v<T, float> || (std::is_same_v<T, bf16> && BF16X2_TO_BF16);
 
+// How many operands' elements E hold K numbers.
+template <class E>
+constexpr int64_t elements_of(int64_t K) {
+    return std::is_same_v<E, float> ? K : (K + 1) / 2;
+}
 // How many elements of Operand<T> hold K elements of T.
 template <class T>
 constexpr int64_t packed_k(int64_t K) {
-    return std::is_same_v<Operand<T>, bf16x2> ? (K + 1) / 2 : K;
+    return elements_of<Operand<T>>(K);
+}
+
+// How far apart rows of `width` elements E lie at least.
+template <class E>
+constexpr int64_t row_of(int64_t width) {
+    return std::is_same_v<E, split2> ? 2 * width : width;
 }
 
 // Where a product goes: c[i * ldc + j] = scale[i * scale_step] (start[i * start_ld + j] + (A B)(i, j)), or 0 where that
@@ -79,6 +98,8 @@ void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t
 // Only where BF16X2_TO_BF16.
 void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t a_k, const bf16x2* b, int64_t ldb,
           const ResultOf<bf16>& result);
+void gemm(int64_t M, int64_t N, int64_t K, const split2* a, int64_t a_m, int64_t a_k, const split2* b, int64_t ldb,
+          float* c, int64_t ldc, bool accumulate, Prefetch* prefetch = nullptr);
 #endif
 
 // Packs X[K, N] = src[k * ld + n] for use as B (or, with strides a_m = 1 and a_k = ldd, as A = X^T):
@@ -87,12 +108,14 @@ template <class T>
 void pack_rows(int64_t K, int64_t N, const T* src, int64_t ld, float* dst, int64_t ldd);
 template <class T>
 void pack_rows(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd);
+void pack_rows(int64_t K, int64_t N, const float* src, int64_t ld, split2* dst, int64_t ldd);
 
 // Packs X[K, N] = src[n * ld + k], the transpose of what lies in memory, into the same form.
 template <class T>
 void pack_transposed(int64_t K, int64_t N, const T* src, int64_t ld, float* dst, int64_t ldd);
 template <class T>
 void pack_transposed(int64_t K, int64_t N, const T* src, int64_t ld, bf16x2* dst, int64_t ldd);
+void pack_transposed(int64_t K, int64_t N, const float* src, int64_t ld, split2* dst, int64_t ldd);
 
 // Packs A[M, K] = src[i * ld + k] row by row: to float dst[i * ldd + k], or to pairs dst[i * ldd + k / 2]. A row-major
 // operand that is float already, or bf16 with even K and ld, needs no packing: use it (as_bf16x2) where it lies.
@@ -102,6 +125,7 @@ inline void pack_a(int64_t M, int64_t K, const T* src, int64_t ld, float* dst, i
 }
 template <class T>
 void pack_a(int64_t M, int64_t K, const T* src, int64_t ld, bf16x2* dst, int64_t ldd);
+void pack_a(int64_t M, int64_t K, const float* src, int64_t ld, split2* dst, int64_t ldd);
 
 inline const bf16x2* as_bf16x2(const bf16* p) { return reinterpret_cast<const bf16x2*>(p); }
 

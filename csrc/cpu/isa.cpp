@@ -1,6 +1,8 @@
 // Finds the best instruction set; see isa.h.
 #include "isa.h"
 
+#include <cstring>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #if defined(__linux__)
@@ -48,12 +50,30 @@ Isa detect() {
 #endif
 }
 
+struct Vendor {
+    char name[13] = "";
+
+    Vendor() {
+#if defined(__x86_64__)
+        unsigned eax, ebx, ecx, edx;
+        if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx)) return;
+        const unsigned words[] = {ebx, edx, ecx};
+        std::memcpy(name, words, sizeof words);
+#endif
+    }
+};
+
 Isa& chosen_isa() {
     static Isa chosen = best_isa();
     return chosen;
 }
 
 }  // namespace
+
+const char* vendor() {
+    static const Vendor found;
+    return found.name;
+}
 
 Isa best_isa() {
     static const Isa best = detect();

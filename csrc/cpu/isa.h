@@ -15,8 +15,9 @@ enum class Isa : int {
     amx,         // + bfloat16 tiles
 };
 
-Isa best_isa();  // what this processor and operating system can run
-Isa isa();       // what kernels run on: the best, unless set_isa said otherwise
+const char* vendor();  // of the processor, as it names itself: GenuineIntel, AuthenticAMD; empty where unknown
+Isa best_isa();        // what this processor and operating system can run
+Isa isa();             // what kernels run on: the best, unless set_isa said otherwise
 void set_isa(Isa chosen);
 
 }  // namespace cnm

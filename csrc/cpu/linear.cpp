@@ -6,9 +6,14 @@
 // packed once per call. d_weight sums over all rows: it is cut into blocks and the rows into slices, both by the
 // problem alone, and the slices' sums are added in order. Rows that do not count are left out of every block, and
 // written as 0.
+//
+// With `split` float32 operands are multiplied as sums of two bf16 numbers, where the processor multiplies those. That
+// cannot be where a number is not finite, or beyond bf16's range: a result of it is not finite then, and all is done
+// again in float32.
 #include "linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "gemm.h"
@@ -145,10 +150,31 @@ void add_up_rows(const E* from, int64_t from_ld, int64_t rows, int64_t width, fl
     }
 }
 
+// Whether all numbers that threads have seen are finite.
+class Finite {
+  public:
+    // Of one thread's share.
+    class Check {
+      public:
+        explicit Check(Finite& all) : all_(all) {}
+        ~Check() {
+            if (hsum(sum_) != 0) all_.holds_.store(false, std::memory_order_relaxed);
+        }
+        void operator()(Vec v) { sum_ = fma(v, set1(0), sum_); }  // NaN of what is not finite
+
+      private:
+        Finite& all_;
+        Vec sum_ = set1(0);
+    };
+    explicit operator bool() const { return holds_.load(); }
+
+  private:
+    std::atomic<bool> holds_ = true;
+};
+
 // Each group's weight as a right operand [K, N]: packed, or where it lies.
-template <class T, class S>
+template <class E, class S>
 struct RightOperands {
-    using E = Operand<T>;
     const E* data;
     int64_t ld, group;
 
@@ -164,8 +190,8 @@ struct RightOperands {
                 return;
             }
         }
-        ld = round_up(N, W);
-        group = packed_k<T>(K) * ld;
+        ld = row_of<E>(round_up(N, W));
+        group = elements_of<E>(K) * ld;
         buffer_ = Buffer(static_cast<size_t>(G * group) * sizeof(E));
         E* packed = buffer_.template as<E>();
         data = packed;
@@ -174,7 +200,7 @@ struct RightOperands {
         parallel_for(G * steps, [&](int64_t chunk) {
             const int64_t g = chunk / steps, begin = chunk % steps * STEP, depth = std::min(STEP, K - begin);
             const S* from = source + g * source_group + begin * k_step;
-            E* to = packed + g * group + packed_k<T>(begin) * ld;
+            E* to = packed + g * group + elements_of<E>(begin) * ld;
             if (transposed) {
                 pack_transposed(depth, N, from, n_step, to, ld);
             } else {
@@ -187,14 +213,16 @@ struct RightOperands {
     Buffer buffer_;
 };
 
-// out[N, G, columns] = x[N, G, depth] b[G][depth, columns] + bias: y from W^T, d_x from W.
-template <class T, class S>
-void rows_times(int64_t G, int64_t depth, int64_t columns, const Rows<T>& x, const RightOperands<T, S>& b,
+// out[N, G, columns] = x[N, G, depth] b[G][depth, columns] + bias: y from W^T, d_x from W. Says whether all products of
+// split operands are finite, without which `out` is not right.
+template <class T, class S, class E>
+bool rows_times(int64_t G, int64_t depth, int64_t columns, const Rows<T>& x, const RightOperands<E, S>& b,
                 const float* bias, T* out, bool relu) {
-    using E = Operand<T>;
+    constexpr bool SPLIT = std::is_same_v<E, split2>, WRITES = DIRECT<T> && !SPLIT;  // as products are computed
+    Finite finite;
     const int64_t all_columns = G * columns;
     const Output<T> write(x.count * all_columns);
-    const int64_t wide = round_up(columns, W) + PAD, deep = round_up(depth, W) + PAD;
+    const int64_t wide = round_up(columns, W) + PAD, deep = row_of<E>(round_up(depth, W) + PAD);
     const int64_t copy_ld = round_up(x.width, W) + PAD, result_ld = round_up(all_columns, W) + PAD;
     const int64_t threads = thread_count();
     struct Scratch {
@@ -206,9 +234,9 @@ void rows_times(int64_t G, int64_t depth, int64_t columns, const Rows<T>& x, con
 
         Scratch(void* memory, const Rows<T>& x, int64_t wide, int64_t deep, int64_t copy_ld, int64_t result_ld) {
             Arena arena(memory);
-            sums = arena.alloc<float>(DIRECT<T> ? 0 : ROWS * wide);
+            sums = arena.alloc<float>(WRITES ? 0 : ROWS * wide);
             copy = arena.alloc<T>(x.in_place() ? 0 : ROWS * copy_ld);
-            result = arena.alloc<T>(DIRECT<T> && x.index != nullptr ? ROWS * result_ld : 0);
+            result = arena.alloc<T>(WRITES && x.index != nullptr ? ROWS * result_ld : 0);
             packed = arena.alloc<E>(std::is_same_v<T, E> ? 0 : ROWS * deep);
             lines = arena.alloc<const char*>(x.line_capacity(ROWS));
             bytes = arena.bytes();
@@ -228,25 +256,27 @@ void rows_times(int64_t G, int64_t depth, int64_t columns, const Rows<T>& x, con
         // The rows that the thread will probably take next, spread over the steps of this block's products.
         PrefetchList list(scratch.lines);
         x.list(std::min(x.count, begin + threads * ROWS), ROWS, list);
-        Prefetch prefetch = spread(list, rows, columns, G * packed_k<T>(depth));
+        Prefetch prefetch = spread(list, rows, columns, G * elements_of<E>(depth));
         for (int64_t g = 0; g < G; ++g) {
             const auto [a, lda] = left_rows(rows, depth, source + g * depth, source_ld, scratch.packed, deep);
             const E* right = b.data + g * b.group;
             const float* group_bias = bias == nullptr ? nullptr : bias + g * columns;
-            if constexpr (DIRECT<T>) {
+            if constexpr (WRITES) {
                 T* to = x.index == nullptr ? out + begin * all_columns : scratch.result;
                 const int64_t ld = x.index == nullptr ? all_columns : result_ld;
                 const bool streams = x.index == nullptr && write.streams();
                 const ResultOf<T> result{to + g * columns, ld, group_bias, 0, nullptr, 0, streams, &prefetch, relu};
-                gemm(rows, columns, packed_k<T>(depth), a, lda, 1, right, b.ld, result);
+                gemm(rows, columns, elements_of<E>(depth), a, lda, 1, right, b.ld, result);
             } else {
                 float* sums = scratch.sums;
-                gemm(rows, columns, packed_k<T>(depth), a, lda, 1, right, b.ld, sums, wide, false, &prefetch);
+                gemm(rows, columns, elements_of<E>(depth), a, lda, 1, right, b.ld, sums, wide, false, &prefetch);
+                Finite::Check check(finite);
                 for (int64_t r = 0; r < rows; ++r) {
                     T* to = out + x.at(begin + r) * all_columns + g * columns;
                     for (int64_t j = 0; j < columns; j += W) {
                         const int64_t n = columns - j;
                         Vec v = load_tail(sums + r * wide + j, n);
+                        if (SPLIT) check(v);
                         if (bias != nullptr) v = v + load_tail(group_bias + j, n);
                         if (relu) v = vmax(set1(0), v);
                         write(to + j, v, n);
@@ -254,12 +284,13 @@ void rows_times(int64_t G, int64_t depth, int64_t columns, const Rows<T>& x, con
                 }
             }
         }
-        for (int64_t r = 0; DIRECT<T> && x.index != nullptr && r < rows; ++r) {
+        for (int64_t r = 0; WRITES && x.index != nullptr && r < rows; ++r) {
             std::memcpy(out + x.index[begin + r] * all_columns, scratch.result + r * result_ld,
                         static_cast<size_t>(all_columns) * sizeof(T));
         }
         write.finish();
     });
+    return static_cast<bool>(finite);
 }
 
 // Zeros in the rows that do not count.
@@ -277,12 +308,28 @@ Rows<T> rows_of_x(const LinearInputs& p, const RowList& rows) {
     return {static_cast<const T*>(p.x), p.x_ld, p.G * p.K, nullptr, 0, rows.index(), rows.count};
 }
 
+template <class T, class S, class E>
+bool forward_of(const LinearParams& p, const RowList& rows) {
+    const RightOperands<E, S> weight(p.G, p.K, p.M, static_cast<const S*>(p.weight), p.weight_group, p.weight_column,
+                                     p.weight_row);
+    return rows_times(p.G, p.K, p.M, rows_of_x<T>(p, rows), weight, p.bias, static_cast<T*>(p.out), p.relu);
+}
+
+// compute(element) with null pointers of the operands' element types that are asked for, until one says that its
+// results are right.
+template <class T, class Compute>
+void in_operands(bool split, const Compute& compute) {
+    if constexpr (HAS_BF16X2 && std::is_same_v<T, float>) {
+        if (split && compute(static_cast<split2*>(nullptr))) return;
+    }
+    compute(static_cast<Operand<T>*>(nullptr));
+}
+
 template <class T, class S>
 void forward(const LinearParams& p) {
-    const RightOperands<T, S> weight(p.G, p.K, p.M, static_cast<const S*>(p.weight), p.weight_group, p.weight_column,
-                                     p.weight_row);
     const RowList rows(p);
-    rows_times<T, S>(p.G, p.K, p.M, rows_of_x<T>(p, rows), weight, p.bias, static_cast<T*>(p.out), p.relu);
+    in_operands<T>(p.split,
+                   [&](auto* element) { return forward_of<T, S, std::remove_pointer_t<decltype(element)>>(p, rows); });
     clear_padding(p, static_cast<T*>(p.out), p.G * p.M);
 }
 
@@ -291,15 +338,16 @@ int64_t slices_of(int64_t rows, int64_t elements) {
     return std::clamp<int64_t>(rows / SLICE_ROWS, 1, std::max<int64_t>(most, 1));
 }
 
-template <class T, class S>
-void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g, const Rows<T>& x) {
-    using E = Operand<T>;
-    constexpr bool FLOAT = std::is_same_v<T, float>;
+// As rows_times, it says whether products are finite.
+template <class T, class S, class E>
+bool weight_gradient(const LinearBackwardParams& p, const Rows<T>& g, const Rows<T>& x) {
+    constexpr bool SPLIT = std::is_same_v<E, split2>, FLOAT = std::is_same_v<E, float> && std::is_same_v<T, float>;
+    Finite finite;
     const int64_t size = p.G * p.M * p.K, slices = slices_of(g.count, size), steps = ceil_div(g.count, SUMMED_ROWS);
     const int64_t row_blocks = ceil_div(p.M, WEIGHT_BLOCK),
                   column_blocks = std::max<int64_t>(ceil_div(p.K, WEIGHT_BLOCK), 1);
     const int64_t blocks = p.G * row_blocks * column_blocks;
-    constexpr int64_t WIDE = WEIGHT_BLOCK + PAD;
+    constexpr int64_t WIDE = WEIGHT_BLOCK + PAD, PACKED_WIDE = row_of<E>(WIDE);
     const Buffer partial_buffer(p.d_weight == nullptr ? 0 : static_cast<size_t>(slices * size) * sizeof(float));
     const Buffer bias_buffer(static_cast<size_t>(slices * p.G * p.M) * sizeof(float));
     float *partial = partial_buffer.as<float>(), *partial_bias = bias_buffer.as<float>();
@@ -315,8 +363,8 @@ void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g, const Rows
             Arena arena(memory);
             g = arena.alloc<T>(copies_g ? SUMMED_ROWS * WIDE : 0);
             x = arena.alloc<T>(rows_of_x.in_place() ? 0 : SUMMED_ROWS * WIDE);
-            packed_g = arena.alloc<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * WIDE);
-            packed_x = arena.alloc<E>(FLOAT ? 0 : packed_k<T>(SUMMED_ROWS) * WIDE);
+            packed_g = arena.alloc<E>(FLOAT ? 0 : elements_of<E>(SUMMED_ROWS) * PACKED_WIDE);
+            packed_x = arena.alloc<E>(FLOAT ? 0 : elements_of<E>(SUMMED_ROWS) * PACKED_WIDE);
             const int64_t width = WEIGHT_BLOCK;
             lines = arena.alloc<const char*>(rows_of_g.columns(0, width).line_capacity(SUMMED_ROWS) +
                                              rows_of_x.columns(0, width).line_capacity(SUMMED_ROWS));
@@ -347,8 +395,14 @@ void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g, const Rows
                 g_ld = WIDE;
             }
             // Both are right operands: the left one is read transposed.
-            const OperandRows<E> of_g = right_rows(rows, height, from_g, g_ld, scratch.packed_g, WIDE);
-            if (column == 0) add_up_rows(of_g.data, of_g.ld, packed_k<T>(rows), height, bias);
+            const OperandRows<E> of_g = right_rows(rows, height, from_g, g_ld, scratch.packed_g, PACKED_WIDE);
+            if (column == 0) {
+                if constexpr (SPLIT) {
+                    add_up_rows(from_g, g_ld, rows, height, bias);
+                } else {
+                    add_up_rows(of_g.data, of_g.ld, elements_of<E>(rows), height, bias);
+                }
+            }
             if (p.d_weight == nullptr) continue;
             if (!x.in_place()) {
                 own_x.copy(begin, rows, scratch.x, WIDE);
@@ -358,27 +412,30 @@ void weight_gradient(const LinearBackwardParams& p, const Rows<T>& g, const Rows
             PrefetchList list(scratch.lines);
             own_g.list(begin + rows, std::min(SUMMED_ROWS, end - begin - rows), list);
             own_x.list(begin + rows, std::min(SUMMED_ROWS, end - begin - rows), list);
-            Prefetch prefetch = spread(list, height, width, packed_k<T>(rows));
-            const OperandRows<E> of_x = right_rows(rows, width, from_x, x_ld, scratch.packed_x, WIDE);
-            gemm(height, width, packed_k<T>(rows), of_g.data, 1, of_g.ld, of_x.data, of_x.ld, sums, p.K, begin > start,
-                 &prefetch);
+            Prefetch prefetch = spread(list, height, width, elements_of<E>(rows));
+            const OperandRows<E> of_x = right_rows(rows, width, from_x, x_ld, scratch.packed_x, PACKED_WIDE);
+            gemm(height, width, elements_of<E>(rows), of_g.data, 1, of_g.ld, of_x.data, of_x.ld, sums, p.K,
+                 begin > start, &prefetch);
         }
         for (int64_t m = 0; p.d_weight != nullptr && start >= end && m < height; ++m) {
             std::fill(sums + m * p.K, sums + m * p.K + width, 0.0f);
         }
     });
-    const auto add_slices = [&](const float* parts, int64_t count, auto* out) {
+    const auto add_slices = [&](const float* parts, int64_t count, auto* out, bool products) {
         constexpr int64_t STEP = 4096;
         parallel_for(ceil_div(count, STEP), [&](int64_t chunk) {
+            Finite::Check check(finite);
             for (int64_t j = chunk * STEP; j < std::min(count, (chunk + 1) * STEP); j += W) {
                 Vec sum = load_tail(parts + j, count - j);
                 for (int64_t slice = 1; slice < slices; ++slice) sum += load_tail(parts + slice * count + j, count - j);
+                if (SPLIT && products) check(sum);
                 store_tail(out + j, sum, count - j);
             }
         });
     };
-    if (p.d_weight != nullptr) add_slices(partial, size, static_cast<S*>(p.d_weight));
-    if (p.d_bias != nullptr) add_slices(partial_bias, p.G * p.M, p.d_bias);
+    if (p.d_weight != nullptr) add_slices(partial, size, static_cast<S*>(p.d_weight), true);
+    if (p.d_bias != nullptr) add_slices(partial_bias, p.G * p.M, p.d_bias, false);
+    return static_cast<bool>(finite);
 }
 
 template <class T, class S>
@@ -393,12 +450,19 @@ void backward(const LinearBackwardParams& p) {
                     rows.index(),
                     rows.count};
     if (p.d_x != nullptr) {
-        const RightOperands<T, S> weight(p.G, p.M, p.K, static_cast<const S*>(p.weight), p.weight_group, p.weight_row,
-                                         p.weight_column);
-        rows_times<T, S>(p.G, p.M, p.K, g, weight, nullptr, static_cast<T*>(p.d_x), false);
+        in_operands<T>(p.split, [&](auto* element) {
+            using E = std::remove_pointer_t<decltype(element)>;
+            const RightOperands<E, S> weight(p.G, p.M, p.K, static_cast<const S*>(p.weight), p.weight_group,
+                                             p.weight_row, p.weight_column);
+            return rows_times(p.G, p.M, p.K, g, weight, nullptr, static_cast<T*>(p.d_x), false);
+        });
         clear_padding(p, static_cast<T*>(p.d_x), p.G * p.K);
     }
-    if (p.d_weight != nullptr || p.d_bias != nullptr) weight_gradient<T, S>(p, g, rows_of_x<T>(p, rows));
+    if (p.d_weight != nullptr || p.d_bias != nullptr) {
+        in_operands<T>(p.split, [&](auto* element) {
+            return weight_gradient<T, S, std::remove_pointer_t<decltype(element)>>(p, g, rows_of_x<T>(p, rows));
+        });
+    }
 }
 
 template <class Params, class Run>

@@ -20,6 +20,7 @@ struct LinearInputs {
     // Rows come in samples of `sample_rows`, of which the first lengths[b] count; null: all do.
     const int64_t* lengths;
     int64_t sample_rows;
+    bool split;  // float32 operands as sums of two bf16 numbers, where the processor multiplies those
 };
 
 // out[N, G, M] = x weight^T + bias[G, M], 0 where that is negative and `relu`, and in rows that do not count.

@@ -72,7 +72,7 @@ struct Arguments {
     }
 
     template <class Params>
-    Params params(const Tensor& given) const {
+    Params params(const Tensor& given, bool split) const {
         Params p{};
         const int64_t samples = lengths.has_value() ? lengths->numel() : 0;
         static_cast<LinearInputs&>(p) = {dtype_of(given),
@@ -88,15 +88,16 @@ struct Arguments {
                                          weight.row,
                                          weight.column,
                                          data_or_null<int64_t>(lengths),
-                                         samples == 0 ? 0 : x.rows / samples};
+                                         samples == 0 ? 0 : x.rows / samples,
+                                         split};
         return p;
     }
 };
 
 Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool relu,
-               const std::optional<Tensor>& lengths) {
+               const std::optional<Tensor>& lengths, bool split) {
     const Arguments arguments(x, weight, lengths);
-    auto p = arguments.params<LinearParams>(x);
+    auto p = arguments.params<LinearParams>(x, split);
     const std::optional<Tensor> b = floats(bias);
     STD_TORCH_CHECK(!b.has_value() || b->numel() == p.G * p.M, "linear: weight and bias do not fit");
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -111,9 +112,9 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const Tensor& x, const Tensor& weight,
                                             const std::optional<Tensor>& out, const std::optional<Tensor>& lengths,
-                                            bool need_x, bool need_weight, bool need_bias) {
+                                            bool split, bool need_x, bool need_weight, bool need_bias) {
     const Arguments arguments(x, weight, lengths);
-    auto p = arguments.params<LinearBackwardParams>(x);
+    auto p = arguments.params<LinearBackwardParams>(x, split);
     const bool grouped = weight.dim() == 3;
     const RowsOf upstream(grouped ? Arguments::columns_together(d_out, arguments.weight) : d_out, p.G * p.M);
     const std::optional<Tensor> y = packed(out);

@@ -15,6 +15,8 @@ PyObject* isa(PyObject*, PyObject*) { return isa_name(cnm::isa()); }
 
 PyObject* best_isa(PyObject*, PyObject*) { return isa_name(cnm::best_isa()); }
 
+PyObject* vendor(PyObject*, PyObject*) { return PyUnicode_FromString(cnm::vendor()); }
+
 PyObject* set_isa(PyObject*, PyObject* argument) {
     PyObject* bytes = PyUnicode_AsUTF8String(argument);
     if (bytes == nullptr) return nullptr;
@@ -39,6 +41,7 @@ PyObject* set_isa(PyObject*, PyObject* argument) {
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set the kernels run on."},
     {"best_isa", best_isa, METH_NOARGS, "The best instruction set this machine can run."},
+    {"vendor", vendor, METH_NOARGS, "The processor's, as it names itself: GenuineIntel, AuthenticAMD."},
     {"set_isa", set_isa, METH_O, "Makes the kernels run on a lower instruction set."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -1,0 +1,52 @@
+"""How ``linear`` multiplies float32 on a CPU: by the processor, the shape and PyTorch's switch, never by timing.
+
+The same machine takes the same way every time, so that results repeat bit for bit.
+
+**Split** (``torch.set_float32_matmul_precision("high")``, or "medium", which PyTorch documents to be "high" where a
+processor has no faster way): each operand as the sum of two bfloat16 numbers, three products added up in float32. Each
+a b is off by 4e-6 |a b| in the mean (float32: 3e-8, bfloat16: 2e-3). PyTorch promises this where a processor has a fast
+way to do it, and float32 elsewhere. AMX tiles multiply 16 times as many bfloat16 numbers as vectors multiply float32
+ones in the same time, so three products take a fifth of it at best. Vector instructions multiply twice as many: three
+products for two are slower on any processor. So tiles split, and vectors compute in float32.
+
+**Library**: PyTorch's own product (oneDNN, MKL). On an Intel Xeon with AVX-512 (Sapphire Rapids, 2 cores) a layer of
+512 inputs takes 2.3 ms with it and 4.8 ms with the kernel here; on AMD's Zen 5 the kernel is 2.3 times faster than it.
+So Intel's processors with AVX-512 take the library's from 512 inputs on. Not measured, and left to the kernel: narrower
+layers, groups of columns, and rows with lengths, of which the kernel leaves the padding out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LIBRARY_INPUTS = 512  # the least that is left to PyTorch, where that is faster
+WITH_AVX512 = ("avx512", "avx512bf16", "amx")
+
+# Of this processor; ``use`` sets them, and tests set them to run what other processors do.
+splits = False  # three bfloat16 products are faster than one in float32
+library = False  # PyTorch's product is faster from LIBRARY_INPUTS on
+
+
+def use(vendor: str, isa: str) -> None:
+    """Chooses for a processor of this vendor (as CPUID has it) and the instruction set that the kernels run on."""
+    global splits, library
+    splits = isa == "amx"
+    library = vendor == "GenuineIntel" and isa in WITH_AVX512
+
+
+@torch.compiler.assume_constant_result
+def _asked_for() -> bool:
+    """PyTorch's switch. A compiled function is compiled anew when it is turned: its state is part of its guards."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def split(x: Tensor) -> bool:
+    """Whether the products of x are to be split: asked where the op is called, and kept for its backward."""
+    return splits and x.dtype == torch.float32 and _asked_for()
+
+
+def by_library(x: Tensor, weight: Tensor, lengths: Tensor | None) -> bool:
+    """Whether PyTorch multiplies x and ``weight`` faster."""
+    plain = lengths is None and weight.dim() == 2
+    return library and plain and x.dtype == torch.float32 and x.size(-1) >= LIBRARY_INPUTS and not split(x)
