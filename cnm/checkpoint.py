@@ -53,12 +53,12 @@ def load(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: is no checkpoint, it holds a {type(content).__name__}; {_REMEDY}")
+        raise InputError(f"{path}: is not a checkpoint, it holds a {type(content).__name__}; {_REMEDY}")
     check_plain(content.get("config"), f"{path}: config", MAX_VALUES)
     try:
         checked = Checkpoint.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: is no checkpoint of ours, {described(error)}; {_REMEDY}") from None
+        raise InputError(f"{path}: is not a checkpoint of ours, {described(error)}; {_REMEDY}") from None
     content["model_parameters"], prefix = _unwrapped(checked.model_parameters)
     if prefix:
         _say_once(f"{path}: its parameters were saved from a wrapped model, {prefix!r} before their names is left out")
@@ -95,9 +95,9 @@ def _read(path: str | Path, file: IO[bytes]) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"refused, it asks for {unsafe[1]}, which could run code" if unsafe else "is no checkpoint"
+        reason = f"refused, it asks for {unsafe[1]}, which could run code" if unsafe else "is not a checkpoint"
         raise InputError(f"{path}: {reason}; {_REMEDY}") from None
     except InputError:
         raise
     except Exception:  # whatever torch's reader stumbles over, the file is to blame
-        raise InputError(f"{path}: is no checkpoint, or is cut short; {_REMEDY}") from None
+        raise InputError(f"{path}: is not a checkpoint, or is cut short; {_REMEDY}") from None

@@ -93,7 +93,7 @@ def evaluate(
     if not finite.all():
         row = int(np.argmin(finite))
         raise InputError(
-            f"{split.name} split: the model's answer to sentence {row} is no number; its checkpoint, or features of "
+            f"{split.name} split: the model's answer to sentence {row} is not a number; its checkpoint, or features of "
             f"video {split.samples[row].video!r}, hold numbers too large"
         )
     if scoring is not None and scoring.select is not None:

@@ -18,14 +18,14 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class NoJson(InputError):
-    """Text that is no JSON at all, as against JSON that holds what cannot be used."""
+    """Text that is not JSON at all, as against JSON that holds what cannot be used."""
 
 
 def read_json(path: str | Path) -> Any:
     """Parses a JSON file.
 
     Raises:
-        InputError: the file cannot be read, is no JSON, or holds what ``check_plain`` refuses; the message names the
+        InputError: the file cannot be read, is not JSON, or holds what ``check_plain`` refuses; the message names the
             file and the place.
     """
     return parse_json(read_text(path), str(path))
@@ -42,7 +42,7 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: is no text in UTF-8, so no JSON; check the path") from None
+        raise InputError(f"{path}: is not UTF-8 text, so not JSON; check the path") from None
     except ValueError as error:  # a path with a NUL
         raise InputError(f"{path}: cannot be read ({error}); check the path") from None
 
@@ -51,13 +51,13 @@ def parse_json(text: str, source: str) -> Any:
     """Parses JSON text; ``source`` is what messages call it.
 
     Raises:
-        NoJson: the text is no JSON.
+        NoJson: the text is not JSON.
         InputError: it holds what ``check_plain`` refuses.
     """
     try:
         value = json.loads(text, parse_int=_integer)
     except json.JSONDecodeError as error:
-        raise NoJson(f"{source}: line {error.lineno} column {error.colno} is no JSON ({error.msg})") from None
+        raise NoJson(f"{source}: line {error.lineno} column {error.colno} is not JSON ({error.msg})") from None
     except RecursionError:
         raise InputError(f"{source}: is nested more than {MAX_NESTED} deep; correct it") from None
     check_plain(value, source)
@@ -91,18 +91,18 @@ def check_plain(value: Any, source: str, most: int = sys.maxsize) -> None:
         elif isinstance(item, dict):
             odd = next((key for key in item if not isinstance(key, str) or _SURROGATE.search(key)), None)
             if odd is not None:
-                problem = f"{shortened(odd)} is no name"
+                problem = f"{shortened(odd)} is not a name"
             pending += [((*place, key), inner) for key, inner in reversed(item.items())]
         elif isinstance(item, (list, tuple)):
             pending += [((*place, index), item[index]) for index in reversed(range(len(item)))]
         elif isinstance(item, float):
             if not math.isfinite(item):
-                problem = f"{item} is no number to compute with"
+                problem = f"{item} is not a number to compute with"
         elif isinstance(item, int):
             if abs(item) > _LARGEST:
                 problem = "the number is too large"
         elif item is not None:
-            problem = f"a {type(item).__name__} is no plain value"
+            problem = f"a {type(item).__name__} is not a plain value"
         if problem is None and (len(place) > MAX_NESTED or count + len(pending) > most):
             place = place[:1]
             problem = f"is nested more than {MAX_NESTED} deep" if count <= most else f"holds more than {most} values"

@@ -216,7 +216,7 @@ class Localizer:
             scoring: how models that score their proposals do it.
 
         Raises:
-            InputError: a sentence is empty or has no word of the vocabulary, or the model's answer is no number.
+            InputError: a sentence is empty or has no word of the vocabulary, or the model's answer is not a number.
         """
         sentences = [sentences] if isinstance(sentences, str) else list(sentences)
         encoded = [self._encode_sentence(sentence) for sentence in sentences]

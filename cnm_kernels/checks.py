@@ -1,4 +1,4 @@
-"""Argument checks of the public ops: each error names the argument, what was given and what is expected."""
+"""Argument checks of the public ops: each error names the argument, its value and the expected one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Arguments:
-    """The tensors of one call: binds size names across arguments, and holds them to one device and dtype.
+    """Checks the tensors of one call: sizes must agree across arguments, and all must have one device and dtype.
 
     ``floating("key", key, "B H Lk d")`` checks that ``key`` is a floating tensor whose B, H and d agree with what
     earlier arguments bound them to.
@@ -23,7 +23,7 @@ class Arguments:
         self.first_name = ""
 
     def floating(self, name: str, tensor: Tensor, shape: str, *, own_dtype: bool = False) -> None:
-        """A floating argument of this shape, of the first one's dtype (with ``own_dtype``: that or float32)."""
+        """Checks a floating argument of this shape and of the first argument's dtype (``own_dtype``: or float32)."""
         self._tensor(name, tensor)
         if tensor.dtype not in FLOATING:
             raise TypeError(
@@ -38,7 +38,7 @@ class Arguments:
         self._shape(name, tensor, shape)
 
     def integer(self, name: str, tensor: Tensor, shape: str) -> None:
-        """An int64 argument of this shape."""
+        """Checks an int64 argument of this shape."""
         self._tensor(name, tensor)
         if tensor.dtype != torch.int64:
             raise TypeError(f"{self.op}: {name} must be an int64 tensor, got {tensor.dtype}")
@@ -46,27 +46,27 @@ class Arguments:
         self._shape(name, tensor, shape)
 
     def number(self, name: str, value: float, low: float, high: float) -> None:
-        """A number within [low, high]."""
+        """Checks a number within [low, high]."""
         self._number(name, value)
         value = float(value) if isinstance(value, np.floating) else value  # float32 would round the bounds
         if not low <= value <= high:
             raise ValueError(f"{self.op}: {name} must be between {low:g} and {high:g}, got {value}")
 
     def whole(self, name: str, value: int, low: int, high: int) -> int:
-        """An int within [low, high], as Python's own: NumPy's narrow ones overflow."""
+        """Checks an int within [low, high]; returns a Python int, since NumPy's narrow ints overflow."""
         if not isinstance(value, (int, np.integer, torch.SymInt)) or isinstance(value, bool):
             raise TypeError(f"{self.op}: {name} must be an int, got {type(value).__name__}")
         self.number(name, value, low, high)
         return int(value) if isinstance(value, np.integer) else value
 
     def flag(self, name: str, value: bool) -> bool:
-        """A bool, as Python's own; 1 and "no" are none."""
+        """Checks a bool; returns a Python bool. 1 and "no" are refused."""
         if not isinstance(value, (bool, np.bool_)):
             raise TypeError(f"{self.op}: {name} must be True or False, got {type(value).__name__}")
         return bool(value)
 
     def above_zero(self, name: str, value: float) -> None:
-        """A number above 0."""
+        """Checks a number above 0."""
         self._number(name, value)
         if not value > 0:
             raise ValueError(f"{self.op}: {name} must be above 0, got {value}")

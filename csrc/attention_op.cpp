@@ -113,6 +113,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 }  // namespace
 }  // namespace cnm
 
+CNM_SCHEMAS(m) {
+    m.def(
+        "attention(Tensor query, Tensor? key, Tensor? value, Tensor? key_weight, Tensor? center, Tensor? width, "
+        "float alpha, float min_width, bool complement, bool causal, Tensor? key_lengths, float scale, "
+        "bool return_weights) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "attention_backward(Tensor d_out, Tensor? d_weights, Tensor query, Tensor? key, Tensor? value, "
+        "Tensor? key_weight, Tensor? center, Tensor? width, float alpha, float min_width, bool complement, "
+        "bool causal, Tensor? key_lengths, float scale, Tensor stats, bool need_query, bool need_key, "
+        "bool need_value, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) {
     m.impl("attention", TORCH_BOX(&cnm::forward));
     m.impl("attention_backward", TORCH_BOX(&cnm::backward));

@@ -103,6 +103,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_out, const T
 }  // namespace
 }  // namespace cnm
 
+CNM_SCHEMAS(m) {
+    m.def(
+        "branched_attention(Tensor query, Tensor? key, Tensor? value, Tensor key_weights, bool causal, "
+        "Tensor? key_lengths, float scale) -> (Tensor, Tensor)");
+    m.def(
+        "branched_attention_backward(Tensor d_out, Tensor query, Tensor? key, Tensor? value, Tensor key_weights, "
+        "bool causal, Tensor? key_lengths, float scale, Tensor stats, bool need_query, bool need_key, "
+        "bool need_value, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) {
     m.impl("branched_attention", TORCH_BOX(&cnm::forward));
     m.impl("branched_attention_backward", TORCH_BOX(&cnm::backward));

@@ -60,6 +60,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_out, const T
 }  // namespace
 }  // namespace cnm
 
+CNM_SCHEMAS(m) {
+    m.def(
+        "dropout_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float p, Tensor seed, "
+        "int offset, float eps, Tensor? sample_indices) -> (Tensor, Tensor)");
+    m.def(
+        "dropout_add_layer_norm_backward(Tensor d_out, Tensor x, Tensor residual, Tensor weight, Tensor stats, "
+        "float p, Tensor seed, int offset, Tensor? sample_indices, bool need_x, bool need_residual, "
+        "bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) {
     m.impl("dropout_add_layer_norm", TORCH_BOX(&cnm::forward));
     m.impl("dropout_add_layer_norm_backward", TORCH_BOX(&cnm::backward));

@@ -34,6 +34,15 @@ std::tuple<Tensor, Tensor> backward(const Tensor& d_out, const Tensor& center, c
 }  // namespace
 }  // namespace cnm
 
+CNM_SCHEMAS(m) {
+    m.def(
+        "gaussian_mask(Tensor center, Tensor width, int length, float alpha, float min_width, bool complement) "
+        "-> Tensor");
+    m.def(
+        "gaussian_mask_backward(Tensor d_out, Tensor center, Tensor width, float alpha, float min_width, "
+        "bool complement) -> (Tensor, Tensor)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) {
     m.impl("gaussian_mask", TORCH_BOX(&cnm::forward));
     m.impl("gaussian_mask_backward", TORCH_BOX(&cnm::backward));

@@ -34,6 +34,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_loss, const Tensor& 
 }  // namespace
 }  // namespace cnm
 
+CNM_SCHEMAS(m) {
+    m.def(
+        "intra_video_contrastive_loss(Tensor positive, Tensor hard, Tensor easy, float beta_1, float beta_2) "
+        "-> Tensor");
+    m.def(
+        "intra_video_contrastive_loss_backward(Tensor d_loss, Tensor positive, Tensor hard, Tensor easy, "
+        "float beta_1, float beta_2) -> (Tensor, Tensor, Tensor)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) {
     m.impl("intra_video_contrastive_loss", TORCH_BOX(&cnm::forward));
     m.impl("intra_video_contrastive_loss_backward", TORCH_BOX(&cnm::backward));

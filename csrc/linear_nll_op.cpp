@@ -98,6 +98,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_nll, const Tensor& h
 }  // namespace
 }  // namespace cnm
 
+CNM_SCHEMAS(m) {
+    m.def(
+        "linear_nll(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor valid_lengths, "
+        "float label_smoothing, bool return_accuracy, bool keep_expected) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "linear_nll_backward(Tensor d_nll, Tensor hidden, Tensor weight, Tensor bias, Tensor target, "
+        "Tensor valid_lengths, float label_smoothing, Tensor stats, Tensor expected, bool need_hidden, "
+        "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) {
     m.impl("linear_nll", TORCH_BOX(&cnm::forward));
     m.impl("linear_nll_backward", TORCH_BOX(&cnm::backward));

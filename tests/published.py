@@ -15,17 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 KEY_EPS = 1e-10
+MAX_NORM = 10.0
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Hyperparameters of the network. ``vocab_size`` counts the padding id."""
+class CommonSizes:
+    """Hyperparameters that both published networks have. ``vocab_size`` counts the padding id."""
 
     frame_dim: int
     word_dim: int
     vocab_size: int
     d_model: int
     num_heads: int
+
+
+@dataclass(frozen=True)
+class Sizes(CommonSizes):
+    """Hyperparameters of the network."""
+
     num_layers1: int = 3
     num_layers2: int = 3
     alpha: float = 5.5
@@ -243,6 +250,14 @@ def contrastive_loss(output: Output, beta_1: float, beta_2: float) -> Tensor:
     return torch.max(positive - hard + beta_1, zero).mean() + torch.max(positive - easy + beta_2, zero).mean()
 
 
+def clip(gradients: list[Tensor]) -> Tensor:
+    """Scales the gradients, in place, to a common norm of at most ``MAX_NORM``; returns the norm they had."""
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    for gradient in gradients:
+        gradient.mul_(min(1.0, MAX_NORM / (norm.item() + 1e-6)))
+    return norm
+
+
 class PublishedAdam:
     """Adam whose eps is added before bias correction; weight decay shrinks the parameter first."""
 
@@ -282,8 +297,6 @@ class Schedule:
 
 class PublishedStep:
     """Both updates of one batch; which parameters train is switched by ``requires_grad``, as published."""
-
-    MAX_NORM = 10.0
 
     def __init__(
         self, model: PublishedCNM, reconstructor: Schedule, generator: Schedule, beta_1: float, beta_2: float
@@ -325,9 +338,7 @@ class PublishedStep:
             parameter.grad = None  # the other group keeps its last, clipped gradients, and they count below
         loss.backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-        for gradient in gradients:
-            gradient.mul_(min(1.0, self.MAX_NORM / (norm.item() + 1e-6)))
+        norm = clip(gradients)
         adam, schedule = self.adam[group], self.schedules[group]
         adam.step(learning_rate(adam.updates, schedule.lr, schedule.warmup_updates, schedule.warmup_init_lr))
         return norm

@@ -10,19 +10,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from published import Decoder, PublishedAdam, Schedule, learning_rate, nll_loss, positions, within
+from published import CommonSizes, Decoder, PublishedAdam, Schedule, clip, learning_rate, nll_loss, positions, within
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Hyperparameters of the network. ``vocab_size`` counts the padding id."""
+class Sizes(CommonSizes):
+    """Hyperparameters of the network."""
 
-    frame_dim: int
-    word_dim: int
-    vocab_size: int
-    d_model: int
-    num_heads: int
     num_props: int
     sigma: float = 9.0
     gamma: float = 0.5
@@ -160,8 +155,6 @@ def losses(output: Output, loss: Loss) -> dict[str, Tensor]:
 class PublishedCPLStep:
     """One backward, one clip over everything, one update."""
 
-    MAX_NORM = 10.0
-
     def __init__(self, model: PublishedCPL, schedule: Schedule, loss: Loss) -> None:
         self.model, self.schedule, self.loss = model, schedule, loss
         self.parameters = list(model.parameters())
@@ -173,9 +166,7 @@ class PublishedCPLStep:
             parameter.grad = None
         found = losses(self.model(*inputs, masked_words, epoch), self.loss)
         found["loss/total"].backward()
-        norm = torch.stack([parameter.grad.norm() for parameter in self.parameters]).norm()
-        for parameter in self.parameters:
-            parameter.grad.mul_(min(1.0, self.MAX_NORM / (norm.item() + 1e-6)))
+        norm = clip([parameter.grad for parameter in self.parameters])
         schedule = self.schedule
         rate = learning_rate(self.adam.updates, schedule.lr, schedule.warmup_updates, schedule.warmup_init_lr)
         self.adam.step(rate)

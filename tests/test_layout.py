@@ -86,12 +86,14 @@ def test_the_counts_that_hacking_states() -> None:
     cpu, gpu = lists()
     stated = re.search(r"For CPUs (\d+) files.*With GPUs (\d+),", HACKING, re.S)
     assert stated is not None
-    assert tuple(map(int, stated.groups())) == (len(cpu), len(cpu) + len(gpu)) == (11, 13)
+    assert tuple(map(int, stated.groups())) == (len(cpu), len(cpu) + len(gpu)) == (10, 12)
 
 
 @pytest.mark.parametrize("file", op_list.kernel_files())
 def test_kernels_have_a_schema_and_a_formula_of_their_name(file: str) -> None:
-    assert f'"{file}(' in re.sub(r"\s+", " ", (ROOT / "csrc" / "schemas.cpp").read_text(encoding="utf-8"))
+    (binding,) = (ROOT / "csrc").rglob(f"{file}_op.cpp")
+    schemas = re.findall(r'm\.def\(\s*"(\w+)\(', binding.read_text(encoding="utf-8"))
+    assert set(schemas) in ({file}, {file, f"{file}_backward"})
     formula = importlib.import_module(f"cnm_kernels.autograd.{file}")
     assert callable(formula.register)
 

@@ -1,4 +1,4 @@
-"""What the commands share: options, how a device, a precision and a model are chosen, how results are printed."""
+"""Code that commands share: options, the choice of device, precision and model, and the printing of results."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ class SplitName(str, Enum):
     test = "test"
 
 
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes the GPU where there is one.")]
+DeviceOption = Annotated[Device, typer.Option(help="Device to compute on; auto takes the GPU if there is one.")]
 PrecisionOption = Annotated[
     Precision,
     typer.Option(
-        help="Of activations; parameters, losses and statistics stay in float32. high: float32, multiplied as sums of "
-        "two bfloat16 numbers on CPUs with AMX, and as TF32 on GPUs. auto: bf16 on GPUs that have it, else float32; a "
-        "resumed run's own."
+        help="Dtype of activations; parameters, losses and statistics stay in float32. high: float32, multiplied as sums "
+        "of two bfloat16 numbers on CPUs with AMX, and as TF32 on GPUs. auto: bf16 on GPUs that have it, else float32; "
+        "a resumed run keeps its precision."
     ),
 ]
 
 
 def _checkpoint_file(path: Path) -> Path:
-    """A run's folder stands for its best checkpoint, or its last where none was chosen."""
+    """Resolves a run's folder to its best checkpoint, or to its last one if no best was chosen."""
     run = RunFolder(path)
     if not run.path.is_dir():
         return path
@@ -81,7 +81,7 @@ CheckpointOption = Annotated[
 DataDirOption = Annotated[
     Path | None,
     typer.Option(
-        help="Where the configuration's relative paths start, feature_path, train_data and so on; otherwise the "
+        help="Folder from which the configuration's relative paths (feature_path, train_data, ...) start; default: the "
         "working directory."
     ),
 ]
@@ -91,13 +91,16 @@ ChangesOption = Annotated[
 ]
 MasksOption = Annotated[
     int,
-    typer.Option(min=1, help="Draws of masked words that score a proposal, averaged; for models that score several."),
+    typer.Option(
+        min=1,
+        help="Number of draws of masked words over which the score of a proposal is averaged; for models with several.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def program() -> list[str]:
-    """How this command line was started, for commands to print: ``cnm`` alone needs an activated one."""
+    """Returns how this command was started, for printed commands: ``cnm`` alone needs an activated environment."""
     script = Path(sys.argv[0])
     if script.name == "cnm":
         return ["cnm"] if shutil.which("cnm") == str(script.absolute()) else [str(script)]
@@ -115,7 +118,7 @@ def split_title(name: str, samples: Sequence[Sample]) -> str:
 
 
 def print_scores(title: str, rows: dict[str, dict[str, float]]) -> None:
-    """R@1 and mIoU of each row; below, of the rows that have it, the same of the best of five moments."""
+    """Prints R@1 and mIoU of each row; below, for rows that have them, those of the best of five moments."""
     _print_table(title, rows, metrics.SCORES)
     of_five = {name: scores for name, scores in rows.items() if metrics.TOP_SCORES[0] in scores}
     if of_five:
@@ -137,7 +140,7 @@ def moment_text(found: LocalizedMoment | Proposal, duration: float | None) -> st
 def picture(
     found: LocalizedMoment, model: Model, duration: float | None, true: tuple[float, float] | None = None
 ) -> bytes:
-    """A PNG of the Gaussians and the moment over time; ``duration`` and the ``true`` moment in seconds."""
+    """Draws the Gaussians and the moment over time to a PNG; ``duration`` and the ``true`` moment are seconds."""
     others = tuple((other.center, other.width) for other in found.proposals[1:])
     item = plot.Localization(
         found.query, found.center, found.width, model.alpha, duration, true, model.min_width, others
@@ -151,7 +154,7 @@ def chosen_device(device: Device) -> torch.device:
         raise InputError("--device cuda: torch finds no GPU here; use --device cpu, or install a CUDA build of torch")
     if not available or device is Device.cpu:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # which torchrun sets
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # torchrun sets it
 
 
 def chosen_precision(precision: Precision, device: Device) -> str:
@@ -161,6 +164,6 @@ def chosen_precision(precision: Precision, device: Device) -> str:
 
 
 def stored_vocabulary(path: Path) -> Vocabulary | None:
-    """The vocabulary in a checkpoint; published ones hold none."""
+    """Reads the vocabulary in a checkpoint; published checkpoints hold none."""
     state = checkpoint.load(path).get("vocabulary")
     return None if state is None else Vocabulary.from_state(state)

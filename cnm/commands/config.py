@@ -53,7 +53,7 @@ def config_command(
 
 
 def _every_models_fields() -> list[ConfigField]:
-    """The fields of all models, each once; one that not every model has says whose it is."""
+    """The fields of all models, each once; a field that not every model has names its models."""
     owners: dict[ConfigField, list[str]] = {}
     for model, config in CONFIGS.items():
         for field in every_field(config):
@@ -101,6 +101,6 @@ def _explanation(field: ConfigField) -> str:
 
 def _print(config: Config) -> None:
     content = config.to_dict()
-    if config.model.config.vocab_size == config.dataset.vocab_size + 1:  # as it is derived
+    if config.model.config.vocab_size == config.dataset.vocab_size + 1:  # the derived value
         del content["model"]["config"]["vocab_size"]
     typer.echo(json.dumps(content, indent=2))

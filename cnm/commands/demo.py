@@ -29,16 +29,16 @@ from cnm.training.trainer import Trainer
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="A new folder for checkpoints, metrics and pictures.")] = Path("cnm-demo"),
+    out: Annotated[Path, typer.Option(help="New folder for checkpoints, metrics and pictures.")] = Path("cnm-demo"),
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training videos.")] = None,
     videos: Annotated[int | None, typer.Option(min=4, help="Training videos to generate.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the generated videos and of the training.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the generated videos and of the training.")] = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.auto,
 ) -> None:
     """Trains on generated videos, evaluates on held-out ones and localizes one sentence. Needs no data.
 
-    Training sees videos and sentences, never a time. Takes less than three minutes on two cores.
+    Training reads videos and sentences, but no times. It takes less than three minutes on two cores.
 
     \b
     Example:

@@ -45,15 +45,18 @@ def evaluate_command(
     checkpoint_path: CheckpointOption,
     config: Annotated[
         str | None,
-        typer.Option(help="A JSON file or packaged name: where the data is; otherwise as stored in the checkpoint."),
+        typer.Option(
+            help="A JSON file or packaged name that names the data; default: the configuration in the checkpoint."
+        ),
     ] = None,
-    split: Annotated[SplitName, typer.Option(help="Which sentences to localize.")] = SplitName.test,
+    split: Annotated[SplitName, typer.Option(help="Split whose sentences are localized.")] = SplitName.test,
     changes: ChangesOption = None,
     data_dir: DataDirOption = None,
     predictions: Annotated[
         Path | None,
         typer.Option(
-            metavar="F.jsonl", help="Also write what was found, in QVHighlights' submission form; see `cnm score`."
+            metavar="F.jsonl",
+            help="Also write the moments found to this file, in QVHighlights' submission form; see `cnm score`.",
         ),
     ] = None,
     device: DeviceOption = Device.auto,
@@ -67,17 +70,17 @@ def evaluate_command(
         float | None,
         typer.Option(
             metavar="LEVEL",
-            help="Take as a moment where a proposal's Gaussian is above LEVEL of its peak, 0 to 1, say 0.05; otherwise "
-            "center +- half the width, as published.",
+            help="The moment is the part of a proposal's Gaussian above LEVEL (0 to 1, for example 0.05) of its peak; "
+            "default: center +- half the width, as published.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Scores a checkpoint: R@1 at five IoU thresholds and mIoU, with baselines that need no video beside.
+    """Scores a checkpoint: R@1 at five IoU thresholds and mIoU, beside baselines that need no video.
 
-    A model with several proposals is scored by its best one, by two votes among them, and by the best of five. Its
-    order comes from reconstructing masked words: averaged over --masks draws, the same for a sentence in any batch, and
-    once more as published, where a single random draw and the batch's longest sentence count.
+    For a model with several proposals it scores the best one, two votes among them, and the best of five. The model
+    orders its proposals by the reconstruction of masked words. This error is averaged over --masks draws and does not
+    depend on the batch. A second table is as published: one random draw, and the batch's longest sentence counts.
 
     \b
     Example:
@@ -146,16 +149,16 @@ def _plain(spread: Spread) -> dict[str, Any]:
     return {"mean": spread.mean, "deviation": spread.deviation}
 
 
-NAMES = {"nll": "lowest nll"}  # of selections, where the table says more
+NAMES = {"nll": "lowest nll"}  # longer names of selections for the table
 
 
 def _rows(found: dict[str, Spread], seeds: int) -> dict[str, dict[str, float]]:
-    """Table rows: each selection of each way to score, with its deviation below where there are several seeds."""
+    """Table rows: one for each selection and way to score; with several seeds, its deviation in the next row."""
     rows: dict[str, dict[str, float]] = {}
     for way, spread in found.items():
         for selection, scores in spread.mean.items():
             name = f"{NAMES.get(selection, selection)}{way}"
-            # The best of five depends on no selection: once is enough.
+            # The best of five does not depend on the selection, so it is printed once.
             kept = [score for score in scores if selection == "nll" or score not in metrics.TOP_SCORES]
             rows[name] = {score: scores[score] for score in kept}
             if seeds > 1:

@@ -15,29 +15,34 @@ ENCODER_HELP = (
     "installed."
 )
 WeightsOption = Annotated[
-    Path | None, typer.Option(help="A file of the encoder's weights (.safetensors), where they cannot be downloaded.")
+    Path | None,
+    typer.Option(help="File of the encoder's weights (.safetensors), for machines that cannot download them."),
 ]
 
 StrideOption = Annotated[
-    int | None, typer.Option(help="One feature every so many frames; 8 where neither this nor --rate is given.")
+    int | None, typer.Option(help="Number of frames between features; 8 if neither this nor --rate is given.")
 ]
-RateOption = Annotated[float | None, typer.Option(help="Features a second, whatever the frame rate.")]
+RateOption = Annotated[float | None, typer.Option(help="Features per second, at any frame rate.")]
 
 
 def extract_command(
     videos: Annotated[list[Path], typer.Argument(help="Video files, and folders of them.")],
-    output: Annotated[Path, typer.Option(help="F.hdf5, or a folder of one .npy per video; goes on where it was.")],
+    output: Annotated[
+        Path, typer.Option(help="F.hdf5, or a folder for one .npy per video; an existing output is continued.")
+    ],
     encoder: Annotated[str, typer.Option(help=ENCODER_HELP)] = "clip-vit-b32",
     weights: WeightsOption = None,
     stride: StrideOption = None,
     rate: RateOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once; no more are kept in memory.")] = 32,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Number of pictures encoded at once, and the most kept in memory.")
+    ] = 32,
     device: DeviceOption = Device.auto,
 ) -> None:
     """Turns videos into features for training and localizing. Needs `pip install 'cnm-kernels[video]'`.
 
-    Pictures are scaled to the encoder's size on the short side (224) and cut to the center. Beside the output lies
-    OUTPUT.json: encoder, checksum of its weights, stride or rate, durations, and the files that could not be read.
+    Pictures are scaled to the encoder's size on the short side (224) and cropped to the center. OUTPUT.json, beside the
+    output, records encoder, checksum of its weights, stride or rate, durations, and the files that could not be read.
 
     \b
     Example:
@@ -63,7 +68,7 @@ def extract_command(
 
 
 def _files(given: Path) -> list[Path]:
-    """The videos meant: a file itself, or all files right inside a folder."""
+    """Returns the given files, and all files directly inside the given folders."""
     if not given.is_dir():
         return [given]
     found = sorted(path for path in given.iterdir() if path.is_file() and not path.name.startswith("."))

@@ -16,14 +16,14 @@ from cnm.data.manifest import Survey, differences, survey, write_manifest
 from cnm.data.origin import Origin
 from cnm.errors import InputError
 
-SHOWN = 5  # items of each kind named
+SHOWN = 5  # number of items of each kind that are named
 
 features_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 @features_app.callback()
 def features() -> None:
-    """Looks after feature files.
+    """Checks feature files.
 
     \b
     Example:
@@ -34,16 +34,20 @@ def features() -> None:
 @features_app.command()
 def check(
     paths: Annotated[
-        list[str], typer.Argument(metavar="FEATURES...", help="HDF5 file or folder; several: side by side.")
+        list[str], typer.Argument(metavar="FEATURES...", help="HDF5 file or folder; several are concatenated.")
     ],
-    annotations: Annotated[list[Path], typer.Option(help="Whose videos must be there; may be repeated.")],
-    pattern: Annotated[str | None, typer.Option(help="Of datasets in HDF5, as dataset.feature_pattern.")] = None,
-    split: Annotated[SplitName, typer.Option(help="What {split} in a path stands for.")] = SplitName.train,
-    frame_dim: Annotated[int | None, typer.Option(min=1, help="The width they must have.")] = None,
-    manifest: Annotated[
-        Path | None, typer.Option(metavar="F.json", help="Compare with this manifest; if it is not there, write it.")
+    annotations: Annotated[
+        list[Path], typer.Option(help="Annotations of the videos that need features; may be repeated.")
+    ],
+    pattern: Annotated[
+        str | None, typer.Option(help="Path of a video's dataset in HDF5, as dataset.feature_pattern.")
     ] = None,
-    origin: Annotated[str | None, typer.Option(help="Where the features came from, for a new manifest.")] = None,
+    split: Annotated[SplitName, typer.Option(help="Replaces {split} in a path.")] = SplitName.train,
+    frame_dim: Annotated[int | None, typer.Option(min=1, help="The width that features must have.")] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(metavar="F.json", help="Compare with this manifest; if it does not exist, write it.")
+    ] = None,
+    origin: Annotated[str | None, typer.Option(help="Origin of the features, for a new manifest.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Reads all features of the annotated videos once, and reports what is missing, broken or odd.

@@ -31,28 +31,28 @@ def localize(
     checkpoint_path: CheckpointOption,
     query: Annotated[str, typer.Option(help="The sentence to find.")],
     features: Annotated[
-        str | None, typer.Option(metavar="F.npy|F.hdf5:ID", help="The video's features, [frames, frame_dim].")
+        str | None, typer.Option(metavar="F.npy|F.hdf5:ID", help="Features of the video, [frames, frame_dim].")
     ] = None,
-    video: Annotated[Path | None, typer.Option(help="Or the video itself; needs the extra [video].")] = None,
+    video: Annotated[
+        Path | None, typer.Option(help="The video, instead of its features; needs the extra [video].")
+    ] = None,
     duration: Annotated[
-        float | None, typer.Option(help="Of the video whose --features are given, in seconds: answers in seconds.")
+        float | None, typer.Option(help="Seconds of the video whose --features are given; answers are then in seconds.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the Gaussian over time, to this PNG file.")] = None,
     vocab: Annotated[
-        Path | None, typer.Option(help="Word vectors, for a published checkpoint, which does not hold them.")
+        Path | None, typer.Option(help="Word vectors for a published checkpoint, which holds none.")
     ] = None,
     encoder: Annotated[str | None, typer.Option(help=ENCODER_HELP)] = None,
     weights: WeightsOption = None,
     stride: StrideOption = None,
     rate: RateOption = None,
     device: DeviceOption = Device.auto,
-    top: Annotated[
-        int, typer.Option(min=1, help="How many of the model's proposals to print, best first, with their scores.")
-    ] = 1,
+    top: Annotated[int, typer.Option(min=1, help="Number of proposals to print, best first, with their scores.")] = 1,
     masks: MasksOption = Scoring.masks,
     as_json: JsonOption = False,
 ) -> None:
-    """Finds when a sentence happens in one video.
+    """Finds the moment of one video that a sentence describes.
 
     \b
     Example:
@@ -60,8 +60,8 @@ def localize(
           --query "a person turns on the light" --duration 30.96 --plot found.png
       cnm localize --checkpoint runs/first/best.pt --video 3MSZA.mp4 --query "a person turns on the light"
 
-    A --video becomes features as those of the training did (the checkpoint says how, where `cnm extract` made them);
-    --encoder, --weights, --stride and --rate say otherwise.
+    The features of a --video are extracted as those of the training (the checkpoint knows how, if `cnm extract` made
+    them); --encoder, --weights, --stride and --rate override this.
     """
     if (features is None) == (video is None):
         raise InputError("give either --features or --video, not both")
@@ -104,13 +104,13 @@ def _encode_video(
 
 
 def _as_json(found: LocalizedMoment, shown: tuple[Proposal, ...], duration: float | None) -> dict[str, Any]:
-    """The best proposal's numbers, and those of the others that are shown."""
+    """The numbers of the best proposal, and of the others that are shown."""
     best, *others = (_proposal_as_json(proposal, duration) for proposal in shown)
     return {"query": found.query} | best | {"unknown": list(found.unknown), "others": others}
 
 
 def _proposal_as_json(proposal: Proposal, duration: float | None) -> dict[str, float]:
-    """In fractions of the video, and in seconds where they are known."""
+    """A moment in fractions of the video, and in seconds if the duration is known."""
     start, end = moments_from_gaussian(proposal.center, proposal.width).tolist()
     content = {
         "center": proposal.center,

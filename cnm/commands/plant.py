@@ -10,21 +10,21 @@ import typer
 from cnm.data import Vocabulary, plant
 from cnm.errors import InputError
 
-ALL_WORDS = 1_000_000  # more than any vocabulary file counts
+ALL_WORDS = 1_000_000  # more words than any vocabulary file has
 
 
 def plant_command(
     annotations: Annotated[list[Path], typer.Option(help="An annotation file; repeat for train and test.")],
-    vocab: Annotated[Path, typer.Option(help="Word vectors: glove.pkl, or what `cnm vocabulary` wrote.")],
+    vocab: Annotated[Path, typer.Option(help="Word vectors: glove.pkl, or a file that `cnm vocabulary` wrote.")],
     output: Annotated[Path, typer.Option(help="The HDF5 file to write; must not exist.")],
     frame_dim: Annotated[int, typer.Option(min=1, help="Width of a feature, as in dataset.frame_dim.")] = 256,
     word_dim: Annotated[int, typer.Option(min=1, help="Width of a word vector, as in dataset.word_dim.")] = 300,
     signal: Annotated[float, typer.Option(min=0, help="Strength of the signal; the noise has strength 1.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random vectors and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random vectors and the noise.")] = 0,
 ) -> None:
-    """Writes made-up features in which real annotations can be found: for training without the real features.
+    """Writes artificial features of annotated videos, for training without the real features.
 
-    Each annotated moment carries a signal made from the content words of its sentence, under noise.
+    Each annotated moment carries a signal made from the content words of its sentence, plus noise.
 
     \b
     Example:

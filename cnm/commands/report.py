@@ -13,9 +13,11 @@ from cnm.files import replace_file
 
 def report_command(
     run: Annotated[Path, typer.Argument(help="The folder of a run.")],
-    output: Annotated[Path | None, typer.Option(help="The page to write; RUN/report.html where not given.")] = None,
-    split: Annotated[SplitName, typer.Option(help="Which sentences to show and score.")] = SplitName.test,
-    sentences: Annotated[int, typer.Option(min=1, help="At most so many, evenly from the best to the worst.")] = 200,
+    output: Annotated[Path | None, typer.Option(help="The page to write; default: RUN/report.html.")] = None,
+    split: Annotated[SplitName, typer.Option(help="Split whose sentences are shown and scored.")] = SplitName.test,
+    sentences: Annotated[
+        int, typer.Option(min=1, help="Number of sentences to show, evenly from the best to the worst.")
+    ] = 200,
     device: DeviceOption = Device.auto,
 ) -> None:
     """Writes a run as one HTML page: curves, scores beside baselines, sentences with their Gaussians, configuration.

@@ -21,10 +21,10 @@ def score_command(
     predictions: Annotated[
         Path, typer.Argument(metavar="F.jsonl", help="Predictions in QVHighlights' submission form.")
     ],
-    annotations: Annotated[Path, typer.Option(help="What they are measured against: published rows or JSON lines.")],
+    annotations: Annotated[Path, typer.Option(help="Annotations to compare with: published rows or JSON lines.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Scores predictions, anybody's: R@1 and mIoU of the first window, and QVHighlights' mAP of the first ten.
+    """Scores predictions of any model: R@1 and mIoU of the first window, and QVHighlights' mAP of the first ten.
 
     \b
     Example:

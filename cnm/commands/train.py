@@ -43,12 +43,12 @@ def train(
         Path | None,
         typer.Option(
             "--run",
-            "--run-folder",  # torchrun takes --run for an option of its own
-            help="A new folder for the run; otherwise train.model_saved_path of the configuration.",
+            "--run-folder",  # torchrun would take --run as its own option
+            help="New folder for the run; default: train.model_saved_path of the configuration.",
         ),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Folder of an interrupted run to continue; --config is then not needed.")
+        Path | None, typer.Option(help="Folder of an interrupted run to continue, without --config.")
     ] = None,
     changes: ChangesOption = None,
     data_dir: DataDirOption = None,
@@ -58,14 +58,14 @@ def train(
     step: Annotated[
         Step | None,
         typer.Option(
-            help="lean (the default); recompute: in half the memory, a quarter slower; published: without rewrites."
+            help="lean (the default); recompute: half the memory, a quarter slower; published: no work is left out."
         ),
     ] = None,
     skip_nonfinite: Annotated[
         bool,
         typer.Option(
             "--skip-nonfinite",
-            help="Leave out updates whose loss or gradients are not finite, and count them, instead of stopping.",
+            help="Skip and count updates whose loss or gradients are not finite, instead of stopping.",
         ),
     ] = False,
 ) -> None:
@@ -109,7 +109,7 @@ def train(
 
 
 def _resumed(folder: Path, config: str | None, changes: list[str]) -> Config | None:
-    """The configuration asked for in a resumed run, or None: as it was."""
+    """Returns the configuration that a resumed run is asked for, or None for its own."""
     if config is not None:
         return configs.resolve(config, changes)
     if not changes:
@@ -119,8 +119,8 @@ def _resumed(folder: Path, config: str | None, changes: list[str]) -> Config | N
 
 
 def train_and_report(trainer: Trainer) -> Result:
-    """Trains, with what runs where said before and the scores after."""
-    if not trainer.writes:  # process 0 speaks for all
+    """Prints the device and kernels, trains, and prints the scores."""
+    if not trainer.writes:  # only process 0 prints
         return trainer.train()
     echo = lambda line: typer.echo(line, err=True)  # noqa: E731
     echo(_machine(trainer.device, trainer.options["precision"]))
@@ -142,7 +142,7 @@ def train_and_report(trainer: Trainer) -> Result:
 
 
 def _fallback(device: torch.device) -> list[str]:
-    """A note that says why PyTorch's operations run in place of the kernels, where nobody asked for them."""
+    """Notes why PyTorch's operations replace the kernels, unless the user asked for them."""
     preferred, op = next(iter(registry.BACKENDS)), registry.OPS[0]
     if os.environ.get(registry.ENVIRONMENT_VARIABLE) or registry.choice(op, device.type, torch.float32) != "torch":
         return []
@@ -151,7 +151,7 @@ def _fallback(device: torch.device) -> list[str]:
 
 
 def _machine(device: torch.device, precision: str) -> str:
-    """What computes: device, threads, precision, and the kernels' backends."""
+    """Describes the device, threads, precision, and the kernels' backends."""
     chosen: dict[str, list[str]] = {}
     for op in registry.OPS:
         chosen.setdefault(registry.choice(op, device.type, torch.float32), []).append(op)

@@ -15,20 +15,22 @@ from cnm.data import read_annotations, vocabulary_files
 from cnm.data.word_vectors import count_words, read_vectors
 from cnm.errors import InputError
 
-SHOWN = 10  # unknown words named
+SHOWN = 10  # number of unknown words that are named
 
 
 def vocabulary_command(
     annotations: Annotated[
         list[Path], typer.Option(help="Annotations of the training split, whose words are counted; may be repeated.")
     ],
-    vectors: Annotated[Path, typer.Option(help="Word vectors as text: a file of GloVe, or word2vec's with a header.")],
-    output: Annotated[Path, typer.Option(metavar="F.safetensors", help="Written with F.json; must not exist.")],
-    most: Annotated[int | None, typer.Option(min=1, help="Keep so many words, the most frequent.")] = None,
-    word_dim: Annotated[int | None, typer.Option(min=1, help="The width that the vectors are meant to have.")] = None,
+    vectors: Annotated[Path, typer.Option(help="Word vectors as text: GloVe's, or word2vec's with a header.")],
+    output: Annotated[
+        Path, typer.Option(metavar="F.safetensors", help="F.safetensors, written together with F.json; must not exist.")
+    ],
+    most: Annotated[int | None, typer.Option(min=1, help="Number of words to keep, most frequent first.")] = None,
+    word_dim: Annotated[int | None, typer.Option(min=1, help="Expected width of the vectors.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Makes a vocabulary of a dataset's sentences: the words that have a vector, most frequent first.
+    """Makes the vocabulary of a dataset's sentences: all words with a vector, most frequent first.
 
     \b
     Example:

@@ -51,7 +51,7 @@ def change(content: dict[str, Any], changes: Sequence[str], source: str) -> Conf
 
     Args:
         content: the configuration in the published layout; stays as it is.
-        changes: ``dotted.key=value`` each; the value is JSON, and what is no JSON is text.
+        changes: ``dotted.key=value`` each; the value is JSON, and what is not JSON is text.
         source: the configuration's name, for messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Datasets: three sources (synthetic, CharadesSTA, ActivityNet) behind one interface."""
+"""Datasets: a split of sentences and videos is read from files, or generated, and cut into batches."""
 
 from cnm.data.annotations import Sample, read_annotations
 from cnm.data.batch import Batch

@@ -1,4 +1,4 @@
-"""Annotation files: published JSON rows [video, seconds, [start, end], sentence], or JSON lines as moment-DETR's."""
+"""Reads annotation files: published JSON rows [video, seconds, [start, end], sentence], or moment-DETR's JSON lines."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from cnm.data.names import name_problem
 from cnm.errors import InputError
 from cnm.files import NoJson, parse_json, read_text, shortened
 
-LONGEST_SECONDS = 1e9  # of a video: 30 years; more cannot be drawn
+LONGEST_SECONDS = 1e9  # the longest video, 30 years; plots cannot show more
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sentence and the moments it describes, each of which is a right answer; in seconds, within the video.
+    """One sentence and the moments that it describes. Each moment is a right answer. Times are seconds of the video.
 
     Attributes:
-        moment: the first of them.
-        others: the rest, which JSON lines may have.
+        moment: the first moment.
+        others: the other moments; only JSON lines have them.
         qid: the sentence's number or name in JSON lines.
     """
 
@@ -34,15 +34,15 @@ class Sample:
 
     @property
     def windows(self) -> tuple[tuple[float, float], ...]:
-        """All moments, one at least."""
+        """All moments; there is at least one."""
         return (self.moment, *self.others)
 
 
 def read_annotations(path: str | Path) -> tuple[list[Sample], list[str]]:
-    """The sentences of an annotation file, and notes about what was corrected (moments clipped to their video).
+    """Returns the sentences of an annotation file, and notes on corrections (moments clipped to their video).
 
     The file's content decides whether it is read as published rows or as JSON lines
-    ``{"qid", "query", "vid", "duration", "relevant_windows": [[start, end], ...]}``, where more keys are allowed.
+    ``{"qid", "query", "vid", "duration", "relevant_windows": [[start, end], ...]}``, other keys are ignored.
 
     Raises:
         InputError: the file is unreadable or a row is malformed; the message names the file and the row or line.
@@ -62,16 +62,16 @@ Row = tuple[Callable[[Any, str], tuple[Sample, int]], Any, str]
 
 
 def are_json_lines(text: str) -> bool:
-    """Whether the first line is an object about a sentence or video, and not the beginning of another JSON file."""
+    """Whether the first line is a complete object with a sentence or video, not the start of a JSON document."""
     first = text.lstrip().split("\n", 1)[0]
     return first.startswith("{") and ('"query"' in first or '"vid"' in first)
 
 
 def objects(text: str, source: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of JSON lines, each with the words that name its place; blank lines are passed over.
+    """Returns each object of a JSON lines file with its place for messages ("FILE: line 3"); skips blank lines.
 
     Raises:
-        InputError: a line is no JSON object, which a file cut short ends with.
+        InputError: a line is not a JSON object; a truncated file ends with such a line.
     """
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -81,8 +81,8 @@ def objects(text: str, source: str) -> Iterator[tuple[dict[str, Any], str]]:
             row = parse_json(line, where)
         except NoJson:
             raise InputError(
-                f"{where} is no JSON ({shortened(line.strip())}); if it is the last one, the file was cut short: fetch "
-                f"it again"
+                f"{where} is not JSON ({shortened(line.strip())}); if it is the last one, the file was cut short: "
+                f"fetch it again"
             ) from None
         if not isinstance(row, dict):
             raise InputError(f"{where} is {shortened(row)}, not an object; correct it")
@@ -90,7 +90,7 @@ def objects(text: str, source: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def json_lines(text: str, source: str) -> Iterator[Row]:
-    """Rows of JSON lines with their reader."""
+    """The rows of a JSON lines file, and the function that reads one."""
     seen: dict[str, str] = {}
     for row, where in objects(text, source):
         qid = row.get("qid")
@@ -140,7 +140,7 @@ def qid_problem(qid: Any, where: str) -> None:
 def _sample(
     video: Any, duration: Any, windows: list[Any], sentence: Any, qid: int | str | None, where: str
 ) -> tuple[Sample, int]:
-    """The checked sample, and how many of its moments were clipped."""
+    """Checks a row; returns its sample and the number of moments that were clipped."""
     problem = name_problem(video)
     if problem:
         raise InputError(f"{where}: video is {shortened(video)}, not a name: {problem}; correct it")

@@ -1,4 +1,4 @@
-"""One array out of a ``.npy`` or ``.npz`` file; nothing in it is unpickled, and its size is known before it is read."""
+"""Reads one array from a ``.npy`` or ``.npz`` file. Never unpickles, and checks the size before reading."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 
 from cnm.errors import InputError
 
-MAX_BYTES = 2 << 30  # of one video's features; what a file declares costs nothing to write and memory to read
-KEY = "features"  # of an .npz with several arrays
-_KINDS = (  # the first bytes of files that may lie where features were expected
+MAX_BYTES = 2 << 30  # of one video; a tiny file can declare a huge array, and reading it would fill the memory
+KEY = "features"  # the array to read from an .npz with several
+_KINDS = (  # first bytes of files that users mistake for features
     (b"\x89HDF", "an HDF5 file"),
     (b"\x93NUMPY", "a .npy array"),
     (b"PK", "a ZIP archive (.npz, or a PyTorch file)"),
@@ -30,7 +30,7 @@ _KINDS = (  # the first bytes of files that may lie where features were expected
 
 
 def what_it_is(path: str | Path) -> str:
-    """What lies at a path, by its first bytes, for messages."""
+    """Describes the file at a path for messages; its first bytes tell the format."""
     if Path(path).is_dir():
         return "a folder"
     try:
@@ -44,7 +44,7 @@ def what_it_is(path: str | Path) -> str:
 
 
 def array_shape(path: str | Path) -> tuple[int, ...]:
-    """The shape of the array in the file, of which the header alone is read.
+    """Returns the shape of the array in the file; reads only the header.
 
     Raises:
         InputError: as ``read_array``.
@@ -64,9 +64,9 @@ def read_array(path: str | Path) -> np.ndarray:
         count = math.prod(shape)
         content = file.read(count * dtype.itemsize)
         if len(content) != count * dtype.itemsize:
-            raise InputError(f"{path}: is no array of numbers (cut short); fetch it again")
+            raise InputError(f"{path}: is not an array of numbers (cut short); fetch it again")
         frames = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
-    with np.errstate(over="ignore"):  # infinity, which is refused by name
+    with np.errstate(over="ignore"):  # overflow gives infinity; the check below refuses it
         frames = frames.astype(np.float32)
     if not np.isfinite(frames).all():
         raise InputError(f"{path}: the features hold NaN or infinity; extract them again")
@@ -75,7 +75,7 @@ def read_array(path: str | Path) -> np.ndarray:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[IO[bytes]]:
-    """The stream of a ``.npy``, be it a member of an archive."""
+    """Opens the ``.npy`` data: the file itself, or a member of an ``.npz`` archive."""
     try:
         with open(path, "rb") as file:
             if file.read(2) != b"PK":
@@ -91,7 +91,7 @@ def _opened(path: str | Path) -> Iterator[IO[bytes]]:
     except Exception as error:  # zipfile and numpy's header parser fail in many ways
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{path}: is no array of numbers ({reason}; it is {what_it_is(path)}); save it with numpy.save"
+            f"{path}: is not an array of numbers ({reason}; it is {what_it_is(path)}); save it with numpy.save"
         ) from None
 
 
@@ -107,12 +107,12 @@ def _member(archive: zipfile.ZipFile, path: str | Path) -> str:
 
 def _header(file: Any, path: str | Path) -> tuple[tuple[int, ...], bool, np.dtype]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of headers by old writers
+        warnings.simplefilter("ignore")  # numpy warns about headers of old writers
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
     if dtype.hasobject:
-        raise InputError(f"{path}: is no array of numbers (it holds Python objects); save it with numpy.save")
+        raise InputError(f"{path}: is not an array of numbers (it holds Python objects); save it with numpy.save")
     if len(shape) != 2 or min(shape) < 1 or dtype.kind not in "fiu":
         raise InputError(f"{path}: holds {dtype} of shape {list(shape)}, not numbers [frames, width]")
     if math.prod(shape) * dtype.itemsize > MAX_BYTES:

@@ -1,4 +1,4 @@
-"""What the model is fed."""
+"""The model's input: one batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Batch:
     """B sentences, each with its video's features. A training batch holds no timestamp.
 
     Attributes:
-        frames: [B, T, frame_dim] float32 or bfloat16, features averaged to T clips.
-        frame_lengths: [B] int64, clips that are real.
-        words: [B, L + 1, word_dim] float32 word vectors; row 0 is the start token's place (zeros, never read).
+        frames: [B, T, frame_dim] float32 or bfloat16, features averaged over T clips.
+        frame_lengths: [B] int64, number of real (not padded) clips.
+        words: [B, L + 1, word_dim] float32 word vectors; row 0 is reserved for the start token (zeros, never read).
         word_ids: [B, L] int64 vocabulary ids, padding 0.
         word_lengths: [B] int64, words per sentence, 1 to L.
         mask_weights: [B, L] float32, each word's probability of being the first one masked; 0 at padding.

@@ -1,4 +1,4 @@
-"""Memory of large tensors that is used again."""
+"""Reuses the memory of large tensors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 class BufferPool:
-    """Lends tensors and takes each back when it, every view of it and every array made from it are gone.
+    """Lends tensors. A tensor returns when it, all its views and all arrays that share its memory are deleted.
 
-    A batch of 105 MB from the system costs 130 ms, mapped and zeroed page by page; to fill one that is there takes 10.
+    A new batch of 105 MB takes 130 ms: the system maps and zeroes every page. Filling a reused one takes 10 ms.
 
     Args:
-        most: how many wait to be lent again; further ones are freed.
+        most: the largest number of free tensors to keep; more are freed.
     """
 
     def __init__(self, most: int) -> None:
@@ -24,7 +24,7 @@ class BufferPool:
         self._free: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype | type = np.float32) -> Tensor:
-        """A tensor of this shape with anything in it. Any thread may ask."""
+        """Returns an uninitialised tensor of this shape. Thread-safe."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         try:
             buffer = self._free.pop()
@@ -33,7 +33,7 @@ class BufferPool:
         if buffer.size < size:
             buffer = np.empty(size, dtype=np.uint8)
         lent = buffer[:size].view(dtype).reshape(shape)
-        # The tensor's storage holds this very object, and nothing else does.
+        # Only the tensor's storage refers to this object, so the object is deleted with the storage.
         weakref.finalize(lent, self._give_back, buffer).atexit = False
         return torch.from_numpy(lent)
 

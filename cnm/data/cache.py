@@ -1,4 +1,4 @@
-"""Work done once: arrays kept in folders named after a hash of everything they were made from."""
+"""Caches arrays on disk, in folders named after a hash of all inputs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from filelock import FileLock
 from cnm.errors import InputError
 from cnm.files import read_json
 
-FORMAT = 2  # raise it whenever what is stored, or how it is computed, changes
+FORMAT = 2  # increase it whenever the stored arrays, or their computation, change
 
 
-SIZES = "sizes.json"  # of the files beside it, written last
+SIZES = "sizes.json"  # sizes of the files beside it; written last
 
 
 def default_folder() -> Path:
-    """The user's cache folder for this package."""
+    """Returns the user's cache folder for this package."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnm-kernels"
     except RuntimeError:
@@ -37,7 +37,7 @@ def default_folder() -> Path:
 
 
 def identity(path: str | Path) -> dict[str, Any]:
-    """What changes when a file does: where it is, its size and its time of change."""
+    """Identifies a version of a file: its path, size and time of change."""
     try:
         resolved = Path(path).resolve(strict=True)
         status = resolved.stat()
@@ -47,7 +47,7 @@ def identity(path: str | Path) -> dict[str, Any]:
 
 
 def content_hash(path: str | Path) -> str:
-    """Hash of a small file's content."""
+    """Returns the hash of a small file's content."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
@@ -55,17 +55,17 @@ def content_hash(path: str | Path) -> str:
 
 
 def build_once(folder: Path, made_from: dict[str, Any], build: Callable[[Path], None]) -> Path:
-    """The folder that holds what ``build`` writes for these inputs, built now if it is not there.
+    """Returns the folder that ``build`` fills for these inputs; builds it if it does not exist.
 
     Args:
         folder: the cache.
-        made_from: JSON values that determine the result; any change of them gives another folder.
-        build: writes into the empty folder it is given. The folder appears under its final name only when it is whole;
-            a second process waits for the first. A folder whose files are missing or have another size than they were
-            written with (a disk that was full, a copy cut short) is built again.
+        made_from: JSON values that determine the result; other values give another folder.
+        build: writes files into the empty folder that it gets. The folder gets its final name only when it is complete;
+            a second process waits for the first. A folder with missing files, or files of another size than written
+            (full disk, truncated copy), is built again.
 
     Raises:
-        InputError: the cache cannot be written (a full disk, for one); nothing half-written is left.
+        InputError: the cache cannot be written (for example: full disk); no partial folder remains.
     """
     description = json.dumps({"format": FORMAT, **made_from}, sort_keys=True)
     target = folder / hashlib.sha256(description.encode()).hexdigest()[:32]
@@ -73,7 +73,7 @@ def build_once(folder: Path, made_from: dict[str, Any], build: Callable[[Path], 
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Whoever may write in the folder may take the lock: it holds nothing.
+        # The lock file is empty, so all users who can write in the folder may lock it.
         with FileLock(f"{target}.lock", mode=0o666):
             if not _is_whole(target):
                 _build(folder, target, description, build)
@@ -86,10 +86,9 @@ def build_once(folder: Path, made_from: dict[str, Any], build: Callable[[Path], 
 
 @contextmanager
 def rows_file(path: Path, shape: tuple[int, ...], dtype: np.dtype | type) -> Iterator[Callable[[np.ndarray], None]]:
-    """Gives a function that appends a row to a ``.npy`` file of this shape, without holding it in memory.
+    """Yields a function that appends a row to a ``.npy`` file of this shape; the file is never in memory as a whole.
 
-    Disk space is taken before the first row, and no memory is mapped: a write to a mapped page that finds the disk full
-    kills the process.
+    Reserves the disk space first and maps no memory: on a full disk, a write to a mapped page kills the process.
     """
     with open(path, "wb") as file:
         described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
@@ -99,7 +98,7 @@ def rows_file(path: Path, shape: tuple[int, ...], dtype: np.dtype | type) -> Ite
             try:
                 os.posix_fallocate(file.fileno(), 0, file.tell() + math.prod(shape) * np.dtype(dtype).itemsize)
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that cannot
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot reserve space
                     raise
 
         def append(row: np.ndarray) -> None:
@@ -111,15 +110,15 @@ def rows_file(path: Path, shape: tuple[int, ...], dtype: np.dtype | type) -> Ite
 
 
 def _build(folder: Path, target: Path, description: str, build: Callable[[Path], None]) -> None:
-    for left in folder.glob(f".building-{target.name}*"):  # by a process that was killed; the lock is ours
+    for left in folder.glob(f".building-{target.name}*"):  # a killed process left it; we hold the lock
         _remove(left)
     temporary = folder / f".building-{target.name}"
-    temporary.mkdir()  # with the permissions of this user's other folders, as tempfile's have not
+    temporary.mkdir()  # mkdir gives the user's usual permissions; tempfile gives stricter ones
     try:
         build(temporary)
         (temporary / "made_from.json").write_text(description, encoding="utf-8")
         (temporary / SIZES).write_text(json.dumps(_sizes(temporary)), encoding="utf-8")
-        if target.exists():  # damaged; who has its files mapped keeps them
+        if target.exists():  # damaged; processes that have its files mapped keep them
             os.replace(target, temporary.with_name(f"{temporary.name}-damaged"))
             _remove(temporary.with_name(f"{temporary.name}-damaged"))
         os.replace(temporary, target)
@@ -135,7 +134,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 def _is_whole(folder: Path) -> bool:
     try:
         return bool(read_json(folder / SIZES) == _sizes(folder))
-    except (OSError, InputError):  # another user's mistake, or damage: it is built again
+    except (OSError, InputError):  # damaged: it is built again
         return False
 
 

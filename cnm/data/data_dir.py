@@ -1,4 +1,4 @@
-"""Data that lies in another folder than a configuration's relative paths start from."""
+"""``--data-dir``: relative paths of a configuration start from another folder."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 from cnm.config import Config
 from cnm.errors import InputError
 
-# Of the dataset section.
+# Fields of the dataset section.
 DATA_PATHS = ("feature_path", "feature_manifest", "vocab_path", "train_data", "val_data", "test_data")
 
 
 def with_data_dir(config: Config, folder: Path | None) -> Config:
-    """The configuration with the data's relative paths made to start from ``folder``."""
+    """Returns the configuration with the data's relative paths joined to ``folder``."""
     if folder is None:
         return config
     if not folder.is_dir():
-        raise InputError(f"--data-dir {folder}: is no folder; give the one that relative paths start from")
+        raise InputError(f"--data-dir {folder}: is not a folder; give the one that relative paths start from")
     paths = {name: getattr(config.dataset, name) for name in DATA_PATHS}
     moved = {
         name: [str(folder / one) for one in path] if isinstance(path, list) else str(folder / path)

@@ -1,4 +1,4 @@
-"""What features are known to be, from the records of ``cnm extract`` and a manifest, and whether they still are."""
+"""Compares features with their records (of ``cnm extract``) and with a manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cnm.errors import InputError
 
 
 def origin_of(config: DatasetConfig, split: str) -> Origin | None:
-    """Where the features of a split came from: as recorded beside them, or else in ``config.feature_manifest``.
+    """Returns the origin of a split's features: from the record beside them, or else from ``config.feature_manifest``.
 
     Raises:
         InputError: record and manifest name different encoders, or one of them cannot be read.
@@ -26,7 +26,7 @@ def origin_of(config: DatasetConfig, split: str) -> Origin | None:
 
 
 def agreed(manifest: str | Path, recorded: Origin | None) -> Origin | None:
-    """What is recorded beside features, or else in their manifest. Raises ``InputError`` where both are and differ."""
+    """Returns the origin in the record, or else in the manifest. Raises ``InputError`` if they differ."""
     stated = Origin.from_record(read_manifest(manifest).get("extracted"))
     if stated is not None and recorded is not None and str(stated) != str(recorded):
         raise InputError(
@@ -37,7 +37,7 @@ def agreed(manifest: str | Path, recorded: Origin | None) -> Origin | None:
 
 
 class Expected:
-    """The shapes, and where a manifest is given the checksums, that the features of a split should have.
+    """The shapes that a split's features should have, and their checksums if there is a manifest.
 
     Raises:
         InputError: the manifest or a record cannot be read.
@@ -48,7 +48,7 @@ class Expected:
         self.videos: dict[str, Any] = {} if self.path is None else read_manifest(self.path)["videos"]
 
     def check_shapes(self, source: FeatureSource, videos: Iterable[str]) -> None:
-        """Compares shapes with the records beside the features; no value is read.
+        """Compares shapes with the records beside the features; reads no values.
 
         Raises:
             InputError: a video has another shape than was extracted.

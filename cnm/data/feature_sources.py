@@ -1,4 +1,4 @@
-"""Where features come from: an HDF5 file, a folder with a file per video, or several of these side by side."""
+"""Sources of features: an HDF5 file, a folder with a file per video, or several of these, concatenated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUFFIXES = (".npz", ".npy")
 
 
 class FeatureSource(Protocol):
-    """Features by video. ``path`` is what messages call it."""
+    """Features by video. Messages use ``path`` as the source's name."""
 
     path: str | Path
 
@@ -34,20 +34,20 @@ class FeatureSource(Protocol):
     def __contains__(self, video: str) -> bool: ...
 
     def shape(self, video: str) -> tuple[int, int]:
-        """[frames, width] of one video, without its values. Raises ``InputError`` where there are none."""
+        """Returns the shape [frames, width] of one video. Raises ``InputError`` if it has no features."""
 
     def check(self, videos: Iterable[str], frame_dim: int | None) -> None:
-        """Raises ``InputError`` that names the first video that is missing, or has another width if one is given."""
+        """Raises ``InputError`` for the first video that is missing or, if a width is given, has another width."""
 
     def frames(self, video: str, frame_dim: int | None) -> np.ndarray:
-        """[n, width] float32 of one video, finite. Raises ``InputError``."""
+        """Returns the finite features [n, width] float32 of one video. Raises ``InputError``."""
 
     def identity(self, videos: Iterable[str]) -> Any:
-        """What changes when the files of these videos do, as JSON."""
+        """Identifies the version of these videos' files, as JSON."""
 
 
 class _Checked(ABC):
-    """What follows from ``shape`` and ``__contains__`` for any source."""
+    """Implements ``check`` for any source, with its ``shape`` and ``__contains__``."""
 
     path: str | Path
 
@@ -129,7 +129,7 @@ class FeatureFolder(_Checked):
 
 
 class Joined(_Checked):
-    """Several sources side by side: widths add up, and all are cut to the shortest of a video's lengths."""
+    """Concatenates several sources along the width; a video gets the length of its shortest features."""
 
     def __init__(self, parts: Sequence[FeatureSource]) -> None:
         self.path = " + ".join(str(part.path) for part in parts)
@@ -155,7 +155,7 @@ class Joined(_Checked):
 
     def check(self, videos: Iterable[str], frame_dim: int | None) -> None:
         videos = list(videos)
-        for part in self.parts:  # which name themselves
+        for part in self.parts:  # their messages name the source
             part.check(videos, None)
         super().check(videos, frame_dim)
 
@@ -171,15 +171,15 @@ class Joined(_Checked):
 
 
 def open_features(paths: str | Sequence[str], pattern: str | None = None, split: str = "") -> FeatureSource:
-    """The source at a path, or the sources at several, joined.
+    """Opens the source at a path, or the joined sources at several paths.
 
     Args:
-        paths: of HDF5 files and folders; ``{split}`` in one stands for the split's name.
-        pattern: where a video's dataset is in an HDF5 file, such as ``clips/{video}/rgb``; by default at the top.
+        paths: HDF5 files and folders; ``{split}`` is replaced by the split's name.
+        pattern: path of a video's dataset in an HDF5 file, such as ``clips/{video}/rgb``; by default ``{video}``.
         split: ``train``, ``val`` or ``test``.
 
     Raises:
-        InputError: there is nothing there, or something that holds no features; the message says what it is.
+        InputError: the path does not exist, or holds no features; the message says what it holds.
     """
     parts = [
         _open_one(path.replace("{split}", split), pattern) for path in ([paths] if isinstance(paths, str) else paths)

@@ -1,4 +1,4 @@
-"""Visual features: HDF5 files in the published layouts or by a pattern, checked and averaged to a number of clips."""
+"""Visual features: reads and checks HDF5 files (published layouts, or a pattern), and averages frames to clips."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from cnm.data.arrays import MAX_BYTES, read_array, what_it_is
 from cnm.data.names import name_problem
 from cnm.errors import InputError
 
-INNER_KEYS = ("c3d_features",)  # where a video is a group instead of a dataset
+INNER_KEYS = ("c3d_features",)  # the dataset's name if a video is a group
 
 
 class FeatureFile:
     """An HDF5 file with one dataset [n, frame_dim] per video, or one group with such a ``c3d_features`` inside.
 
     Args:
-        pattern: where a video's dataset is, ``{video}`` standing for its name.
+        pattern: path of a video's dataset; ``{video}`` is replaced by its name.
 
     Raises:
-        InputError: the file is missing or is no HDF5 (truncated, for one).
+        InputError: the file is missing or is not HDF5 (for example: truncated).
     """
 
     def __init__(self, path: str | Path, pattern: str | None = None) -> None:
@@ -44,12 +44,12 @@ class FeatureFile:
             self._file = h5py.File(path, "r")
         except OSError as error:
             reason = " ".join(str(error).split())
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EPERM, errno.ENOLCK):  # it is whole
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EPERM, errno.ENOLCK):  # the file is complete
                 held = "another program is writing it; wait for it, or close the file there"
                 remedy = held if "lock" in reason else "check its permissions"
                 raise InputError(f"{path}: cannot be opened ({reason}); {remedy}") from None
             raise InputError(
-                f"{path}: is no readable HDF5 file ({reason}); it is {what_it_is(path)}, perhaps truncated: "
+                f"{path}: is not a readable HDF5 file ({reason}); it is {what_it_is(path)}, perhaps truncated: "
                 f"fetch it again, or name an HDF5 file or a folder of .npz or .npy"
             ) from None
 
@@ -66,20 +66,20 @@ class FeatureFile:
             return self._key(video) in self._file
 
     def shape(self, video: str) -> tuple[int, int]:
-        """[frames, width] of one video, without its values. Raises ``InputError`` as ``frames``."""
+        """Returns the shape [frames, width] of one video. Raises ``InputError`` as ``frames`` does."""
         n, width = self._dataset(video, None).shape
         return n, width
 
     def identity(self, videos: Iterable[str]) -> Any:
-        """What changes when the file does."""
+        """Identifies the version of the file."""
         found = cache.identity(self.path)
         return found if self._pattern == "{video}" else found | {"pattern": self._pattern}
 
     def check(self, videos: Iterable[str], frame_dim: int | None) -> None:
-        """Names the first video that is missing or has another width, before any long work begins.
+        """Refuses the first video that is missing or has another width, before long work begins.
 
         Raises:
-            InputError: as ``frames``, except for the values, which it does not read.
+            InputError: as ``frames`` raises it, except for wrong values, which it does not read.
         """
         missing = [video for video in videos if video not in self]
         if missing:
@@ -92,7 +92,7 @@ class FeatureFile:
             self._dataset(video, frame_dim)
 
     def frames(self, video: str, frame_dim: int | None) -> np.ndarray:
-        """[n, frame_dim] float32 of one video.
+        """Returns the features [n, frame_dim] float32 of one video.
 
         Raises:
             InputError: the video is missing, has another shape or width, holds NaN or infinity, or cannot be read.
@@ -106,8 +106,8 @@ class FeatureFile:
 
     @contextmanager
     def _readable(self, video: str) -> Iterator[None]:
-        """HDF5's library finds a damaged file in many ways, and h5py raises many things for it."""
-        problem = name_problem(video)  # HDF5 would cut a name at a NUL, and leave out a dot
+        """Turns the many exceptions that h5py raises for damaged files into ``InputError``."""
+        problem = name_problem(video)  # HDF5 cuts names at a NUL and drops parts that are a dot
         if problem:
             raise InputError(f"{self.path}: {video!r} is not a video's name: {problem}; correct it")
         try:
@@ -150,8 +150,10 @@ class FeatureFile:
 
 
 def pool(frames: np.ndarray, num_clips: int) -> np.ndarray:
-    """Averages n frames to clips: clip j is the mean of frames round(j n/T) to round((j+1) n/T), the single frame where
-    that is empty; bounds beyond the last frame are cut to it. Source: published ``_sample_frame_features``.
+    """Averages n frames to T clips: clip j is the mean of frames round(j n/T) to round((j+1) n/T).
+
+    An empty range takes its first frame; bounds are clamped to the last frame. Source: published
+    ``_sample_frame_features``.
 
     Args:
         frames: [n, frame_dim], n >= 1.
@@ -168,16 +170,16 @@ def pool(frames: np.ndarray, num_clips: int) -> np.ndarray:
 
 
 def clips(frames: np.ndarray, num_clips: int) -> np.ndarray:
-    """What a model reads of one video: [num_clips, frame_dim] float32, averaged by ``pool`` unless it is so already."""
+    """Returns a model's input of one video, [num_clips, frame_dim] float32; ``pool`` averages other lengths."""
     return np.asarray(frames, np.float32) if len(frames) == num_clips else pool(frames, num_clips)
 
 
 def pool_batch(frames: Tensor, lengths: Tensor, num_clips: int) -> tuple[Tensor, Tensor]:
-    """Averages the videos of a batch that are longer than ``num_clips``, by ``pool``; shorter ones stay as they are.
+    """Averages the videos of a batch that are longer than ``num_clips`` by ``pool``; shorter ones stay unchanged.
 
     Args:
         frames: [B, n, frame_dim], floating.
-        lengths: [B] int64, frames of each that are real.
+        lengths: [B] int64, number of real frames.
 
     Returns:
         [B, min(n, num_clips), frame_dim] in the frames' dtype, and lengths [B].
@@ -193,7 +195,7 @@ def pool_batch(frames: Tensor, lengths: Tensor, num_clips: int) -> tuple[Tensor,
 
 
 def load_features(source: str, frame_dim: int, num_clips: int) -> np.ndarray:
-    """One video's clips from ``F.npy`` or ``F.npz`` ([n, frame_dim]), or from ``F.hdf5:VIDEO``.
+    """Reads one video's clips from ``F.npy`` or ``F.npz`` ([n, frame_dim]), or from ``F.hdf5:VIDEO``.
 
     Returns:
         [num_clips, frame_dim] float32.

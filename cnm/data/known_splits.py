@@ -1,4 +1,4 @@
-"""Splits that go by one name and hold different sentences: which of them a file is, told by its counts."""
+"""Recognises published splits by their counts: different splits share one name."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ KNOWN = {  # (sentences, videos)
 
 
 def known_split(samples: Sequence[Sample]) -> str | None:
-    """The split's name where its sentences and videos are as many as a known one's: scores of two never compare."""
+    """Returns the name of the known split with as many sentences and videos. Scores of two splits never compare."""
     return KNOWN.get((len(samples), len({sample.video for sample in samples})))

@@ -1,4 +1,4 @@
-"""Batches in an order that depends on (seed, epoch) alone, prepared while the model computes."""
+"""Makes batches in an order that depends on (seed, epoch) alone; a thread prepares them in advance."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class BatchLoader:
     Args:
         split: what to cut.
         batch_size: sentences per batch.
-        shuffle: a new order every epoch; else the split's own.
-        seed: decides the orders.
-        part: of a batch's ``count`` samples, which rows to load (``Group.rows``); None: all. The indices yielded are
-            those of the whole batch.
+        shuffle: a new order every epoch; otherwise the split's order.
+        seed: determines the orders.
+        part: maps the number of a batch's samples to the rows to load (``Group.rows``); None loads all. The yielded
+            indices are always those of the whole batch.
     """
 
     def __init__(
@@ -41,19 +41,19 @@ class BatchLoader:
         self.shuffle = shuffle
         self.seed = seed
         self.part = part
-        self._buffers = BufferPool(AHEAD + 2)  # as many as there are at once: those ahead, the next and the current one
+        self._buffers = BufferPool(AHEAD + 2)  # as many as exist at once: those ahead, the next and the current one
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The sample indices of an epoch, in order."""
+        """Returns the sample indices of an epoch, in order."""
         if not self.shuffle:
             return np.arange(len(self.split))
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.split))
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
-        """Yields (indices, batch), from batch ``start`` on; a thread prepares the next ones meanwhile."""
+        """Yields (indices, batch), from batch ``start`` on, while a thread prepares the next ones."""
         order = self.order(epoch)
         chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)][start:]
         ready: deque[tuple[np.ndarray, Future[Batch]]] = deque()
@@ -61,7 +61,7 @@ class BatchLoader:
             try:
                 for chunk in chunks:
                     own = chunk if self.part is None else chunk[self.part(len(chunk))]
-                    # As many words as in the whole batch: the row after a longest sentence is not reconstructed.
+                    # Pad as the whole batch is: no last row is reconstructed, and all parts must agree on which it is.
                     ready.append(
                         (chunk, worker.submit(self.split.batch, own, self.split.longest(chunk), self._buffers))
                     )

@@ -1,4 +1,4 @@
-"""What a set of features holds, found in one pass: its faults, and a manifest that a later pass is compared with."""
+"""Surveys a set of features in one pass: lists faults, and writes or compares a manifest."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from cnm.errors import InputError
 from cnm.files import read_json, replace_file, shortened
 
 FORMAT = 1
-ODD_RATE = 2.0  # clips per second this many times above or below the median are reported
+ODD_RATE = 2.0  # reports videos whose clips per second differ from the median by this factor
 
 
 @dataclass
 class Survey:
-    """Features of a set of videos.
+    """The result of a survey of features.
 
     Attributes:
-        videos: of those that can be read, ``{"shape": [n, width], "sha256": of the float32 values}``.
+        videos: of each readable video ``{"shape": [n, width], "sha256": of the float32 values}``.
         missing: videos without features.
         broken: videos whose features cannot be used, with the reason.
         rates: clips per second of video.
@@ -40,12 +40,12 @@ class Survey:
 
     @property
     def widths(self) -> dict[int, int]:
-        """How many videos have features of each width, most frequent first."""
+        """The number of videos for each width of features, most frequent first."""
         return dict(Counter(entry["shape"][1] for entry in self.videos.values()).most_common())
 
     @property
     def lengths(self) -> tuple[int, float, int] | None:
-        """Fewest, median and most clips of a video."""
+        """The smallest, median and largest number of clips."""
         lengths = [entry["shape"][0] for entry in self.videos.values()]
         return (min(lengths), float(np.median(lengths)), max(lengths)) if lengths else None
 
@@ -55,7 +55,7 @@ class Survey:
 
     @property
     def odd_rates(self) -> dict[str, float]:
-        """Videos with far more or fewer clips per second than most: cut short, of another video, or wrong durations."""
+        """Videos with unusual clips per second: truncated features, features of another video, or a wrong duration."""
         median = self.median_rate
         if median is None:
             return {}
@@ -63,7 +63,7 @@ class Survey:
 
     @property
     def duplicates(self) -> list[list[str]]:
-        """Groups of videos with the very same features."""
+        """Groups of videos with identical features."""
         groups: dict[str, list[str]] = {}
         for video, entry in self.videos.items():
             groups.setdefault(entry["sha256"], []).append(video)
@@ -74,7 +74,7 @@ def survey(source: FeatureSource, durations: Mapping[str, float], *, progress: b
     """Reads the features of every video once.
 
     Args:
-        durations: seconds of each video that must be there.
+        durations: the required videos, with their seconds.
     """
     found = Survey()
     for video in tqdm(durations, desc="checking features", unit="video", disable=None if progress else True):
@@ -92,10 +92,10 @@ def survey(source: FeatureSource, durations: Mapping[str, float], *, progress: b
 
 
 def write_manifest(path: str | Path, found: Survey, features: list[str], origin: str | None, split: str) -> None:
-    """Writes a survey down, with where the features lay and where they came from: in the user's words, and as recorded.
+    """Writes a survey to a manifest, with the features' paths and origin (the user's text, and the record).
 
     Args:
-        split: what ``{split}`` in ``features`` stands for.
+        split: replaces ``{split}`` in ``features``.
 
     Raises:
         InputError: the file cannot be written.
@@ -112,19 +112,19 @@ def write_manifest(path: str | Path, found: Survey, features: list[str], origin:
 
 
 def described(frames: np.ndarray) -> dict[str, Any]:
-    """What a manifest holds of one video's features, [n, width] float32."""
+    """Returns a manifest's entry for one video's features [n, width] float32."""
     return {"shape": list(frames.shape), "sha256": hashlib.sha256(frames.astype("<f4").tobytes()).hexdigest()}
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The content of a manifest.
+    """Reads a manifest.
 
     Raises:
-        InputError: it is missing, or is none.
+        InputError: the file is missing, or is not a manifest.
     """
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("videos"), dict):
-        raise InputError(f"{path}: is no manifest of format {FORMAT}; write it with `cnm features check --manifest`")
+        raise InputError(f"{path}: is not a manifest of format {FORMAT}; write it with `cnm features check --manifest`")
     for video, entry in content["videos"].items():
         if not isinstance(entry, dict):
             raise InputError(f"{path}: video {shortened(video)} is {shortened(entry)}, not its shape and sha256")
@@ -132,7 +132,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def difference(video: str, expected: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """How a video is not as a manifest says; None where it is."""
+    """Describes how a video differs from its manifest entry; None if it does not."""
     if expected.get("shape") != found["shape"]:
         return f"video {video!r} has shape {found['shape']}, the manifest says {shortened(expected.get('shape'))}"
     if expected.get("sha256") != found["sha256"]:
@@ -141,10 +141,10 @@ def difference(video: str, expected: dict[str, Any], found: dict[str, Any]) -> s
 
 
 def differences(path: str | Path, found: Survey) -> list[str]:
-    """What is not as a manifest says, a line each; videos that only one of the two has are passed over.
+    """Describes each difference from a manifest in a line; ignores videos that only one of the two has.
 
     Raises:
-        InputError: the manifest is missing, or is none.
+        InputError: the manifest is missing, or the file is not one.
     """
     videos = read_manifest(path)["videos"]
     lines = [difference(video, videos.get(video, entry), entry) for video, entry in found.videos.items()]

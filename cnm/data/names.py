@@ -1,4 +1,4 @@
-"""Names of videos, which are looked up in HDF5 files and folders: as they are written, or not at all."""
+"""Checks names of videos before they are looked up in HDF5 files and folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _UNWRITTEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def name_problem(name: Any) -> str | None:
-    """Why a name would find another video than its own, or a file outside its folder; None for a good one."""
+    """Says why a name could find another video or a file outside the folder; None for a valid name."""
     if not isinstance(name, str):
         return f"it is a {type(name).__name__}"
     if not name:

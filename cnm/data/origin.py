@@ -1,4 +1,4 @@
-"""Where features came from: what ``cnm extract`` records beside them, so that a model is not fed others."""
+"""The origin of features, as ``cnm extract`` records it: a model refuses features of another origin."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from cnm.errors import InputError
 from cnm.files import read_json
 
 HDF5_SUFFIXES = (".hdf5", ".h5", ".hdf")
-JOINT = " + "  # between the encoders of features that lie side by side
+JOINT = " + "  # joins the encoders of concatenated features
 
 
 def record_path(output: str | Path) -> Path:
-    """Where the record of a feature file or folder lies."""
+    """Returns the path of the record of a feature file or folder."""
     output = Path(output)
     return output.with_name(f"{output.name}.json")
 
 
 def read_record(output: str | Path) -> dict[str, Any] | None:
-    """The record of a feature file or folder, None where it has none of ``cnm extract``.
+    """Reads the record that ``cnm extract`` wrote beside a feature file or folder; None if there is none.
 
     Raises:
-        InputError: there is one that is no JSON.
+        InputError: the record is not JSON.
     """
     path = record_path(output)
     if not path.is_file():
@@ -39,10 +39,10 @@ class Origin:
     """How features were made.
 
     Attributes:
-        encoder: its name for ``cnm extract``; of features side by side, all names in their order.
-        weights_sha256: of the encoder's parameters, likewise.
-        stride, rate: frames between features, or features a second; the other is None. Both are, where features side
-            by side differ in them.
+        encoder: its name for ``cnm extract``; for concatenated features, all names in order.
+        weights_sha256: hashes of the encoder's parameters, joined in the same way.
+        stride, rate: frames between features, or features per second; the other is None. Both are None if
+            concatenated features differ in them.
     """
 
     encoder: str
@@ -52,7 +52,7 @@ class Origin:
 
     @classmethod
     def from_record(cls, record: Any) -> Origin | None:
-        """Of a record, or of what a checkpoint keeps of it; None where it does not say."""
+        """Reads the origin from a record or from a checkpoint; None if it has none."""
         record = record if isinstance(record, dict) else {}
         encoder, weights = record.get("encoder"), record.get("weights_sha256")
         if not isinstance(encoder, str) or not isinstance(weights, str):
@@ -67,10 +67,10 @@ class Origin:
 
     @classmethod
     def of(cls, paths: str | Path | Sequence[str | Path] | None, split: str = "") -> Origin | None:
-        """Of a feature file or folder, or of several side by side; None where one of them has no record.
+        """Returns the origin of one or several (concatenated) feature files or folders; None if one has no record.
 
         Args:
-            split: what ``{split}`` in a path stands for.
+            split: replaces ``{split}`` in a path.
         """
         if paths is None:
             return None
@@ -93,7 +93,7 @@ class Origin:
         return asdict(self)
 
     def check(self, other: Origin | None, name: str) -> None:
-        """Raises ``InputError`` where features called ``name`` are known to be of another encoder than these."""
+        """Raises ``InputError`` if features called ``name`` are known to come from another encoder."""
         if other is None or (other.encoder, other.weights_sha256) == (self.encoder, self.weights_sha256):
             return
         raise InputError(
@@ -107,7 +107,7 @@ class Origin:
 
 
 def split_source(source: str) -> tuple[Path, str] | None:
-    """A video's features ``F.hdf5:VIDEO`` or ``FOLDER/VIDEO.npy`` as file or folder and video; None: no features."""
+    """Splits ``F.hdf5:VIDEO`` or ``FOLDER/VIDEO.npy`` into the file or folder and the video; None for other texts."""
     path, separator, video = source.rpartition(":")
     if separator and Path(path).suffix in HDF5_SUFFIXES:
         return Path(path), video
@@ -117,7 +117,7 @@ def split_source(source: str) -> tuple[Path, str] | None:
 
 
 def recorded_duration(source: str) -> float | None:
-    """Seconds of the video whose features these are, where they are recorded."""
+    """Returns the duration in seconds of the features' video, if it is recorded."""
     split = split_source(source)
     record = None if split is None else read_record(split[0])
     if split is None or record is None:

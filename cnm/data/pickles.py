@@ -1,9 +1,9 @@
-"""Reading the published vocabulary pickle without running what a pickle can run.
+"""Reads the published vocabulary pickle without executing code.
 
-A pickle may call any importable function, set attributes of any object it can name, and hand numpy a dtype whose
-fields lie outside the array's memory. So nothing real is ever handed to it: each of the few names that such a file
-holds (``collections.Counter`` and what numpy arrays of numbers are made of) resolves to a stand-in, which only notes
-what it is called with and is checked before an array or a Counter is made of it. Every other name is refused.
+A pickle can call any importable function, set attributes of any object that it can name, and give numpy a dtype whose
+fields lie outside the array's memory. Therefore a pickle never gets real objects: the few names that a vocabulary needs
+(``collections.Counter`` and the constructors of numpy arrays) resolve to stand-ins. A stand-in only records the
+arguments of its call; they are checked before an array or a Counter is made. All other names are refused.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import numpy as np
 
 from cnm.errors import InputError
 
-_NUMBER = re.compile(r"[<>=|]?([fiu][1248]|b1)")  # the dtypes admitted, as numpy spells them
+_NUMBER = re.compile(r"[<>=|]?([fiu][1248]|b1)")  # the dtypes that are accepted, in numpy's notation
 _MAX_NESTING = 16
 _MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
-_EMPTY = (0,)  # the shape that numpy's _reconstruct is called with
+_EMPTY = (0,)  # the placeholder shape that numpy passes to _reconstruct
 
 
 class _StandIn:
-    """What a name in the pickle stands for: it can be called, and nothing else can be done to it."""
+    """The object that a name in the pickle resolves to: it can be called, and nothing else."""
 
     __slots__ = ("_call",)
     _call: Callable[..., Any]
@@ -48,7 +48,7 @@ class _StandIn:
 
 
 class _DType:
-    """A dtype of numbers; the pickle's state may set its byte order and nothing else."""
+    """A numeric dtype; the pickle's state can only set its byte order."""
 
     __slots__ = ("value",)
 
@@ -67,7 +67,7 @@ class _DType:
 
 
 class _Array:
-    """An array to be: numpy's ``_reconstruct`` makes an empty one, which the pickle's state then fills."""
+    """An array under construction: ``_reconstruct`` makes it empty, then the pickle's state fills it."""
 
     __slots__ = ("value",)
 
@@ -98,24 +98,24 @@ def _numbers(data: Any, dtype: Any, shape: tuple[Any, ...], order: Any) -> np.nd
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    """In place of numpy's ``_frombuffer``, which pickles of protocol 5 use."""
+    """Replaces numpy's ``_frombuffer``, which pickles of protocol 5 use."""
     return _numbers(data, dtype, shape if isinstance(shape, tuple) else (shape,), order)
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
-    """In place of numpy's ``scalar``: one number."""
+    """Replaces numpy's ``scalar``: one number."""
     return _numbers(data, dtype, (), "C")[()]
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """In place of ``_codecs.encode``, with which pickles before protocol 3 hold bytes."""
+    """Replaces ``_codecs.encode``: pickles before protocol 3 store bytes as text and encode it."""
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError(f"it holds text encoded as {_short(encoding)}")
     return text.encode("latin1")
 
 
 def _bytes(*arguments: Any) -> bytes:
-    """In place of ``bytes``, with which pickles before protocol 3 hold the empty one."""
+    """Replaces ``bytes``: pickles before protocol 3 call it for an empty value."""
     if arguments:
         raise pickle.UnpicklingError("it holds bytes in an unusual way")
     return b""
@@ -154,9 +154,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _finished(value: Any, done: dict[int, Any], nesting: int = 0) -> Any:
-    """The same content with every stand-in replaced by what it stands for, all of it plain data.
+    """Copies the content with every stand-in replaced by the plain data that it describes.
 
-    ``done`` holds what each object met before became: a pickle can name one list a billion times in a few lines.
+    ``done`` maps objects to their copies: in a few lines a pickle can refer to one list a billion times.
     """
     if nesting > _MAX_NESTING:
         raise pickle.UnpicklingError(f"it is nested more than {_MAX_NESTING} deep")
@@ -184,9 +184,9 @@ def _plain(value: Any, done: dict[int, Any], nesting: int) -> Any:
 
 
 def _plain_counter(value: collections.Counter[Any]) -> collections.Counter[Any]:
-    """A fresh Counter: the pickle may have hung attributes on the one it made."""
+    """Makes a new Counter: the pickle could have set attributes on its own."""
     if not all(isinstance(count, (int, np.integer)) for count in value.values()):
-        raise pickle.UnpicklingError("it holds a Counter whose counts are no numbers")
+        raise pickle.UnpicklingError("it holds a Counter whose counts are not numbers")
     return collections.Counter({_plain_key(key): count for key, count in value.items()})
 
 
@@ -197,7 +197,7 @@ def _plain_key(key: Any) -> Any:
 
 
 def _check_memo(content: bytes) -> None:
-    """A pickle numbers what it refers to again; C code makes room up to the number, gigabytes of it for 15 bytes."""
+    """Refuses huge memo indices: the C unpickler allocates up to the index, so 15 bytes could take gigabytes."""
     for opcode, number, _ in pickletools.genops(content):
         if opcode.name in _MEMO_OPCODES and isinstance(number, int) and number > len(content):
             raise pickle.UnpicklingError("it numbers more objects than it can hold")
@@ -209,14 +209,14 @@ def _short(value: Any) -> str:
 
 
 def read_pickle(path: str | Path) -> Any:
-    """The content of a pickle of plain data; nothing in it is executed.
+    """Reads a pickle of plain data; executes nothing in it.
 
     Returns:
         Dictionaries, lists, tuples, strings, bytes, numbers, None, ``collections.Counter`` and read-only numpy arrays
         of numbers.
 
     Raises:
-        InputError: the file cannot be read, is no pickle, or holds anything else.
+        InputError: the file cannot be read, is not a pickle, or holds other data.
     """
     try:
         content = Path(path).read_bytes()
@@ -228,5 +228,6 @@ def read_pickle(path: str | Path) -> Any:
         raise InputError(
             f"{path}: refused as a vocabulary pickle: {error}; get the file from a trusted source"
         ) from None
-    except Exception as error:  # a truncated or malformed pickle can raise almost anything
-        raise InputError(f"{path}: is no readable pickle ({type(error).__name__}: {error}); fetch it again") from None
+    except Exception as error:  # a truncated or malformed pickle can raise almost any exception
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: is not a readable pickle ({reason}); fetch it again") from None

@@ -1,6 +1,6 @@
-"""Planted features: for any annotation files, videos whose moments carry a signal tied to the sentence's words.
+"""Planted features: artificial features of annotated videos, whose moments carry a signal of the sentence's words.
 
-They let the real annotations train without the real features, and show whether localization is learnt at all.
+With them a model trains on real annotations without the real features, and shows whether it learns to localize.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cnm.data.vocabulary import Vocabulary
 from cnm.errors import InputError
 
 MIN_FRAMES, MAX_FRAMES = 16, 1024
-DISTRACTORS = 2  # per video: other videos' sentences, planted outside the annotated moments
+DISTRACTORS = 2  # number per video; sentences of other videos, planted outside the annotated moments
 
 
 def plant(
@@ -35,16 +35,16 @@ def plant(
     seed: int = 0,
     progress: bool = False,
 ) -> int:
-    """Writes an HDF5 file of planted features for every video of the annotation files.
+    """Writes an HDF5 file with planted features of every video in the annotation files.
 
     Each content word has a fixed random vector. The frames of a moment carry the sum of its sentence's vectors, scaled
     to ``signal`` per feature; some other frames carry other videos' sentences; all frames have noise of strength 1.
     Every video's features depend on its name, its sentences and the seed alone.
 
     Args:
-        annotations: files as ``read_annotations`` takes them; a video may occur in several.
-        vocabulary: whose words carry signals.
-        output: HDF5 file, written under a temporary name first; an existing one is replaced.
+        annotations: files for ``read_annotations``; a video may be in several.
+        vocabulary: its words carry signals.
+        output: HDF5 file, first written under a temporary name; replaces an existing file.
         frame_dim: width of the features.
         frames_per_second: frames per second of video (16 to 1,024 per video).
 
@@ -96,7 +96,7 @@ def plant(
 
 
 def _check_names(videos: Iterable[str]) -> None:
-    """A slash in a name makes a group of what is before it, which then cannot be a video itself."""
+    """Refuses names that collide: HDF5 makes "a" a group if there is "a/b", so "a" cannot be a video too."""
     known = set(videos)
     for video in known:
         parts = video.split("/")
@@ -106,7 +106,7 @@ def _check_names(videos: Iterable[str]) -> None:
 
 
 def _signal(sentence: str, vocabulary: Vocabulary, vectors: np.ndarray) -> np.ndarray:
-    """The scaled sum of the content words' vectors, of variance 1 per feature; zero without any. [frame_dim]"""
+    """Sums the content words' vectors, scaled to variance 1 per feature; zero without content words. [frame_dim]"""
     words = {word for word, is_content in tag(sentence) if is_content}
     ids = sorted(index for word in words if (index := vocabulary.id(word)) is not None)
     return vectors[ids].sum(0) / np.sqrt(max(len(ids), 1))

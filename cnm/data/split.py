@@ -27,7 +27,7 @@ from cnm.masking import mask_weights
 
 SplitName = Literal["train", "val", "test"]
 
-# What arrays hold features as: of bfloat16, which NumPy does not know, the bits.
+# The NumPy dtype that stores a torch dtype; NumPy has no bfloat16, so its bits are stored as integers.
 STORED = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
@@ -36,10 +36,10 @@ class Split:
 
     Attributes:
         name: ``train``, ``val`` or ``test``.
-        vocabulary: what the word ids mean.
+        vocabulary: maps word ids to words.
         samples: one per sentence, in the file's order.
-        notes: what was corrected or left out on reading, for the user.
-        dtype: of the batches' frames.
+        notes: messages for the user on corrected or omitted data.
+        dtype: the dtype of the batches' frames.
     """
 
     def __init__(
@@ -59,32 +59,32 @@ class Split:
         self.notes = notes
         self.dtype = dtype
         self._features = features  # [videos, T, frame_dim] as STORED, on disk
-        self._video_rows = video_rows  # [N], each sample's row of it
-        self._ids, self._content, self._lengths = encoded  # [N, max_num_words], same, [N]
+        self._video_rows = video_rows  # [N], each sample's row in features
+        self._ids, self._content, self._lengths = encoded  # [N, max_num_words], [N, max_num_words], [N]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     @property
     def moments(self) -> np.ndarray:
-        """[N, 2] float64, start and end of the first as fractions of the video. For evaluation; no batch holds them."""
+        """[N, 2] float64, start and end of the first moment, fractions of the video; evaluation alone reads it."""
         return np.array([[time / sample.duration for time in sample.moment] for sample in self.samples])
 
     @property
     def windows(self) -> np.ndarray:
-        """[N, M, 2] float64 likewise, every right answer of each sentence; the first one fills the places left over."""
+        """[N, M, 2] float64, all moments of each sentence as fractions; the first moment fills unused places."""
         return windows_of(self.samples)
 
     def longest(self, indices: np.ndarray) -> int:
-        """Words in the longest of these sentences, 1 at least."""
+        """Returns the number of words in the longest of these sentences, at least 1."""
         return max(int(self._lengths[indices].max(initial=0)), 1)
 
     def batch(
         self, indices: Sequence[int] | np.ndarray, words: int | None = None, buffers: BufferPool | None = None
     ) -> Batch:
-        """The samples of these indices, on the CPU; ``words`` of each, by default as many as the longest has.
+        """Returns these samples on the CPU, padded to ``words`` words (default: those of the longest sentence).
 
-        ``buffers`` lends the frames' memory; by default it is new.
+        ``buffers`` lends the memory of the frames; by default it is newly allocated.
         """
         indices = np.asarray(indices)
         lengths = self._lengths[indices]
@@ -93,7 +93,7 @@ class Split:
         shape = (len(indices), *self._features.shape[1:])
         kind = self._features.dtype
         frames = torch.from_numpy(np.empty(shape, kind)) if buffers is None else buffers.take(shape, kind)
-        # Every row is there: "clip" spares the copy that "raise" makes on the way to out.
+        # All indices are valid. With "raise" NumPy would write to out through a copy.
         np.take(self._features, self._video_rows[indices], axis=0, out=frames.numpy(), mode="clip")
         vectors = np.zeros((len(indices), L + 1, self.vocabulary.vectors.shape[1]), dtype=np.float32)
         np.take(self.vocabulary.vectors, ids, axis=0, out=vectors[:, 1:])
@@ -108,7 +108,7 @@ class Split:
 
 
 def windows_of(samples: Sequence[Sample]) -> np.ndarray:
-    """[N, M, 2] float64, all moments as fractions of their video; the first one fills the places left over."""
+    """[N, M, 2] float64, all moments as fractions of their video; the first moment fills unused places."""
     most = max((len(sample.windows) for sample in samples), default=1)
     filled = [(*sample.windows, *[sample.moment] * (most - len(sample.windows))) for sample in samples]
     return np.array(
@@ -120,10 +120,10 @@ def windows_of(samples: Sequence[Sample]) -> np.ndarray:
 
 
 def load_vocabulary(config: DatasetConfig) -> Vocabulary:
-    """The vocabulary of a dataset section.
+    """Reads the vocabulary that a dataset section names.
 
     Raises:
-        InputError: the file is missing, hostile or does not fit.
+        InputError: the file is missing, hostile or does not match the configuration.
     """
     if config.dataset == "synthetic":
         return synthetic.vocabulary(config)
@@ -140,19 +140,19 @@ def open_split(
     stored: Vocabulary | None = None,
     origin: Origin | None = None,
 ) -> Split:
-    """Reads a split; tokenizes its sentences and pools its features on first use, and finds them in the cache later.
+    """Reads a split. The first time it tokenizes sentences and pools features; later it reads both from the cache.
 
     Args:
         config: the dataset section.
-        split: sentences without a known word are left out of ``train``; elsewhere they are kept and counted.
+        split: ``train`` omits sentences without a known word; other splits keep and count them.
         progress: show a bar while features are pooled.
-        dtype: of the pooled features, float32 or bfloat16: a model that computes in bfloat16 would round them first of
-            all, and half the bytes are half the time in the cache, the loader and on the way to a GPU.
-        stored: a checkpoint's vocabulary, which serves where ``config.vocab_path`` is not there.
-        origin: of the features that the model knows, where it is known; others are refused.
+        dtype: of the pooled features, float32 or bfloat16. A model that computes in bfloat16 rounds them anyway, and
+            half the bytes take half the time in the cache, in the loader and to the GPU.
+        stored: a checkpoint's vocabulary, used if the file ``config.vocab_path`` does not exist.
+        origin: the origin of the model's training features, if known; features of another origin are refused.
 
     Raises:
-        InputError: anything wrong with the files; the message names file, item and remedy.
+        InputError: a file is wrong; the message names file, item and remedy.
     """
     missing = config.vocab_path is not None and not Path(config.vocab_path).exists()
     vocabulary = stored if stored is not None and missing else load_vocabulary(config)
@@ -180,7 +180,7 @@ def open_split(
         notes.append(f"{split}: {int(wordless.sum())} sentences hold no known word (first: {first!r}); {does}")
         if split == "train":
             keep = np.flatnonzero(~wordless)
-            # A sentence without a qid is known by its row in the file.
+            # The row in the file identifies a sentence without a qid.
             samples = [replace(samples[i], qid=i if samples[i].qid is None else samples[i].qid) for i in keep.tolist()]
             video_rows = video_rows[keep]
             encoded = (encoded[0][keep], encoded[1][keep], encoded[2][keep])

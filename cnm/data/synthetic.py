@@ -1,10 +1,10 @@
 """The embedded dataset: generated videos with planted moments, and sentences made by a small grammar.
 
 Every video holds several events at different times. An event has a sentence; while it lasts, each frame carries the
-scaled sum of fixed random vectors of the sentence's content words. The other events of the video are distractors for
-it, and everything lies in noise. The scene drifts slowly in the course of each video, as light and camera do: frames
-carry no positions in CNM, so without a drift nothing would tell early from late. Nothing is downloaded; the seed
-decides all.
+scaled sum of fixed random vectors of the sentence's content words. The other events of the video are its distractors,
+and all frames have noise. The scene drifts slowly during each video, as light and camera do: CNM gives frames no
+positions, so without a drift the model could not tell early from late. Nothing is downloaded; the seed determines
+everything.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ OBJECTS = "door window box plate cup chair lamp guitar bicycle book".split()
 ADVERBS = "slowly quickly carefully again".split()
 FUNCTION_WORDS = ["the", "a"]
 
-SIGNAL = 3.0  # of an event in its frames, per feature; the noise has strength 1
-DRIFT = 1.0  # of each wave of the drift, per feature
-DRIFT_WAVES = 3  # half periods of the cosine over a video: 1, 2, 3
-EVENTS = (2, 3)  # per video, fewest and most
-GAP = 0.05  # between events, fraction of the video
-MIN_LENGTH, MAX_LENGTH = 0.15, 0.4  # of an event, fraction of the video
-SECONDS = (20.0, 60.0)  # of a video
+SIGNAL = 3.0  # strength of an event in its frames, per feature; the noise has strength 1
+DRIFT = 1.0  # strength of each wave of the drift, per feature
+DRIFT_WAVES = 3  # the drift's cosines have 1, 2 and 3 half periods in a video
+EVENTS = (2, 3)  # per video, minimum and maximum
+GAP = 0.05  # minimum between events, fraction of the video
+MIN_LENGTH, MAX_LENGTH = 0.15, 0.4  # length of an event, fraction of the video
+SECONDS = (20.0, 60.0)  # duration of a video, seconds
 HELD_OUT = 4  # val and test have a quarter as many videos as train
 
 
 def vocabulary(config: DatasetConfig) -> Vocabulary:
-    """All words of the grammar with random vectors of width ``word_dim``."""
+    """Returns all words of the grammar with random vectors of width ``word_dim``."""
     words = [*FUNCTION_WORDS, *ADJECTIVES, *SUBJECTS, *VERBS, *OBJECTS, *ADVERBS]
     if config.vocab_size != len(words):
         raise InputError(f"dataset.vocab_size is {config.vocab_size}, but the synthetic grammar has {len(words)} words")
@@ -44,7 +44,7 @@ def vocabulary(config: DatasetConfig) -> Vocabulary:
 
 
 def generate(config: DatasetConfig, split: str) -> tuple[list[Sample], np.ndarray, np.ndarray]:
-    """Samples, features [videos, T, frame_dim] float32, and each sample's video row. The splits share no video."""
+    """Samples, features [videos, T, frame_dim] float32, and each sample's row in them. Splits share no videos."""
     stream = ("train", "val", "test").index(split) + 2
     rng = np.random.default_rng([config.seed, stream])
     signals = _word_signals(config)
@@ -74,14 +74,14 @@ def _word_signals(config: DatasetConfig) -> dict[str, np.ndarray]:
 
 
 def _drift(config: DatasetConfig, time: np.ndarray) -> np.ndarray:
-    """What every video carries at the times [T], fractions of the video: [T, frame_dim] float32."""
+    """The drift at times [T] (fractions of the video), the same in all videos: [T, frame_dim] float32."""
     waves = np.random.default_rng([config.seed, 5]).standard_normal((DRIFT_WAVES, config.frame_dim))
     phases = np.pi * time[:, None] * np.arange(1, DRIFT_WAVES + 1)
     return (DRIFT * np.cos(phases) @ waves).astype(np.float32)
 
 
 def _moments(rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Disjoint moments in random places: lengths first, then the free time shared out between them."""
+    """Draws disjoint moments: first their lengths, then how the free time is divided between them."""
     count = int(rng.integers(EVENTS[0], EVENTS[1] + 1))
     longest = min(MAX_LENGTH, (1 - (count - 1) * GAP) / count)
     lengths = rng.uniform(MIN_LENGTH, longest, count)

@@ -7,9 +7,9 @@ from functools import cache
 import nltk
 from nltk.tokenize import word_tokenize
 
-CONTENT_TAGS = ("NN", "VB", "JJ", "RB")  # as the published code matches them: anywhere in the tag
+CONTENT_TAGS = ("NN", "VB", "JJ", "RB")  # the published code matches these anywhere in the tag
 
-# Used where nltk's tagger has no data: English words that are none of the above in video descriptions.
+# Used without the data of nltk's tagger: English words that are not content words in video descriptions.
 FUNCTION_WORDS = frozenset(
     """
     a an the this that these those each every either neither another some any no all both half such what which whose
@@ -26,7 +26,7 @@ FUNCTION_WORDS = frozenset(
 
 
 def tokenize(sentence: str) -> list[str]:
-    """Lower-cased tokens, as the published code cuts sentences (nltk's treebank rules; needs no data)."""
+    """Returns lower-cased tokens as the published code does (nltk's treebank rules, which need no data)."""
     return [token.lower() for token in _tokens(sentence)]
 
 
@@ -36,7 +36,7 @@ def _tokens(sentence: str) -> list[str]:
 
 @cache
 def tagger_name() -> str:
-    """``nltk`` where its tagger's data is installed, else ``function-words``, the built-in list."""
+    """Returns ``nltk`` if its tagger's data is installed, otherwise ``function-words``, the built-in list."""
     for resource in ("taggers/averaged_perceptron_tagger_eng", "taggers/averaged_perceptron_tagger"):
         try:
             nltk.data.find(resource)
@@ -48,7 +48,7 @@ def tagger_name() -> str:
 
 
 def tag(sentence: str) -> list[tuple[str, bool]]:
-    """Each lower-cased token with whether it is a content word, which is masked more often."""
+    """Returns lower-cased tokens, each with whether it is a content word; content words are masked more often."""
     tokens = _tokens(sentence)
     if tagger_name() == "nltk":
         return [(token.lower(), any(kind in pos for kind in CONTENT_TAGS)) for token, pos in nltk.pos_tag(tokens)]

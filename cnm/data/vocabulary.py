@@ -1,4 +1,4 @@
-"""The words a model knows, their vectors, and sentences in terms of them."""
+"""The vocabulary of a model: words, their vectors, and the encoding of sentences."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PADDING = "<pad>"
 
 @dataclass(frozen=True)
 class EncodedSentence:
-    """A sentence's known words, in order, cut to the configured number."""
+    """The known words of a sentence, in order, truncated to the configured number."""
 
     ids: np.ndarray  # [L] int64
-    content: np.ndarray  # [L] bool, nouns, verbs, adjectives and adverbs
-    unknown: list[str]  # tokens the vocabulary lacks
+    content: np.ndarray  # [L] bool, True for nouns, verbs, adjectives and adverbs
+    unknown: list[str]  # tokens that the vocabulary lacks
 
 
 class Vocabulary:
@@ -45,11 +45,11 @@ class Vocabulary:
         return len(self.words)
 
     def id(self, word: str) -> int | None:
-        """The word's id, None where it is unknown."""
+        """Returns the word's id, or None if it is unknown."""
         return self._ids.get(word)
 
     def encode(self, sentence: str, max_words: int) -> EncodedSentence:
-        """Tokenizes and tags a sentence, keeps the words known, at most ``max_words``."""
+        """Tokenizes and tags a sentence; keeps its known words, at most ``max_words``."""
         ids, content, unknown = [], [], []
         for token, is_content in tag(sentence):
             if token in self._ids:
@@ -62,7 +62,7 @@ class Vocabulary:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that it can read sentences by itself."""
+        """Returns the data that a checkpoint stores, so that it can encode sentences without a vocabulary file."""
         return {"words": self.words, "vectors": torch.from_numpy(self.vectors.copy())}
 
     @classmethod
@@ -71,10 +71,10 @@ class Vocabulary:
 
     @classmethod
     def from_file(cls, path: str | Path, vocab_size: int, word_dim: int) -> Vocabulary:
-        """A vocabulary as ``cnm vocabulary`` writes it (``F.safetensors`` beside ``F.json``), or the published pickle.
+        """Reads a vocabulary that ``cnm vocabulary`` wrote (``F.safetensors`` and ``F.json``), or the published pickle.
 
         Args:
-            vocab_size: how many words are kept at most, most frequent first.
+            vocab_size: the largest number of words to keep, most frequent first.
 
         Raises:
             InputError: a file is missing, damaged or hostile, or its vectors are not ``word_dim`` wide.
@@ -92,7 +92,7 @@ class Vocabulary:
 
     @classmethod
     def from_pickle(cls, path: str | Path, vocab_size: int, word_dim: int) -> Vocabulary:
-        """The published file: a pickle of w2id, id2vec and counter; its ``vocab_size`` most common words are kept.
+        """Reads the published pickle of w2id, id2vec and counter; keeps the ``vocab_size`` most common words.
 
         Raises:
             InputError: the file is unreadable, hostile, of another shape, or its vectors are not ``word_dim`` wide.
@@ -125,11 +125,11 @@ class Vocabulary:
 
 
 def _vector(values: Any) -> np.ndarray:
-    """float32 of numbers; NumPy alone would also read texts such as "1.5" and truths."""
+    """Converts numbers to float32; refuses texts such as "1.5" and booleans, which NumPy would convert."""
     array = np.asarray(values)
     if array.dtype.kind not in "fiu":
-        raise TypeError(f"{array.dtype} is no number")
-    with np.errstate(over="ignore"):  # infinity, which is refused by name
+        raise TypeError(f"{array.dtype} is not a number")
+    with np.errstate(over="ignore"):  # overflow gives infinity; the caller refuses it
         return array.astype(np.float32)
 
 

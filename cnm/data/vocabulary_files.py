@@ -1,4 +1,4 @@
-"""Vocabularies in a format that holds nothing but numbers and texts: ``F.safetensors`` beside ``F.json``."""
+"""Vocabulary files that hold only numbers and texts: ``F.safetensors`` and ``F.json``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _REMEDY = "write both anew with `cnm vocabulary`"
 
 
 def is_safe(path: str | Path) -> bool:
-    """Whether the path names one of the two files, and not the published pickle."""
+    """Whether the path names one of the two files (otherwise it is the published pickle)."""
     return Path(path).suffix in SAFE
 
 
 def words_file(path: str | Path) -> Path:
-    """The file that says which words there are, and in what order."""
+    """Returns the path of the file that lists the words in order."""
     return Path(path).with_suffix(".json") if is_safe(path) else Path(path)
 
 
@@ -35,13 +35,13 @@ def write(
     """Writes both files; ``path`` names either.
 
     Args:
-        counts: the V words with how often they occur, most frequent first.
+        counts: the V words with their counts, most frequent first.
         vectors: [V, word_dim] float32.
-        unknown: words without a vector, with how often they occur.
-        source: where the vectors come from.
+        unknown: words without a vector, with their counts.
+        source: the origin of the vectors.
 
     Raises:
-        InputError: they cannot be written.
+        InputError: the files cannot be written.
     """
     stored = safetensors.numpy.save({"vectors": np.ascontiguousarray(vectors, np.float32)})
     content = {
@@ -56,7 +56,7 @@ def write(
 
 
 def read(path: str | Path) -> tuple[list[str], np.ndarray]:
-    """The words, most frequent first, and their vectors [V, word_dim] float32.
+    """Reads the words, most frequent first, and their vectors [V, word_dim] float32.
 
     Raises:
         InputError: a file is missing or damaged, or the two do not belong together.
@@ -74,8 +74,8 @@ def read(path: str | Path) -> tuple[list[str], np.ndarray]:
         tensors: dict[str, Any] = safetensors.numpy.load(stored)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror or error}); check the path") from None
-    except Exception as error:  # safetensors' own, and numpy's for types it does not know
-        raise InputError(f"{file}: is no safetensors file ({' '.join(str(error).split())}); {_REMEDY}") from None
+    except Exception as error:  # errors of safetensors, and of numpy for unknown types
+        raise InputError(f"{file}: is not a safetensors file ({' '.join(str(error).split())}); {_REMEDY}") from None
     if content.get("sha256") != hashlib.sha256(stored).hexdigest():
         raise InputError(f"{file}: is not the file that {words_file(path).name} was written with; {_REMEDY}")
     vectors = tensors.get("vectors")

@@ -1,4 +1,4 @@
-"""Word vectors in text, as GloVe and word2vec come: a word and its numbers per line, perhaps a header line."""
+"""Word vectors as text (GloVe, word2vec): each line is a word and its numbers; a header line is optional."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from cnm.errors import InputError
 
 
 def count_words(samples: Sequence[Sample]) -> Counter[str]:
-    """How often each lower-cased token occurs in the sentences; marks count too, as in the published vocabularies."""
+    """Counts the lower-cased tokens of the sentences, with punctuation, as the published vocabularies do."""
     return Counter(token for sample in samples for token in tokenize(sample.sentence))
 
 
 def read_vectors(
     path: str | Path, words: Iterable[str], word_dim: int | None = None, *, progress: bool = False
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The vectors [word_dim] float32 of those of the words that the file has, and ``word_dim``.
+    """Returns the vectors [word_dim] float32 of the words that the file has, and ``word_dim``.
 
-    The file is read line by line and never held whole. Where it has a word twice, the first is taken.
+    Reads the file line by line and never holds all of it. If a word is there twice, the first vector is taken.
 
     Args:
-        word_dim: what the file is expected to have.
+        word_dim: the expected width; None takes that of the file.
 
     Raises:
-        InputError: the file is unreadable, no such text, cut short, of another width, or holds NaN or infinity.
+        InputError: the file is unreadable, truncated, not such a text, of another width, or holds NaN or infinity.
     """
     wanted = {word.encode(): word for word in words}
     found: dict[str, np.ndarray] = {}
@@ -75,7 +75,7 @@ def read_vectors(
 
 
 def _check_width(path: str | Path, number: int, fields: bytes, width: int, word_dim: int | None) -> None:
-    """The first row, whose word holds no space, tells what the file is."""
+    """Checks the file's format by its first row, whose word holds no space."""
     try:
         if width < 1 or len(fields.split(b" ")) != width + 1:
             raise ValueError
@@ -92,12 +92,12 @@ def _check_width(path: str | Path, number: int, fields: bytes, width: int, word_
 
 
 def _numbers(path: str | Path, number: int, fields: bytes, width: int) -> np.ndarray | None:
-    """A line's numbers; None where its word goes on after the first space (GloVe's 840B file has such)."""
+    """Returns a line's numbers; None if its word holds a space (GloVe's 840B file has such words)."""
     word, *numbers = fields.rsplit(b" ", width)
     if b" " in word:
         return None
     try:
-        with np.errstate(over="ignore"):  # infinity, which is refused by name
+        with np.errstate(over="ignore"):  # overflow gives infinity; the check below refuses it
             vector = np.array(list(map(float, numbers)), np.float64).astype(np.float32)
     except ValueError:
         vector = np.empty(0, np.float32)

@@ -12,7 +12,7 @@ from cnm.config import CNMConfig
 from cnm.data.batch import Batch
 from cnm.masking import sample_masked_words
 from cnm.models.base import Model, Proposals, Scoring, VideoEncoding, downsample, vocabulary_size
-from cnm.models.layers import ForwardPass, Gaussian, Source
+from cnm.models.layers import ForwardPass, Source
 from cnm_kernels.constants import MIN_WIDTH
 
 
@@ -133,12 +133,11 @@ class CNM(Model):
         clip_frames, clip_lengths = downsample(frames, frame_lengths)
         words, row_lengths = self.reconstructor_words(words, masked_words, word_lengths)
 
-        positive = Gaussian(center, width, self.alpha)
-        easy = Gaussian(center, width, self.alpha, complement=True)
+        positive = kernels.gaussian_mask(center, width, clip_frames.size(1), alpha=self.alpha)
         hidden = torch.stack(
             [
-                self._reconstruct_branch(clip_frames, clip_lengths, words, row_lengths, gaussian, ctx)
-                for gaussian in (positive, None, easy)
+                self._reconstruct_branch(clip_frames, clip_lengths, words, row_lengths, weighting, ctx)
+                for weighting in (positive, None, 1 - positive)
             ]
         )
         nll = kernels.linear_nll(
@@ -162,9 +161,9 @@ class CNM(Model):
         frame_lengths: Tensor,
         words: Tensor,
         row_lengths: Tensor,
-        gaussian: Gaussian | None,
+        weighting: Tensor | None,
         ctx: ForwardPass,
     ) -> Tensor:
-        """Decoding 2: masked words attend to the Gaussian-weighted frames. [B, L, D]"""
-        frames = self.trans.decoder1(frames, frame_lengths, ctx, gaussian)
-        return self.trans.decoder2(words, row_lengths, ctx, source=Source(frames, frame_lengths, gaussian))
+        """Decoding 2: masked words attend to the frames, weighted by ``weighting`` [B, P]. [B, L, D]"""
+        frames = self.trans.decoder1(frames, frame_lengths, ctx, weighting)
+        return self.trans.decoder2(words, row_lengths, ctx, source=Source(frames, frame_lengths, weighting))

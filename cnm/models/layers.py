@@ -15,25 +15,12 @@ import cnm_kernels as kernels
 
 
 @dataclass(frozen=True)
-class Gaussian:
-    """A Gaussian over time that weights keys; ``complement`` weights by one minus it."""
-
-    center: Tensor  # [B], fraction of the video
-    width: Tensor  # [B], fraction of the video
-    alpha: float
-    complement: bool = False
-
-
-Weighting = Gaussian | Tensor | None  # of keys: a Gaussian, weights [B, Lk], or all alike
-
-
-@dataclass(frozen=True)
 class Source:
     """What a cross attention reads."""
 
     states: Tensor  # [B, S, D]
     lengths: Tensor  # [B] int64, positions that are real
-    weighting: Weighting = None
+    weighting: Tensor | None = None  # [B, S], weights of the positions; None: all alike
 
 
 class ForwardPass:
@@ -132,25 +119,13 @@ class MultiheadAttention(nn.Module):
         query: Tensor,
         key_value: Tensor | None,
         key_lengths: Tensor,
-        weighting: Weighting,
+        weighting: Tensor | None,
         causal: bool,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """[B, Lq, D]; without ``key_value`` self-attention on what ``project`` gives."""
-        if isinstance(weighting, Gaussian):
-            out = kernels.gaussian_attention(
-                query,
-                key_value,
-                None,
-                weighting.center,
-                weighting.width,
-                alpha=weighting.alpha,
-                complement=weighting.complement,
-                causal=causal,
-                key_lengths=key_lengths,
-            )
-        else:
-            out = kernels.weighted_attention(query, key_value, None, weighting, causal=causal, key_lengths=key_lengths)
+        """[B, Lq, D], keys weighted by ``weighting`` [B, Lk]; without ``key_value`` self-attention on what ``project``
+        gives."""
+        out = kernels.weighted_attention(query, key_value, None, weighting, causal=causal, key_lengths=key_lengths)
         return apply_linear(self.out_proj, out.transpose(1, 2).flatten(2), rows)
 
     def attend_branches(self, packed: Tensor, key_lengths: Tensor, key_weights: Tensor) -> Tensor:
@@ -165,7 +140,7 @@ class MultiheadAttention(nn.Module):
 
         ``minimize_flops`` absorbs projections where that saves products; a source must then have one real row at least.
         """
-        if minimize_flops and not isinstance(source.weighting, Gaussian):
+        if minimize_flops:
             D, H, Lq, Lk = x.size(-1), self.num_heads, x.size(1), source.states.size(1)
             absorbed_scores = 2 * H * Lq * Lk  # against H heads of d = D / H columns; all in products of D numbers
             costs = {
@@ -201,7 +176,7 @@ class MultiheadAttention(nn.Module):
             absorbed.flatten(1, 2),
             source.states.unsqueeze(1),
             scale=query.size(-1) ** -0.5,
-            key_weight=self._key_weight(source),
+            key_weight=source.weighting,
             query_lengths=None if rows is None else H * rows,
             key_lengths=source.lengths,
         )
@@ -224,14 +199,10 @@ class MultiheadAttention(nn.Module):
             output.transpose(1, 2),
             scale=key.size(-1) ** -0.5,
             key_bias=(key * b_q).sum(-1).transpose(1, 2) * key.size(-1) ** -0.5,
-            key_weight=self._key_weight(source),
+            key_weight=source.weighting,
             query_lengths=rows,
             key_lengths=source.lengths,
         )
-
-    def _key_weight(self, source: Source) -> Tensor | None:
-        assert not isinstance(source.weighting, Gaussian)
-        return source.weighting
 
 
 class DecoderLayer(nn.Module):
@@ -257,7 +228,7 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         lengths: Tensor,
         ctx: ForwardPass,
-        weighting: Weighting = None,
+        weighting: Tensor | None = None,
         source: Source | None = None,
         *,
         last_only: bool = False,
@@ -271,7 +242,7 @@ class DecoderLayer(nn.Module):
         return ctx.layer(compute)
 
     def self_attention(
-        self, x: Tensor, lengths: Tensor, ctx: ForwardPass, weighting: Weighting = None, *, last_only: bool = False
+        self, x: Tensor, lengths: Tensor, ctx: ForwardPass, weighting: Tensor | None = None, *, last_only: bool = False
     ) -> Tensor:
         """The layer's first sublayer."""
         attention, rows = self.self_attn, self.rows(lengths, ctx)
@@ -309,7 +280,7 @@ class Decoder(nn.Module):
         x: Tensor,
         lengths: Tensor,
         ctx: ForwardPass,
-        weighting: Weighting = None,
+        weighting: Tensor | None = None,
         source: Source | None = None,
         *,
         last_only: bool = False,

@@ -42,7 +42,7 @@ class FinishedRun:
         self.path = folder.path
         self.checkpoint = folder.best if folder.best.is_file() else folder.last
         if not self.checkpoint.is_file():
-            raise InputError(f"{path}: is no finished run, it has neither best.pt nor last.pt; give a run's folder")
+            raise InputError(f"{path}: is not a finished run, it has neither best.pt nor last.pt; give a run's folder")
         self.rows = folder.rows()
         self.localizer = Localizer.from_checkpoint(self.checkpoint, device)
 

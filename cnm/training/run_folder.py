@@ -17,7 +17,7 @@ def check_row(row: Any, source: str) -> None:
     """Raises ``InputError`` where a row of ``metrics.jsonl`` is not one that ``Trainer`` writes."""
     problem = None
     if not isinstance(row, dict) or row.get("kind") not in KINDS:
-        problem = f"is no row of metrics, {shortened(row)}"
+        problem = f"is not a row of metrics, {shortened(row)}"
     else:
         for name, value in row.items():
             wanted: type | tuple[type, ...] = (int, float)
@@ -64,7 +64,7 @@ class RunFolder:
             )
 
     def check_resumable(self) -> None:
-        """Raises ``InputError`` where there is no checkpoint to resume from."""
+        """Raises ``InputError`` where there is not a checkpoint to resume from."""
         if not self.last.is_file():
             raise InputError(f"{self.path}: no run to resume, it has no {self.last.name}; give the folder of a run")
 

@@ -18,7 +18,6 @@ from cnm.config import CNMConfig
 from cnm.data.batch import Batch
 from cnm.models.base import downsample
 from cnm.models.cnm import CNM, Reconstruction
-from cnm.models.layers import ForwardPass
 from cnm.models.reconstructor import MaskedSentences, WeightedClips
 from cnm.training.base import ModelStep
 from cnm.training.optim import ScheduledAdam
@@ -130,46 +129,39 @@ class LeanStep(TrainingStep):
     recompute = False
 
     def reconstruction_loss(self, batch: Batch, masked_words: Tensor) -> Tensor:
-        model, ctx = self.model, self.model.forward_pass(recompute=self.recompute, minimize_flops=True)
-        frames, words = model.project_inputs(batch.frames, batch.words, batch.word_lengths, ctx)
-        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, ctx, last_only=True)
-        inputs = _ReconstructorInputs(model, batch, frames, words, masked_words, ctx)
-        gaussian = inputs.gaussian(center, width)
-        nll = inputs.nll([gaussian, torch.ones_like(gaussian)], ctx)
+        branches = _Branches(self.model, batch, masked_words, recompute=self.recompute)
+        nll = branches.nll(branches.gaussian, torch.ones_like(branches.gaussian))
         return nll[0].mean() + nll[1].mean()
 
     def contrastive_loss(self, batch: Batch, masked_words: Tensor) -> tuple[Tensor, Tensor]:
-        model, ctx = self.model, self.model.forward_pass(recompute=self.recompute, minimize_flops=True)
-        frames, words = model.project_inputs(batch.frames, batch.words, batch.word_lengths, ctx)
-        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, ctx, last_only=True)
-        inputs = _ReconstructorInputs(model, batch, frames, words, masked_words, ctx)
-        gaussian = inputs.gaussian(center, width)
-        positive, easy = inputs.nll([gaussian, 1 - gaussian], ctx)
+        branches = _Branches(self.model, batch, masked_words, recompute=self.recompute)
+        positive, easy = branches.nll(branches.gaussian, 1 - branches.gaussian)
         with torch.no_grad():
-            (hard,) = inputs.nll([torch.ones_like(gaussian)], ctx)
+            (hard,) = branches.nll(torch.ones_like(branches.gaussian))
         loss = kernels.intra_video_contrastive_loss(
             positive, hard, easy, beta_1=self.loss.beta_1, beta_2=self.loss.beta_2
         )
         return loss, torch.stack([positive, hard, easy])
 
 
-class _ReconstructorInputs:
-    """The branches of decoding 2 share these: inputs, targets and the first layers' projections."""
+class _Branches:
+    """One forward pass up to where the branches of decoding 2 part: they share inputs and the first projections.
 
-    def __init__(
-        self, model: CNM, batch: Batch, frames: Tensor, words: Tensor, masked_words: Tensor, ctx: ForwardPass
-    ) -> None:
-        self.alpha = model.alpha
+    Attributes:
+        gaussian: [B, P], the positive branch's key weights.
+    """
+
+    def __init__(self, model: CNM, batch: Batch, masked_words: Tensor, *, recompute: bool) -> None:
+        self.ctx = model.forward_pass(recompute=recompute, minimize_flops=True)
+        frames, words = model.project_inputs(batch.frames, batch.words, batch.word_lengths, self.ctx)
+        center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, self.ctx, last_only=True)
         self.clips = WeightedClips(model, *downsample(frames, batch.frame_lengths))
-        self.sentences = MaskedSentences(model, words, masked_words, batch.word_ids, batch.word_lengths, ctx)
+        self.sentences = MaskedSentences(model, words, masked_words, batch.word_ids, batch.word_lengths, self.ctx)
+        self.gaussian = kernels.gaussian_mask(center, width, self.clips.clips.size(1), alpha=model.alpha)
 
-    def gaussian(self, center: Tensor, width: Tensor) -> Tensor:
-        """The positive's key weights. [B, P]"""
-        return kernels.gaussian_mask(center, width, self.clips.clips.size(1), alpha=self.alpha)
-
-    def nll(self, key_weights: list[Tensor], ctx: ForwardPass) -> Tensor:
+    def nll(self, *key_weights: Tensor) -> Tensor:
         """Reconstruction error of each branch, given its key weights [B, P]: [len(key_weights), B]."""
-        return self.sentences.nll(self.clips.under(torch.stack(key_weights), ctx), ctx)
+        return self.sentences.nll(self.clips.under(torch.stack(key_weights), self.ctx), self.ctx)
 
 
 class RecomputingStep(LeanStep):

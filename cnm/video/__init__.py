@@ -1,1 +1,1 @@
-"""Videos to features: decoding (PyAV), image encoders, extraction to files. The extra ``[video]`` is needed."""
+"""Turns videos into features: decoding (PyAV), image encoders, extraction to files. Needs the extra ``[video]``."""

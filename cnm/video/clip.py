@@ -1,6 +1,6 @@
-"""CLIP's image encoder (Radford et al., 2021), the vision transformer alone: images to embeddings.
+"""CLIP's image encoder (Radford et al., 2021): a vision transformer that maps images to embeddings.
 
-Parameters have the names that open_clip gives them, so that its files load. OpenAI's weights want QuickGELU.
+Parameters have open_clip's names, so that its files load. OpenAI's weights need QuickGELU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cnm.errors import InputError
 
-HEAD_WIDTH = 64  # of every CLIP vision transformer
+HEAD_WIDTH = 64  # the head dim of every CLIP vision transformer
 
 
 class _Block(nn.Module):
@@ -65,10 +65,10 @@ class VisionTransformer(nn.Module):
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> VisionTransformer:
-        """The encoder of these parameters, whose shapes say its sizes. Of a whole CLIP, those named ``visual.``.
+        """Builds the encoder from its parameters; their shapes give its sizes. Of a whole CLIP it takes ``visual.*``.
 
         Raises:
-            InputError: they are not those of a CLIP vision transformer.
+            InputError: the parameters are not those of a CLIP vision transformer.
         """
         visual = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
         state = visual or state

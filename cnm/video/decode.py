@@ -1,4 +1,4 @@
-"""Frames of a video at regular times, one after the other, as a player would show them."""
+"""Decodes a video and gives its frames at regular times, as a player would show them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image
 
 from cnm.errors import InputError
 
-MAX_PIXELS = 1 << 26  # of a frame, 8192 x 8192: what a file declares costs nothing to write and memory to decode
+MAX_PIXELS = 1 << 26  # of a frame, 8192 x 8192; a tiny file can declare huge frames
 TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
-CUT_SHORT = 0.9  # a file whose frames last less than this part of what it declares is broken
+CUT_SHORT = 0.9  # a file is broken if its frames last less than this part of its declared duration
 
 
 def require_av() -> Any:
-    """The module ``av``.
+    """Imports the module ``av``.
 
     Raises:
         InputError: PyAV is not installed.
@@ -30,23 +30,23 @@ def require_av() -> Any:
         import av.logging
     except ImportError as error:
         raise InputError(f"reading videos needs PyAV ({error}): pip install 'cnm-kernels[video]'") from None
-    av.logging.set_level(av.logging.PANIC)  # what is wrong with a file is said by our errors
+    av.logging.set_level(av.logging.PANIC)  # our errors say what is wrong with a file
     return av
 
 
 class VideoFile:
-    """An open video, read once from its start to its end.
+    """An open video; its frames are read once, from start to end.
 
     Args:
-        path: any file that FFmpeg reads.
+        path: a file in any format that FFmpeg reads.
 
     Attributes:
-        rate: frames per second on average, as declared.
-        duration: seconds, known once all frames were read: from the first frame's start to the last one's end.
-        frames: how many were decoded so far.
+        rate: declared average frames per second.
+        duration: seconds from the start of the first frame to the end of the last; known after all frames are read.
+        frames: number of frames decoded so far.
 
     Raises:
-        InputError: the file is missing, is no video, has no video stream, or its frames are too large.
+        InputError: the file is missing, is not a video, has no video stream, or has too large frames.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -79,21 +79,21 @@ class VideoFile:
         self._container.close()
 
     def images(self, size: int, *, stride: int | None = None, rate: float | None = None) -> Iterator[np.ndarray]:
-        """The pictures shown at the times 0, p, 2p, ... of the video: [size, size, 3] uint8 each, RGB.
+        """Yields the pictures at the times 0, p, 2p, ... of the video: [size, size, 3] uint8 each, RGB.
 
-        The short side is scaled to ``size`` (bicubic) and the center cut out; a rotation the file asks for is done.
-        Times come from the frames' time stamps, so that pictures stay equally spaced where the frame rate varies.
+        Scales the short side to ``size`` (bicubic), crops the center, and applies the rotation that the file declares.
+        Uses the frames' time stamps, so that pictures are equally spaced even if the frame rate varies.
 
         Args:
-            stride: p is the time of so many frames at the average rate; exactly every such frame at a constant one.
-            rate: p is 1 / rate seconds. One of the two is given.
+            stride: p is the time of this many frames at the average rate; exact if the rate is constant.
+            rate: p is 1 / rate seconds. Give one of the two.
 
         Raises:
-            InputError: the file holds no frame, cannot be decoded to its end, or ends before it says.
+            InputError: the file holds no frame, cannot be decoded to its end, or ends before its declared duration.
         """
         assert (stride is None) != (rate is None)
         period = Fraction(stride) / self.rate if stride is not None else 1 / Fraction(rate or 0)
-        slack = 1 / (4 * self.rate)  # time stamps are rounded to the container's unit
+        slack = 1 / (4 * self.rate)  # the container rounds time stamps to its unit
         count = 0
         for frame, end in self._timed_frames():
             image = None
@@ -110,7 +110,7 @@ class VideoFile:
             )
 
     def _timed_frames(self) -> Iterator[tuple[Any, Fraction]]:
-        """Frames with the times in seconds until which they are shown; the first one's begins at 0."""
+        """Yields each frame with the time in seconds at which it ends; the first frame starts at 0."""
         usual = 1 / self.rate
         first: Fraction | None = None
         held: Any = None
@@ -120,7 +120,7 @@ class VideoFile:
                 time = frame.pts * frame.time_base if frame.pts is not None else (first or 0) + self.frames * usual
                 first = time if first is None else first
                 if held is not None:
-                    if time - first <= start:  # out of order or doubled: a player shows the later one
+                    if time - first <= start:  # out of order or repeated: a player shows the later frame
                         held = frame
                         continue
                     yield held, time - first
@@ -135,7 +135,7 @@ class VideoFile:
     def _declared_duration(self) -> float | None:
         if self._stream.duration is not None:
             return float(self._stream.duration * self._stream.time_base)
-        return None  # a container's own duration may be its sound's
+        return None  # a container's duration may be that of its sound
 
     def _picture(self, frame: Any, size: int) -> np.ndarray:
         self._check_size(frame.width, frame.height)
@@ -158,14 +158,13 @@ class VideoFile:
             yield
         except self._errors as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise InputError(f"{self.path}: is no video that can be read ({reason}); fetch it again") from None
+            raise InputError(f"{self.path}: is not a readable video ({reason}); fetch it again") from None
 
 
 def center_square(image: Image.Image, size: int) -> np.ndarray:
-    """Scales the short side to ``size`` and cuts the center out: [size, size, 3] uint8.
+    """Scales the short side to ``size`` and crops the center: [size, size, 3] uint8.
 
-    The same pixels as scaling all of the picture and cutting afterwards, which for long narrow pictures would need
-    much memory.
+    Gives the same pixels as first scaling the whole picture, which needs much memory for long narrow pictures.
     """
     width, height = image.size
     short = min(width, height)

@@ -1,4 +1,4 @@
-"""Image encoders by name: pictures in, one feature vector each out."""
+"""Image encoders by name: each maps a picture to a feature vector."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from cnm.data.cache import default_folder
 from cnm.errors import InputError
 from cnm.video.clip import VisionTransformer
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of red, green, blue
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of red, green, blue
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 CLIP_REPOSITORY, CLIP_FILE = "timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors"
 
 
 @dataclass(frozen=True)
 class Network:
-    """What a loader gives: the network, and what its pictures look like.
+    """The result of a loader: the network, and the format of its input.
 
     Attributes:
         module: [N, 3, size, size], normalised -> [N, width].
-        size: of the square pictures, pixels.
-        normalisation: mean and deviation of red, green, blue, of values from 0 to 1.
+        size: side of the square pictures, pixels.
+        normalisation: mean and standard deviation of red, green and blue, for values from 0 to 1.
     """
 
     module: nn.Module
@@ -42,17 +42,17 @@ class Encoder:
     """A loaded encoder on a device.
 
     Args:
-        name: a key of ``LOADERS``, or one of their forms ending in ``/NAME``.
-        weights: a file of weights to use instead of the usual ones.
+        name: a key of ``LOADERS``; ``NAME`` in it stands for the name of a model.
+        weights: a file of weights that replaces the default ones.
 
     Attributes:
-        width: of a feature.
-        size: of the pictures it wants, pixels.
-        weights_sha256: of the parameters' names and values.
+        width: width of a feature.
+        size: side of its input pictures, pixels.
+        weights_sha256: hash of the parameters' names and values.
 
     Raises:
-        InputError: the name is not known, what it needs is not installed, or its weights cannot be loaded; the message
-            says what to install, or to download and where to put it.
+        InputError: the name is unknown, a package is not installed, or the weights cannot be loaded; the message says
+            what to install, or what to download and where to put it.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu", *, weights: str | Path | None = None) -> None:
@@ -72,9 +72,9 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Features [N, width] float32 of N >= 1 pictures, [size, size, 3] uint8 RGB.
+        """Returns features [N, width] float32 of N >= 1 pictures, [size, size, 3] uint8 RGB.
 
-        GPUs compute in float16, and once more in float32 where that overflowed.
+        GPUs compute in float16, and again in float32 if float16 overflows.
         """
         pictures = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float()
         pictures = pictures * self._scale - self._shift
@@ -92,7 +92,7 @@ class Encoder:
 
 
 def checksum(module: nn.Module) -> str:
-    """SHA-256 of the parameters' names and values."""
+    """Returns the SHA-256 of the parameters' names and values."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -101,19 +101,19 @@ def checksum(module: nn.Module) -> str:
 
 
 def _module(name: str, encoder: str, install: str) -> Any:
-    """An optional dependency."""
+    """Imports an optional dependency."""
     try:
         return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # torchvision beside another torch: RuntimeError
+    except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError with an incompatible torch
         reason = " ".join(str(error).split())
         raise InputError(f"--encoder {encoder}: needs {name} ({reason}): pip install {install}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a state_dict that torch.save wrote; nothing in it is executed.
+    """Reads the tensors of a .safetensors file or of a state_dict from torch.save; executes nothing in it.
 
     Raises:
-        InputError: the file is missing, or holds something else.
+        InputError: the file is missing, or is not such a file.
     """
     if not path.is_file():
         raise InputError(f"{path}: there are no such weights; check --weights")
@@ -123,7 +123,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the readers stumble over, the file is to blame
+    except Exception as error:  # the readers raise many exceptions, all for a wrong file
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path}: holds no weights that can be read safely ({reason}); give a .safetensors") from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -142,7 +142,7 @@ def _clip_vit_b32(_: str, weights: Path | None) -> Network:
 
 
 def _clip_weights() -> Path:
-    """OpenAI's weights: in our folder, in the Hugging Face cache, or downloaded there."""
+    """Loads OpenAI's weights from our folder or the Hugging Face cache, or downloads them."""
     own = default_folder() / "weights" / CLIP_FILE
     if own.is_file():
         return own
@@ -151,7 +151,7 @@ def _clip_weights() -> Path:
 
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         return Path(hf_hub_download(CLIP_REPOSITORY, CLIP_FILE))
-    except Exception as error:  # no network, no package, no space: the remedy is the same
+    except Exception as error:  # whatever is missing (network, package, disk space), the remedy is the same
         raise InputError(
             f"--encoder clip-vit-b32: its weights cannot be loaded ({type(error).__name__}); download "
             f"https://huggingface.co/{CLIP_REPOSITORY}/resolve/main/{CLIP_FILE} and put it at {own}, or give it as "
@@ -160,7 +160,7 @@ def _clip_weights() -> Path:
 
 
 class _Lite0(nn.Module):
-    """EfficientNet-Lite0 without its classifier."""
+    """Loads EfficientNet-Lite0 without its classifier."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ def _timm(name: str, weights: Path | None) -> Network:
     try:
         module = timm.create_model(name, pretrained=weights is None, num_classes=0)
         if weights is not None:
-            module.load_state_dict(read_weights(weights), strict=False)  # the classifier is left out
+            module.load_state_dict(read_weights(weights), strict=False)  # without the classifier
     except InputError:
         raise
     except Exception as error:
@@ -209,7 +209,7 @@ def _torchvision(name: str, weights: Path | None) -> Network:
         raise
     except Exception as error:
         raise _not_loaded(f"torchvision/{name}", "https://download.pytorch.org/models", error) from None
-    for head in ("fc", "classifier", "heads", "head"):  # what turns features into classes
+    for head in ("fc", "classifier", "heads", "head"):  # the layer that classifies features
         if hasattr(module, head):
             setattr(module, head, nn.Identity())
     return Network(module, 224, IMAGENET)

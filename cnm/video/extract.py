@@ -1,4 +1,4 @@
-"""Videos to feature files, one after the other; an interrupted extraction goes on where it was."""
+"""Extracts features of videos to files; an interrupted extraction can be continued."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from cnm.files import cannot_write, replace_file
 from cnm.video.decode import VideoFile, require_av
 from cnm.video.encoders import Encoder
 
-STRIDE = 8  # frames between features, where nobody says
-BATCH = 32  # pictures that are encoded at once; no more of a video is ever in memory
+STRIDE = 8  # default: frames between features
+BATCH = 32  # pictures encoded at once, and the most that are in memory
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which pictures of a video become features: every ``stride``-th frame, or ``rate`` a second. One is given.
+    """Selects the pictures that become features: every ``stride``-th frame, or ``rate`` per second.
 
     Raises:
-        InputError: both or neither are given, or not positive.
+        InputError: both or neither are given, or the value is not positive.
     """
 
     stride: int | None = None
@@ -40,12 +40,12 @@ class Sampling:
 
     @classmethod
     def default(cls, stride: int | None = None, rate: float | None = None) -> Sampling:
-        """As asked for; where nothing is, as CNM's CLIP features were made."""
+        """Returns the requested sampling; by default that of CNM's CLIP features."""
         return cls(STRIDE if stride is None and rate is None else stride, rate)
 
     @classmethod
     def of(cls, origin: Origin) -> Sampling:
-        """As features of this origin were sampled."""
+        """Returns the sampling of features of this origin."""
         return cls.default(origin.stride, origin.rate)
 
     def __post_init__(self) -> None:
@@ -59,17 +59,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class VideoFeatures:
-    """One video's features [clips, width] float32, and what of the file they came from."""
+    """One video's features [clips, width] float32, and the part of the file that was read."""
 
     features: np.ndarray
     duration: float  # seconds
-    frames: int  # decoded
-    fps: float  # on average, as declared
+    frames: int  # number of decoded frames
+    fps: float  # declared average frames per second
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What ``extract`` did: names of videos, and why others could not be read."""
+    """The result of ``extract``: names of videos, and the reasons why others could not be read."""
 
     done: list[str]
     already: list[str]
@@ -77,7 +77,7 @@ class Extracted:
 
 
 def video_features(path: str | Path, encoder: Encoder, sampling: Sampling, batch: int = BATCH) -> VideoFeatures:
-    """Decodes and encodes one video; at most ``batch`` pictures are in memory.
+    """Decodes and encodes one video, with at most ``batch`` pictures in memory.
 
     Raises:
         InputError: the video cannot be read to its end, see ``VideoFile``.
@@ -99,13 +99,13 @@ def extract(
     batch: int = BATCH,
     progress: bool = False,
 ) -> Extracted:
-    """Writes the features of videos to an HDF5 file, or to a folder of one .npy per video; named as the videos are.
+    """Writes the features of videos, under the videos' names, to an HDF5 file or a folder with a .npy per video.
 
-    Videos that were done before are left out, those that cannot be read are skipped and listed. Beside the output lies
+    Skips videos that are in the output already, and lists those that cannot be read. Writes the record
     ``<output>.json``: encoder, checksum of its weights, stride or rate, and each video's duration, frames and clips.
 
     Raises:
-        InputError: two videos have one name, the output cannot be written or was extracted in another way.
+        InputError: two videos have the same name, or the output cannot be written or was extracted with other settings.
     """
     require_av()
     names = _names(videos)
@@ -139,7 +139,7 @@ def _names(videos: Sequence[str | Path]) -> dict[str, Path]:
 
 
 class _Store:
-    """The output while it grows. Features of an HDF5 file wait in a folder beside it, so that a kill spoils nothing."""
+    """The growing output. Features for an HDF5 file first go to a folder beside it, so that a kill is harmless."""
 
     def __init__(self, output: Path, encoder: Encoder, sampling: Sampling) -> None:
         self.output = output
@@ -183,7 +183,7 @@ class _Store:
         self._write_record()
 
     def finish(self) -> None:
-        """Gathers what waits into the HDF5 file, which appears whole or not at all."""
+        """Moves the kept features into the HDF5 file, atomically."""
         if not self.is_hdf5:
             return
         parts = sorted(self.folder.glob("*.npy"))
@@ -194,7 +194,7 @@ class _Store:
                     shutil.copyfile(self.output, temporary)
                 with h5py.File(temporary, "a") as file:
                     for part in parts:
-                        if part.stem in file:  # a kill came between the file and its parts' removal
+                        if part.stem in file:  # killed after the file was written and before its parts were removed
                             del file[part.stem]
                         file[part.stem] = np.load(part, allow_pickle=False)
                 os.replace(temporary, self.output)
@@ -207,7 +207,7 @@ class _Store:
     def _resumed(self, made_by: dict[str, Any]) -> dict[str, Any]:
         record = read_json(self.path)
         if not isinstance(record, dict) or not isinstance(record.get("videos"), dict):
-            raise InputError(f"{self.path}: is no record of an extraction; choose another --output")
+            raise InputError(f"{self.path}: is not a record of an extraction; choose another --output")
         for key, value in made_by.items():
             if record.get(key) != value:
                 raise InputError(
@@ -218,7 +218,7 @@ class _Store:
         return {**record, "broken": {}}
 
     def _there(self) -> Iterator[str]:
-        """Names of the videos whose features are really on disk."""
+        """Returns the names of the videos whose features are on disk."""
         yield from (path.stem for path in self.folder.glob("*.npy"))
         if self.is_hdf5 and self.output.exists():
             try:
@@ -226,7 +226,7 @@ class _Store:
                     yield from file
             except OSError as error:
                 raise InputError(
-                    f"{self.output}: is no readable HDF5 file ({error}); remove it to start anew"
+                    f"{self.output}: is not a readable HDF5 file ({error}); remove it to start anew"
                 ) from None
 
     def _write_record(self) -> None:

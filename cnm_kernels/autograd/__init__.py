@@ -1,7 +1,7 @@
 """The Python side that the compiled backends share: each op's fake kernel and autograd formula.
 
 A backend registers the operators ``<namespace>::<op>`` and ``<namespace>::<op>_backward`` with the schemas that
-``csrc/schemas.cpp`` states; ``register(namespace)`` of an op's file here adds what only Python can, and returns the
+``csrc/**/<op>_op.cpp`` states; ``register(namespace)`` of an op's file here adds what only Python can, and returns the
 function, or functions, that ``registry`` looks for.
 """
 

@@ -23,6 +23,7 @@ from cnm_kernels.constants import LABEL_SMOOTHING
 from cnm_kernels.drop_in.attention import remembered
 from cnm_kernels.drop_in.deferred import Deferred, defer
 from cnm_kernels.drop_in.logits_nll import logits_nll
+from cnm_kernels.drop_in.trial import Failed, tried
 
 Loss = tuple[Tensor, dict[str, float]]
 NAMES = ("cal_nll_loss", "rec_loss", "ivc_loss")
@@ -273,7 +274,7 @@ def replace(losses: Any, stacklevel: int) -> None:
             continue
         ours = next((family[name] for family in (CNM, CPL) if _arguments(family[name]) == _arguments(theirs)), None)
         unknown = f"its arguments {_arguments(theirs)} are neither CNM's nor CPL's"
-        reason = unknown if ours is None else _differs(theirs, ours)
+        reason = unknown if ours is None else loss_differs(theirs, ours)
         if ours is None or reason is not None:
             within = _fused_within(theirs, losses)
             warnings.warn(
@@ -362,19 +363,16 @@ def _arguments(function: Callable[..., Any]) -> list[str]:
         return []
 
 
-def _differs(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | None:
+def loss_differs(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | None:
     """Compares both on a small example: None if they give the same, else why not.
 
     A function that cannot run here is not replaced: its name and arguments do not say what it computes.
     """
     for arguments in _examples(list(inspect.signature(ours).parameters)):
         try:
-            with _without_a_gpu():
-                expected = theirs(**arguments)
-        except Exception as error:
-            if not torch.cuda.is_available() and ("CUDA" in str(error) or "NVIDIA" in str(error)):
-                return f"it cannot be tried without a GPU ({type(error).__name__}: {error})"
-            return f"it fails on a small example ({type(error).__name__}: {error})"
+            expected = tried(functools.partial(theirs, **arguments), _without_a_gpu)
+        except Failed as failed:
+            return f"it {failed}"
         if not _alike(ours(**arguments), expected):
             return "it gives other results than the published one on a small example"
     return None

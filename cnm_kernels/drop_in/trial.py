@@ -27,6 +27,22 @@ DROPOUT = 0.5  # of a trial in training
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+class Failed(Exception):
+    """What a published function raised in a trial, as the end of a sentence that begins with its name."""
+
+
+def tried(theirs: Callable[[], Any], around: Callable[[], Any]) -> Any:
+    """The result of a published function, called within ``around()``; raises ``Failed`` whatever it raises."""
+    try:
+        with around():
+            return theirs()
+    except Exception as error:
+        said = f"({type(error).__name__}: {error})"
+        if not torch.cuda.is_available() and ("CUDA" in str(error) or "NVIDIA" in str(error)):
+            raise Failed(f"cannot be tried without a GPU {said}") from error
+        raise Failed(f"fails on a small example {said}") from error
+
+
 def attention_differs(module: Any, ours: Any) -> str | None:
     """None if ``ours`` gives what the attention's own class gives, in evaluation and in training, or else why not."""
     module = _real(module)
@@ -88,12 +104,11 @@ def _differs(module: nn.Module, ours: Any, calls: list[Call], around: Callable[[
     ]
     for arguments, options in calls:
         with torch.no_grad(), torch.random.fork_rng(), _fairseq():
+            torch.manual_seed(0)
             try:
-                torch.manual_seed(0)
-                with around():
-                    expected = own.forward(module, *arguments, **options)
-            except Exception as error:
-                return f"its own forward fails on a small example ({type(error).__name__}: {error})"
+                expected = tried(partial(own.forward, module, *arguments, **options), around)
+            except Failed as failed:
+                return f"its own forward {failed}"
             with _set(module, __class__=ours):
                 torch.manual_seed(0)
                 found = ours.forward(module, *arguments, **options)

@@ -1,4 +1,4 @@
-"""Checks that several ops share, and the arguments in the form that backends take."""
+"""Checks that several ops share; they return the arguments in the form that backends take."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cnm_kernels.ops._call import autocast
 def check_attention(
     check: Arguments, query: Tensor, key: Tensor | None, value: Tensor | None, key_lengths: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The operands in the autocast dtype."""
+    """Checks the operands and returns them in the autocast dtype."""
     given = [query, *(operand for operand in (key, value) if operand is not None)]
     if key is None and value is not None:
         raise TypeError(f"{check.op}: value is given without key; give both, or pack both into key")
@@ -36,7 +36,7 @@ def check_attention(
 
 
 def check_key_weight(check: Arguments, key_weight: Tensor | None) -> Tensor | None:
-    """The weights as [B, Lk]."""
+    """Checks the weights and returns them as [B, Lk]."""
     if key_weight is not None:
         if isinstance(key_weight, Tensor) and key_weight.dim() == 3:
             key_weight = key_weight.flatten(0, 1)
@@ -47,7 +47,7 @@ def check_key_weight(check: Arguments, key_weight: Tensor | None) -> Tensor | No
 def for_backend(
     op: str, query: Tensor, key: Tensor | None, value: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Packed heads as they are where the backend takes them, else as views of each head's rows."""
+    """Returns packed heads unchanged if the backend takes them, otherwise as views of each tensor's heads."""
     if value is not None or hasattr(registry.implementation(op, query), "takes_packed_heads"):
         return query, key, value
     query, key, value = unpack(query, key, value)
@@ -73,7 +73,7 @@ def check_vocabulary(check: Arguments, weight: Tensor, bias: Tensor, label_smoot
 
 
 def seed_tensor(check: Arguments, seed: int | Tensor, x: Tensor) -> Tensor:
-    """The seed as an int64 tensor [] on x's device."""
+    """Returns the seed as an int64 tensor [] on x's device."""
     if not isinstance(seed, Tensor):
         seed = check.whole("seed", seed, -(1 << 63), (1 << 63) - 1)
         return torch.tensor(seed, dtype=torch.int64, device=x.device)

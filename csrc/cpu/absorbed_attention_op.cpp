@@ -107,6 +107,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_out,
 }  // namespace
 }  // namespace cnm
 
+CNM_SCHEMAS(m) {
+    m.def(
+        "absorbed_attention(Tensor query, Tensor key, Tensor? value, Tensor? key_bias, Tensor? key_weight, "
+        "Tensor? query_lengths, Tensor? key_lengths, float scale) -> Tensor");
+    m.def(
+        "absorbed_attention_backward(Tensor d_out, Tensor query, Tensor key, Tensor? value, Tensor? key_bias, "
+        "Tensor? key_weight, Tensor? query_lengths, Tensor? key_lengths, float scale, bool need_query, bool need_key, "
+        "bool need_value, bool need_bias, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) {
     m.impl("absorbed_attention", TORCH_BOX(&cnm::forward));
     m.impl("absorbed_attention_backward", TORCH_BOX(&cnm::backward));

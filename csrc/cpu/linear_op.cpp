@@ -137,6 +137,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const Tensor& x
 }  // namespace
 }  // namespace cnm
 
+CNM_SCHEMAS(m) {
+    m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? lengths, bool split) -> Tensor");
+    m.def(
+        "linear_backward(Tensor d_out, Tensor x, Tensor weight, Tensor? out, Tensor? lengths, bool split, "
+        "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) {
     m.impl("linear", TORCH_BOX(&cnm::forward));
     m.impl("linear_backward", TORCH_BOX(&cnm::backward));

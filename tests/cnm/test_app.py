@@ -125,7 +125,7 @@ def test_runs_are_found(run: Path, tmp_path: Path) -> None:
 def test_the_command_refuses(run: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ([tmp_path], "holds no run"),
-        ([run, "--videos", tmp_path / "none"], "is no folder"),
+        ([run, "--videos", tmp_path / "none"], "is not a folder"),
     ):
         result = CliRunner().invoke(app, ["app", *map(str, arguments)])
         assert result.exit_code == 2

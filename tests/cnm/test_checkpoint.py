@@ -75,7 +75,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", [0, 1, 100, 2000, -40, -1], ids=lambda kept: f"first{kept}")
 def test_cut_short(path: Path, kept: int) -> None:
     path.write_bytes(as_bytes(CONTENT)[:kept])
-    assert "no checkpoint" in refusal(path)
+    assert "not a checkpoint" in refusal(path)
 
 
 def test_one_changed_byte_is_noticed(path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_name_of_two_lines_is_shown_in_one(path: Path) -> None:
 )
 def test_other_files(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    assert "no checkpoint" in refusal(path)
+    assert "not a checkpoint" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path: Path, path: Path,
     else:
         path.write_bytes(pickle.dumps(Hostile(ran), protocol=protocol))
     message = refusal(path)
-    assert "could run code" in message or "no checkpoint" in message
+    assert "could run code" in message or "not a checkpoint" in message
     assert not ran.exists()
     if not zipped:  # the test's own check: a reader that executes does run it
         pickle.loads(path.read_bytes())

@@ -445,7 +445,7 @@ def test_what_training_mends_is_counted(tmp_path: Path) -> None:
         ({"--features": "glove.pkl"}, ("glove.pkl",)),
         ({"--checkpoint": "none.pt"}, ("none.pt",)),
         ({"--checkpoint": "glove.pkl"}, ("glove.pkl",)),
-        ({"--checkpoint": "train.json"}, ("train.json", "no checkpoint")),
+        ({"--checkpoint": "train.json"}, ("train.json", "not a checkpoint")),
     ],
     ids=lambda value: " ".join(map(str, *value.items())) if isinstance(value, dict) else "",
 )
@@ -509,7 +509,8 @@ def test_evaluate_from_another_folder(from_files: Path, tmp_path: Path, monkeypa
         from_files,
     )
     assert trained.exit_code == 0, trained.stderr
-    assert "--data-dir none: is no folder" in error_line(run("evaluate", "--checkpoint", "run", "--data-dir", "none"))
+    outcome = run("evaluate", "--checkpoint", "run", "--data-dir", "none")
+    assert "--data-dir none: is not a folder" in error_line(outcome)
 
 
 def test_a_run_folder_stands_for_its_checkpoint(finished: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_sizes_that_a_published_checkpoint_carries_must_agree() -> None:
         ("train.batch_size", "128", "train.batch_size: Input should be a valid integer, got '128'"),
         ("train.batch_size", 0, "train.batch_size: Input should be greater than or equal to 1, got 0"),
         ("train.generator.lr", "fast", "train.generator.lr: Input should be a valid number"),
-        ("train.generator.lr", float("nan"), "lr: nan is no number"),
+        ("train.generator.lr", float("nan"), "lr: nan is not a number"),
         ("dataset.max_num_frames", 3, "dataset.max_num_frames: Input should be greater than or equal to 4"),
         (
             "dataset.dataset",
@@ -129,7 +129,7 @@ def test_every_wrong_field_is_named_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "line 1 column 2 is no JSON"), ("[]", "Input should be"), ("\xff", "no JSON")]
+    ("content", "message"), [("{", "line 1 column 2 is not JSON"), ("[]", "Input should be"), ("\xff", "not JSON")]
 )
 def test_what_is_no_configuration(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "c.json").write_bytes(content.encode("latin1"))

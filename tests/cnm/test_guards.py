@@ -164,7 +164,7 @@ def spoilt(content: dict[str, Any], what: str) -> dict[str, Any]:
     [
         ("NaN in the model", "holds NaN or infinity"),
         ("NaN in the vocabulary", "'vocabulary.vectors': holds NaN or infinity"),
-        ("infinite answers", "no number|not a number"),
+        ("infinite answers", "not a number"),
     ],
 )
 @pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])
@@ -253,4 +253,4 @@ def test_a_run_whose_data_moved_is_resumed_from_there(tmp_path: Path, monkeypatc
     assert [row["epoch"] for row in epochs] == [1, 2]
     assert all(row["epoch_seconds"] > 0 for row in epochs)
     assert run("evaluate", "--checkpoint", "run", "--json").exit_code == 0
-    assert "--data-dir none: is no folder" in error_line(run(*resume, "--data-dir", "none"))
+    assert "--data-dir none: is not a folder" in error_line(run(*resume, "--data-dir", "none"))

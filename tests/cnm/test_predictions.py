@@ -103,7 +103,7 @@ def test_wrong_lines_are_named(tmp_path: Path, change: dict[str, Any], message: 
     with pytest.raises(InputError, match="has no prediction for qid 'text'"):
         read_predictions(path, SAMPLES)
     path.write_text(f"{json.dumps(good)}\n{json.dumps(wrong)[:-3]}")
-    with pytest.raises(InputError, match="line 2 is no JSON"):
+    with pytest.raises(InputError, match="line 2 is not JSON"):
         read_predictions(path, SAMPLES)
 
 

@@ -142,7 +142,7 @@ def test_fewer_sentences_reach_from_best_to_worst(content: str, run: Path) -> No
 def test_refusals(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     for arguments, message in (
-        ([tmp_path], "is no finished run, it has neither best.pt nor last.pt"),
+        ([tmp_path], "is not a finished run, it has neither best.pt nor last.pt"),
         ([run, "--output", tmp_path / "file" / "a.html"], "cannot be written"),
     ):
         result = CliRunner().invoke(app, ["report", *map(str, arguments)])

@@ -40,7 +40,7 @@ def test_moments_past_the_end_are_clipped_and_counted(tmp_path: Path) -> None:
         ([7, 10, [1, 2], "text"], "video is 7, not a name"),
         (["v", "10", [1, 2], "text"], "(v): duration is '10', not seconds above 0"),
         (["v", 0, [0, 2], "text"], "(v): duration is 0, not seconds above 0"),
-        (["v", float("nan"), [0, 2], "text"], "row 1[1]: nan is no number"),
+        (["v", float("nan"), [0, 2], "text"], "row 1[1]: nan is not a number"),
         (["v", True, [0, 1], "text"], "duration is True"),
         (["v", 10, [1], "text"], "moment is [1], not [start, end]"),
         (["v", 10, [1, None], "text"], "moment is [1, None], not [start, end]"),
@@ -62,7 +62,7 @@ def test_bad_rows_are_named(tmp_path: Path, row: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[[1,", "line 1 column 5 is no JSON"), ("{}", "holds a dict"), ("[]", "holds no rows")]
+    ("text", "message"), [("[[1,", "line 1 column 5 is not JSON"), ("{}", "holds a dict"), ("[]", "holds no rows")]
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.json").write_text(text)

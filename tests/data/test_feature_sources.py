@@ -115,7 +115,7 @@ def test_several_sources_are_joined_and_cut_to_the_shortest(tmp_path: Path) -> N
 )
 def test_what_a_file_is_is_said(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "f").write_bytes(content)
-    with pytest.raises(InputError, match=f"f: is no readable HDF5 file .*{message}"):
+    with pytest.raises(InputError, match=f"f: is not a readable HDF5 file .*{message}"):
         open_features(str(tmp_path / "f"))
     np.save(tmp_path / "v.npy", FRAMES)
     with pytest.raises(InputError, match=r"v\.npy: is a \.npy array of one video; name the folder"):

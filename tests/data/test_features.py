@@ -74,7 +74,7 @@ def test_missing_and_truncated_files(tmp_path: Path) -> None:
         FeatureFile(tmp_path / "none.hdf5")
     path = write(tmp_path / "f.hdf5", a=np.zeros((200, 30)))
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(InputError, match=r"f\.hdf5: is no readable HDF5 file"):
+    with pytest.raises(InputError, match=r"f\.hdf5: is not a readable HDF5 file"):
         FeatureFile(path)
 
 
@@ -85,7 +85,7 @@ def test_npy_features(tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
     for source, message in (
         (tmp_path / "none.npy", "cannot be read"),
-        (tmp_path / "objects.npy", "is no array of numbers"),
+        (tmp_path / "objects.npy", "is not an array of numbers"),
         (tmp_path / "f.txt", "given as FILE.npy or FILE.hdf5:VIDEO"),
     ):
         with pytest.raises(InputError, match=message):

@@ -68,7 +68,7 @@ def test_missing_keys_and_lines_cut_short_are_named(tmp_path: Path) -> None:
     text = json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"qid": 8})
     for end in range(len(text) - len(json.dumps(GOOD | {"qid": 8})) + 1, len(text)):
         path.write_text(text[:end])
-        with pytest.raises(InputError, match=r"a\.jsonl: line 2 is no JSON .* cut short: fetch it again"):
+        with pytest.raises(InputError, match=r"a\.jsonl: line 2 is not JSON .* cut short: fetch it again"):
             read_annotations(path)
 
 

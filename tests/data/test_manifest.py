@@ -52,7 +52,7 @@ def test_faultless_features_and_their_manifest(folder: Path) -> None:
     assert "video 'd' has shape [15, 3], the manifest says [20, 3]" in changed.output
     assert json.loads(manifest.read_text()) == content
     manifest.write_text("{}")
-    assert "is no manifest" in run(folder, "--manifest", str(manifest)).output
+    assert "is not a manifest" in run(folder, "--manifest", str(manifest)).output
 
 
 def test_every_fault_is_found_in_one_pass(folder: Path) -> None:

@@ -100,7 +100,7 @@ OUTSIDE.call = (*OUTSIDE.call, (3, "|", None, ("a",), {"a": (np.dtype("f8"), 1 <
         (collections.Counter, "a function or a type"),
         ({"w2id": {1, 2}}, "it holds a set"),
         ({(1, 2): 3}, "a tuple as a key"),
-        (collections.Counter(a=1.5), "counts are no numbers"),
+        (collections.Counter(a=1.5), "counts are not numbers"),
     ],
     ids="pointer objects text fields memory outside dtype class set key counts".split(),
 )
@@ -174,7 +174,7 @@ def test_other_codecs_are_refused(tmp_path: Path, encoding: str) -> None:
 def test_what_is_no_pickle(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "v.pkl"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"v\.pkl: (is no readable|refused)") as caught:
+    with pytest.raises(InputError, match=r"v\.pkl: (is not a readable|refused)") as caught:
         read_pickle(path)
     assert "\n" not in str(caught.value)
 

@@ -96,7 +96,7 @@ def test_two_files_that_do_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.safetensors: is not the file that a\.json was written with"):
         Vocabulary.from_file(tmp_path / "a.json", 5, 2)
     (tmp_path / "a.safetensors").write_bytes(b"text")
-    with pytest.raises(InputError, match=r"a\.safetensors: is no safetensors file"):
+    with pytest.raises(InputError, match=r"a\.safetensors: is not a safetensors file"):
         Vocabulary.from_file(tmp_path / "a.safetensors", 5, 2)
     for content, message in (("{}", "holds no list of words"), ('{"words": ["x", "x"]}', "'x' is there twice")):
         (tmp_path / "a.json").write_text(content)

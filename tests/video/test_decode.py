@@ -114,8 +114,8 @@ def test_files_without_pictures(tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("no video at all\n" * 100)
     for name, message in (
         ("sound.wav", "has no video stream"),
-        ("empty.mp4", "is no video that can be read"),
-        ("text.mp4", "is no video that can be read"),
+        ("empty.mp4", "is not a readable video"),
+        ("text.mp4", "is not a readable video"),
         ("none.mp4", "there is no such video"),
     ):
         with pytest.raises(InputError, match=message) as error:

@@ -166,7 +166,7 @@ def test_outputs_refused(tmp_path: Path, videos: list[Path]) -> None:
         extract(videos, tmp_path / "foreign.hdf5", Greys(), Sampling(stride=8))
     assert (tmp_path / "foreign.hdf5").read_text() == "somebody's"
     (tmp_path / "out.json").write_text("{}")
-    with pytest.raises(InputError, match="is no record of an extraction"):
+    with pytest.raises(InputError, match="is not a record of an extraction"):
         extract(videos, tmp_path / "out", Greys(), Sampling(stride=8))
 
 
@@ -189,7 +189,7 @@ def test_the_command_on_real_clips(tmp_path: Path) -> None:
     arguments = ["extract", *map(str, clips), str(broken), "--output", str(output), "--encoder", "efficientnet-lite0"]
     result = CliRunner().invoke(app, [*arguments, "--rate", "1", "--device", "cpu"])
     assert result.exit_code == 0, result.output
-    assert f"skipped: {broken}: is no video that can be read" in result.stderr
+    assert f"skipped: {broken}: is not a readable video" in result.stderr
     assert f"features of {len(clips)} videos, 1280 wide; 1 could not be read" in result.stdout
     with h5py.File(output) as file:
         assert file["bikes"].shape == (10, 1280)
