@@ -42,8 +42,16 @@ def gaussian_mask(
     w = _wide(width).unsqueeze(-1)
     w = torch.where(w < min_width, min_width, w)  # clamp's gradient at equality changed between versions of torch
     x = torch.linspace(0, 1, length, dtype=c.dtype, device=c.device)
-    g = torch.exp(-alpha * (x - c).square() / w.square())  # [..., length]
+    far = _is_far(x - c, w, alpha)
+    u = (x - c) / torch.where(far, 1, w)  # [..., length]; divided first: w^2 may be 0 or infinite
+    g = torch.exp(-(alpha * u) * u).masked_fill(far, 0)
     return (1 - g if complement else g).to(center.dtype)
+
+
+def _is_far(distance: Tensor, width: Tensor, alpha: float) -> Tensor:
+    """Where a Gaussian is 0 even in float64, and its derivatives are, which tiny widths divide to NaN."""
+    u = (distance / width).detach()
+    return (alpha * u) * u > 800
 
 
 def normalized_gaussian_mask(

@@ -51,9 +51,9 @@ DeviceOption = Annotated[Device, typer.Option(help="Device to compute on; auto t
 PrecisionOption = Annotated[
     Precision,
     typer.Option(
-        help="Dtype of activations; parameters, losses and statistics stay in float32. high: float32, multiplied as sums "
-        "of two bfloat16 numbers on CPUs with AMX, and as TF32 on GPUs. auto: bf16 on GPUs that have it, else float32; "
-        "a resumed run keeps its precision."
+        help="Dtype of activations; parameters, losses and statistics stay in float32. high: float32, multiplied as "
+        "sums of two bfloat16 numbers on CPUs with AMX, and as TF32 on GPUs. auto: bf16 on GPUs that have it, else "
+        "float32; a resumed run keeps its precision."
     ),
 ]
 

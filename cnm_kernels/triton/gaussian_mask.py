@@ -30,8 +30,8 @@ def clamp(width, min_width):
 @triton.jit
 def gaussian(x, center, width, alpha):
     """g = exp(-alpha (x - c)^2 / w^2); ``width`` comes clamped."""
-    distance = x - center
-    return tl.exp(-alpha * (distance * distance) / (width * width))
+    u = (x - center) / width  # divided first: the width's square may be 0 or infinite
+    return tl.exp(-(alpha * u) * u)
 
 
 @triton.jit
@@ -41,11 +41,12 @@ def moment_gradient(x, d_mask, center, width, alpha, min_width, COMPLEMENT: tl.c
     No gradient passes to a width below the clamp.
     """
     clamped = clamp(width, min_width)
-    slope = 2.0 * alpha / clamped
+    slope = 2.0 * alpha
     if COMPLEMENT:
         slope = -slope
     u = (x - center) / clamped
-    common = d_mask * gaussian(x, center, clamped, alpha) * slope * u
+    g = gaussian(x, center, clamped, alpha)
+    common = tl.where(g == 0.0, 0.0, d_mask * g * u * slope / clamped)
     d_width = tl.sum(common * u, 0)
     return tl.sum(common, 0), tl.where(width < min_width, 0.0, d_width)
 

@@ -1,6 +1,8 @@
 // The Gaussian over time, in registers: g(x) = exp(-alpha (x - c)^2 / w^2), w = max(width, min_width), or 1 - g.
 #pragma once
 
+#include <limits>
+
 #include "simd.h"
 
 namespace cnm::CNM_ISA {
@@ -25,9 +27,9 @@ struct Gaussian {
     // Adds upstream . dg/dcenter and upstream . dg/dwidth, lane by lane, with the clamp not yet applied:
     // dg/dc = g 2 alpha (x - c) / w^2, dg/dw = g 2 alpha (x - c)^2 / w^3.
     void add_gradient(Vec x, Vec upstream, Vec& d_center, Vec& d_width) const {
-        const float slope = (complement ? -2.0f : 2.0f) * alpha / width;
-        const Vec u = (x - set1(center)) / set1(width);
-        const Vec common = upstream * bell(x) * set1(slope) * u;
+        const Vec u = (x - set1(center)) / set1(width), g = bell(x);
+        const Vec product = upstream * g * u * set1((complement ? -2.0f : 2.0f) * alpha) / set1(width);
+        const Vec common = select(less(g, set1(std::numeric_limits<float>::denorm_min())), set1(0), product);
         d_center += common;
         d_width = fma(common, u, d_width);
     }
@@ -40,8 +42,8 @@ struct Gaussian {
     }
 
     Vec bell(Vec x) const {
-        const Vec distance = x - set1(center);
-        return exp(set1(-alpha) * (distance * distance) / set1(width * width));
+        const Vec u = (x - set1(center)) / set1(width);  // divided first: the width's square may be 0 or infinite
+        return exp(set1(-alpha) * u * u);
     }
 };
 

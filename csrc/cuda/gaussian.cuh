@@ -25,16 +25,16 @@ struct Gaussian {
 
     // g = exp(-alpha (x - c)^2 / w^2)
     __device__ float bell(float x) const {
-        const float distance = x - center;
-        return expf(-alpha * (distance * distance) / (width * width));
+        const float u = (x - center) / width;  // divided first: the width's square may be 0 or infinite
+        return expf(-(alpha * u) * u);
     }
     __device__ float value(float x) const { return complement ? 1.0f - bell(x) : bell(x); }
 
     // Adds upstream . dm/dc and upstream . dm/dw: dg/dc = g 2 alpha (x - c) / w^2, dg/dw = g 2 alpha (x - c)^2 / w^3;
     // the clamp passes a gradient where `width_passes`.
     __device__ void add_gradient(float x, float upstream, float& d_center, float& d_width) const {
-        const float slope = (complement ? -2.0f : 2.0f) * alpha / width, u = (x - center) / width;
-        const float common = upstream * bell(x) * slope * u;
+        const float u = (x - center) / width, g = bell(x);
+        const float common = g == 0.0f ? 0.0f : upstream * g * u * ((complement ? -2.0f : 2.0f) * alpha) / width;
         d_center += common;
         d_width += common * u;
     }

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from op_checks import check_gradients, check_values
+from op_checks import check_gradients, check_values, gradients_of, in_dtype
+from op_records import DIFFERENTIABLE, RECORDS
 from op_records.draw import Draw
 from samples import run, sample, targets
 
@@ -32,6 +33,24 @@ def test_the_clamp_passes_the_gradient_at_equality_and_above(backend: str, devic
     width = inputs["width"].requires_grad_()
     run(OP, inputs, backend)[0].sum().backward()
     assert (width.grad != 0).tolist() == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize("complement", [False, True])
+@pytest.mark.parametrize("min_width", [1e-20, 1e-30, 0.1])
+def test_widths_whose_squares_overflow_or_underflow(
+    backend: str, device: str, dtype: torch.dtype, min_width: float, complement: bool
+) -> None:
+    draw = Draw("extreme", dtype, device)
+    widths = [1e20, 3e30, 1e-19, 0.0, -1.0, 0.5, 1e-20, 1e-3]
+    inputs = {"center": draw.values([0.5, 0.3, 0.5, 1.0, 2.0, -1e15, 1e15, 0.0]), "width": draw.values(widths)}
+    inputs |= {"length": 9, "alpha": 5.0, "min_width": min_width, "complement": complement}
+    wide = in_dtype(inputs, torch.float64)
+    close = {"rtol": 1e-2, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(run(OP, inputs, backend)[0].double(), RECORDS[OP].reference(**wide)[0], **close)
+    gradients = gradients_of(lambda **inputs: run(OP, inputs, backend), inputs, DIFFERENTIABLE[OP])
+    for name, exact in gradients_of(RECORDS[OP].reference, wide, DIFFERENTIABLE[OP]).items():
+        torch.testing.assert_close(gradients[name].double(), exact, **close)
 
 
 @on_every_float32
