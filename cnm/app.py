@@ -28,7 +28,7 @@ SEEK = "const v = document.querySelector('#player video'); if (v) {{ v.currentTi
 
 
 class Answerer:
-    """What the page asks for, without the page.
+    """Answers the requests of the page; independent of the page itself.
 
     Args:
         runs: folders of runs.
@@ -57,7 +57,7 @@ class Answerer:
         return next((str(path) for path in candidates if path.is_file()), None)
 
     def answer(self, run: str | None, query: str, source: Path | tuple[str, int] | None) -> str:
-        """Where the sentence happens in a video file, or in a split's video, as HTML; what is wrong, likewise."""
+        """Returns the moment of the sentence in a video file or a split's video, or an error message, as HTML."""
         try:
             if run is None or source is None:
                 raise InputError("choose a run and a video first")

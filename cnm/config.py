@@ -43,7 +43,7 @@ class _Section(BaseModel):
 
 
 class DatasetConfig(_Section):
-    """Where the data is and how it is cut. Paths are relative to the working directory, as published.
+    """The data: its files and its sizes. Paths are relative to the working directory, as published.
 
     ``synthetic`` needs no path: the videos are generated (``cnm.data.synthetic``) from ``seed``.
     ``custom`` is any other dataset: the files say what they are.
@@ -116,7 +116,7 @@ class OptimizerConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """What every model's training section says; the optimizers are the model's own."""
+    """The training options of every model; each model adds its optimizers."""
 
     batch_size: Count = Field(description="sentences per update")
     max_num_epochs: Count = Field(description="passes over the training sentences")

@@ -54,7 +54,7 @@ class Group:
             dist.destroy_process_group()  # its threads would outlive the interpreter, which aborts the process
 
     def rows(self, count: int) -> np.ndarray:
-        """Which of a batch's samples are this process's: never none, see ``share``."""
+        """Returns this process's samples of a batch: at least one, see ``share``."""
         mine = np.arange(self.rank, count, self.size)
         return mine if len(mine) else np.zeros(1, dtype=int)
 

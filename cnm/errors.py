@@ -1,8 +1,8 @@
-"""What the command line turns into one line and exit code 2."""
+"""The errors that the command line reports in one line, with exit code 2."""
 
 import re
 
-# What would end a line or move the terminal's cursor, where a message quotes a name out of a file.
+# Characters that would end a line or move the cursor, if a message quotes a name from a file.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 

@@ -74,7 +74,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class LocalizedMoment:
-    """Where a sentence happens: its best proposal's fields, and all of them.
+    """The moment of a sentence: the fields of its best proposal, and all proposals.
 
     Attributes:
         query: the sentence.
@@ -208,7 +208,7 @@ class Localizer:
         return self._encoded(clips, found.duration)
 
     def find(self, video: Video, sentences: Sequence[str], *, scoring: Scoring | None = None) -> list[LocalizedMoment]:
-        """Where each sentence happens in an encoded video, in the order given.
+        """Returns the moment of each sentence in an encoded video, in the given order.
 
         What is beyond the model's ``max_num_words`` known words of a sentence is ignored.
 

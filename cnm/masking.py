@@ -1,4 +1,4 @@
-"""Which words are hidden for reconstruction: each word's weight, and draws from those weights."""
+"""Selects the words to hide for reconstruction: computes each word's weight, and draws from these weights."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def _summary(ious: ArrayLike, names: tuple[str, ...]) -> dict[str, float]:
 
 
 def vote(moments: Array, *, weighted: bool) -> NDArray[np.int64]:
-    """Which proposal the others vote for: the first with the largest sum_j IoU(i, j) C_j. [N, K, 2] -> [N]
+    """Selects the proposal that the others vote for: the first with the largest sum_j IoU(i, j) C_j. [N, K, 2] -> [N]
 
     C_j = IoU(first, j) where ``weighted`` (published for Charades-STA), else 1 (ActivityNet).
     """
@@ -120,7 +120,7 @@ def vote(moments: Array, *, weighted: bool) -> NDArray[np.int64]:
     return chosen
 
 
-# Which of a sentence's K proposals, best first, is the answer: [N, K, 2] -> [N].
+# Each selects the answer among a sentence's K proposals, best first: [N, K, 2] -> [N].
 SELECTIONS: dict[str, Callable[[Array], NDArray[np.int64]]] = {
     "nll": lambda moments: np.zeros(len(moments), np.int64),
     "weighted vote": lambda moments: vote(moments, weighted=True),

@@ -66,7 +66,7 @@ for _device, _load in (("cpu", _load_cpu), ("cuda", _load_cuda)):
     if _error is not None:
         LOAD_ERRORS[_device] = _error
 
-# Where the layer itself is not trained, softmax(z) W of every token is kept for the backward: two products instead of
+# If the layer itself is not trained, softmax(z) W of every token is kept for the backward: two products instead of
 # three. On a CPU it takes the memory of a quarter of the float32 logits at most; GPUs keep it always.
 EXPECTED_WORD_SHARE = 4
 

@@ -23,7 +23,7 @@ from torch import Tensor
 LIBRARY_INPUTS = 512  # the least that is left to PyTorch, where that is faster
 WITH_AVX512 = ("avx512", "avx512bf16", "amx")
 
-# Of this processor; ``use`` sets them, and tests set them to run what other processors do.
+# Properties of this processor. ``use`` sets them; tests set them to run the code of other processors.
 splits = False  # three bfloat16 products are faster than one in float32
 library = False  # PyTorch's product is faster from LIBRARY_INPUTS on
 

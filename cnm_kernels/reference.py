@@ -49,7 +49,7 @@ def gaussian_mask(
 
 
 def _is_far(distance: Tensor, width: Tensor, alpha: float) -> Tensor:
-    """Where a Gaussian is 0 even in float64, and its derivatives are, which tiny widths divide to NaN."""
+    """Marks points where a Gaussian and its derivatives are 0 even in float64; tiny widths would give NaN there."""
     u = (distance / width).detach()
     return (alpha * u) * u > 800
 
@@ -294,7 +294,7 @@ def dropout_threshold(p: float) -> int:
 
 
 def keep_mask(numel: int, threshold: int, seed: Tensor, offset: int) -> Tensor:
-    """Which elements dropout keeps: those whose 16 random bits are at least the threshold. [numel] bool
+    """Marks the elements that dropout keeps: their 16 random bits are at least the threshold. [numel] bool
 
     Elements 8i to 8i+7 (in row-major order) take, in order, the low and high halves of the four words of
     Philox4x32-10 with counter (i low, i high, offset low, offset high) and key (seed low, seed high).

@@ -36,8 +36,8 @@ BACKENDS = {
     "torch": "reference",
 }  # in order of preference: module
 OPS = tuple(op.name for op in op_list.OPS)
-# What vendors' libraries do best on GPUs, or what only CPUs gain by: a backend asked for by name may leave these to
-# PyTorch.
+# On GPUs vendors' libraries compute these best, or only CPUs gain by them: a backend requested by name may leave them
+# to PyTorch.
 LIBRARY_OPS = tuple(op.name for op in op_list.OPS if op.library)
 ENVIRONMENT_VARIABLE = "CNM_KERNELS_BACKEND"
 

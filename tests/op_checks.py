@@ -1,4 +1,4 @@
-"""What every op owes on every backend: right values, right gradients, the same bits again, and a compilable graph.
+"""Checks for every op on every backend: right values and gradients, the same bits again, and a compilable graph.
 
 Error budget. A backend's largest error against float64 may be four times that of plain PyTorch in the dtype under test,
 plus a rounding or two of the tensor's scale. Plain PyTorch is the torch backend; the torch backend itself is held to
@@ -65,7 +65,7 @@ def rounded_once_more(op: str, inputs: Inputs) -> Inputs:
 
 
 def nearby(op: str, inputs: Inputs) -> list[Inputs]:
-    """What one rounding more would make of the inputs, and of a Gaussian's exponent: exp(-x) is off by x times that."""
+    """Inputs that differ by one more rounding, also of a Gaussian's exponent: exp(-x) is then off by x roundings."""
     near = [rounded_once_more(op, inputs)]
     if "alpha" in inputs and next(v for v in inputs.values() if isinstance(v, Tensor)).dtype != torch.float64:
         steeper = inputs["alpha"] * (1 + torch.finfo(torch.float32).eps)

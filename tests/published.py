@@ -43,7 +43,7 @@ class Sizes(CommonSizes):
 
 @dataclass(frozen=True)
 class Output:
-    """What one forward pass gives; branches are positive, hard, easy."""
+    """The results of a forward pass; branches are positive, hard, easy."""
 
     center: Tensor  # [B]
     width: Tensor  # [B]

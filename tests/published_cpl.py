@@ -39,7 +39,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Output:
-    """What one forward pass gives."""
+    """The results of a forward pass."""
 
     center: Tensor  # [B, K]
     width: Tensor

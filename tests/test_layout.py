@@ -34,7 +34,7 @@ def listed(section: str) -> list[str]:
 
 
 def lists() -> tuple[list[str], list[str]]:
-    """What "add an op" lists for CPUs, and for GPUs besides."""
+    """The lists of "add an op": files for CPUs, and more files for GPUs."""
     section = HACKING.split("## Add an op")[1].split("\n## ")[0]
     cpu, gpu = section.split("these two besides")
     return listed(cpu), listed(gpu)

@@ -33,7 +33,7 @@ print(sys.version.split()[0], "torch", torch.__version__)
 
 
 def said_by(command: list[str | Path], folder: Path, **environment: str) -> str:
-    """What a command prints, run outside of the source tree; its last lines where it fails."""
+    """Runs a command outside of the source tree; returns its output, or its last lines if it fails."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "CNM_"))}
     done = subprocess.run(
         list(map(str, command)), cwd=folder, env=kept | environment, text=True, capture_output=True, errors="replace"

@@ -58,7 +58,7 @@ class Kernel:
 
     @property
     def threads(self) -> int:
-        """Of a block at the published sizes, as the host code launches it."""
+        """Shared memory of a block at the published sizes, as the host code launches it."""
         if self.op in ("linear_nll_kernel", "linear_nll_word_gradient_kernel"):
             return 128 if self.arguments[0] == "float" else 256
         if self.op.startswith(("attention", "key_weight", "gaussian_mask", "dropout_add", "layer_norm")):
@@ -129,7 +129,7 @@ def compiled_sources(folder: Path) -> list[Path]:
 
 
 def short_names(mangled: list[str]) -> dict[str, str]:
-    """Of kernels, without namespaces and parameters."""
+    """Demangles names of kernels, without namespaces and parameters."""
     demangler = tool("cu++filt") or shutil.which("c++filt")
     if demangler is None:
         raise RuntimeError("neither cu++filt nor c++filt is here to read the kernels' names")

@@ -30,7 +30,7 @@ INSTRUMENTED = ["cnm", "cnm_kernels", "zipfile", "json", "pickletools", "tarfile
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one kind: cases run, branches seen by the first inputs and by all, inputs worth keeping, what was found."""
+    """Results of one kind: cases run, branches seen by the first inputs and by all, inputs kept, and the finding."""
 
     cases: int
     covered_first: int

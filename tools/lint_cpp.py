@@ -51,7 +51,7 @@ def flags() -> list[str]:
 
 
 def tidy(source: Path, options: list[str]) -> str:
-    """What clang-tidy finds in a source; nothing if it finds nothing."""
+    """Returns the findings of clang-tidy in a source, or an empty text."""
     command = [tool("clang-tidy"), "--quiet", str(source), "--", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return "" if done.returncode == 0 else done.stdout + done.stderr

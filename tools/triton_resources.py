@@ -114,7 +114,7 @@ def the_rest() -> None:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    """What is compiled: the published sizes, other head dims, and the longer sequences of the blocked kernels."""
+    """The cases to compile: the published sizes, other head dims, and longer sequences for the blocked kernels."""
     for dtype in (NARROW, torch.float16, WIDE):
         short = str(dtype).removeprefix("torch.")
         sizes = [(50, 50, 64, "gaussian", True), (20, 50, 64, "complement", False), (200, 200, 64, "none", True)]

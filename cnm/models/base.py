@@ -161,7 +161,7 @@ class Model(nn.Module, ABC):
     def proposals(
         self, batch: Batch, *, video: VideoEncoding | None = None, scoring: Scoring | None = None
     ) -> Proposals:
-        """Where each sentence may happen. Without dropout in evaluation mode.
+        """Proposes moments for each sentence. Evaluation mode has no dropout.
 
         Args:
             batch: the sentences and, unless ``video`` is given, their videos.

@@ -68,7 +68,7 @@ class CNM(Model):
     def localize(
         self, frames: Tensor, frame_lengths: Tensor, words: Tensor, word_lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Where each sentence happens: center and width [B] each, fractions of the video. Without dropout."""
+        """Localizes each sentence: center and width, [B] each, fractions of the video. Without dropout."""
         frames, words = self._narrowed(frames), self._narrowed(words)
         self._check(frames, frame_lengths, words, word_lengths)
         return self.localize_encoded(self.encode_video(frames, frame_lengths), words, word_lengths)

@@ -16,7 +16,7 @@ import cnm_kernels as kernels
 
 @dataclass(frozen=True)
 class Source:
-    """What a cross attention reads."""
+    """The input that a cross attention reads."""
 
     states: Tensor  # [B, S, D]
     lengths: Tensor  # [B] int64, positions that are real

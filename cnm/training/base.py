@@ -104,7 +104,7 @@ class ModelStep(ABC):
         ]
 
     def _means(self, means: list[Tensor]) -> list[Tensor]:
-        """Of the whole batch, where processes share it."""
+        """Returns the means over the whole batch, also if processes share it."""
         return means if self.group is None else self.group.sum(means, self.share)
 
     def _update(self, optimizer: ScheduledAdam, loss: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What a run ends with: scores of the chosen checkpoint on the test split, and what needs no video.
+    """The result of a run: scores of the chosen checkpoint on the test split, and of baselines without a video.
 
     Attributes:
         checkpoint: the file that was scored.
@@ -170,7 +170,7 @@ class Trainer:
             self._restore(self.saved)
 
     def _choice(self, name: str, wanted: str | None, default: str, known: Collection[str]) -> str:
-        """What was asked for, or what the resumed run had: a continuation bit for bit allows no other."""
+        """Returns the wanted option; a resumed run must keep its own, since it continues bit for bit."""
         if wanted is not None and wanted not in known:
             raise InputError(f"{name} {wanted!r}: unknown; choose one of {', '.join(known)}")
         if self.saved is None:

@@ -38,7 +38,7 @@ def heads_last(like: Tensor, B: int, H: int, L: int, d: int) -> Tensor:
 
 
 def operand_gradients(query: Tensor, key: Tensor | None, value: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
-    """Where the gradients of query, key and value go: packed as these are; nothing where nothing is needed."""
+    """Allocates the gradients of query, key and value, packed as these are; an empty one if it is not needed."""
 
     def gradient(operand: Tensor | None, needed: bool) -> Tensor:
         if operand is None or not needed:

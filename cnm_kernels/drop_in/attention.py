@@ -174,14 +174,14 @@ def _batch_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...
 
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Of this very class, and nobody watches what goes in and out of it: its parameters are all there is to it."""
+    """Whether the module has exactly this class and no hooks, so that its parameters determine its result."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and not any(hooks)
 
 
 @dataclass(frozen=True)
 class _Padding:
-    """What a padding mask means for the keys. ``lengths`` or ``mask`` say it all; a mask that starves says it alone."""
+    """A padding mask as kernels take it: key lengths, or a mask if padding is scattered or some query sees no key."""
 
     mask: Tensor | None = None  # [B, Lk] bool, True where padded
     lengths: Tensor | None = None  # [B] int64, where padding only follows the real keys
@@ -262,7 +262,7 @@ def remembered(mask: Tensor, question: Any, answer: Callable[[Tensor], Any]) -> 
 
 
 def _seen(attn_mask: Tensor | None, Lq: int, Lk: int) -> str:
-    """Which keys the additive mask lets a query see: "all", the "past" and itself, or "other"."""
+    """Classifies the keys that a query sees under the additive mask: "all", the "past" and itself, or "other"."""
     if attn_mask is None:
         return "all"
 
@@ -303,7 +303,7 @@ _said: set[str] = set()
 
 @contextmanager
 def in_silence() -> Iterator[None]:
-    """What would be said for a while is not, and can be said afterwards."""
+    """Suppresses warnings for a while; warnings that are given once can be given afterwards."""
     before = set(_said)
     try:
         with warnings.catch_warnings():

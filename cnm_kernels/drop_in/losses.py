@@ -314,7 +314,7 @@ def _stand_in(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Any:
 
 
 def _fused_within(function: Any, losses: Any) -> str:
-    """What a warning adds where a function left alone calls a fused ``cal_nll_loss``."""
+    """Returns an addition to the warning if a function that is left alone calls a fused ``cal_nll_loss``."""
     calls = getattr(getattr(function, "__code__", None), "co_names", ())
     inner = getattr(function, "__globals__", {}).get("cal_nll_loss", getattr(losses, "cal_nll_loss", None))
     fused = "cal_nll_loss" in calls and hasattr(inner, "_accelerated")
@@ -327,7 +327,7 @@ def _binary(mask: Tensor) -> bool:
 
 @contextmanager
 def _without_a_gpu() -> Iterator[None]:
-    """Where there is no GPU, ``tensor.cuda()``, which the published losses call, gives the tensor itself."""
+    """Without a GPU, makes ``tensor.cuda()``, which the published losses call, return the tensor itself."""
     if torch.cuda.is_available():
         yield
         return

@@ -1,4 +1,4 @@
-"""What ``accelerate(model, report=...)`` prints: each module it looked at, what became of it, and times."""
+"""The output of ``accelerate(model, report=...)``: each module, whether it was replaced, and times."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Failed(Exception):
-    """What a published function raised in a trial, as the end of a sentence that begins with its name."""
+    """A published function failed in a trial; the message continues a sentence that begins with its name."""
 
 
 def tried(theirs: Callable[[], Any], around: Callable[[], Any]) -> Any:
@@ -95,7 +95,7 @@ def layer_differs(module: Any, ours: Any) -> str | None:
 
 
 def _differs(module: nn.Module, ours: Any, calls: list[Call], around: Callable[[], Any] = in_silence) -> str | None:
-    """What the calls show; the module's own forward runs within ``around()``."""
+    """Says how the results of the calls differ, or None; the module's own forward runs within ``around()``."""
     own = type(module)
     known = list(inspect.signature(own.forward).parameters)[1:]
     calls = [
@@ -162,7 +162,7 @@ class _OurMasks(TorchFunctionMode):
 
 @contextmanager
 def _fairseq() -> Iterator[None]:
-    """What the published attention imports when it runs: ``fairseq.utils.softmax``; nothing where fairseq is."""
+    """Provides ``fairseq.utils.softmax``, which the published attention imports, unless fairseq is installed."""
     if "fairseq" in sys.modules or importlib.util.find_spec("fairseq") is not None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What the tests and the fuzzer know of each op: its record, in ``<op>.py``."""
+"""The records of the ops, for tests and fuzzer: ``<op>.py`` holds that of an op."""
 
 from __future__ import annotations
 

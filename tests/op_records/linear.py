@@ -22,7 +22,7 @@ def layer(draw: Draw, *shape: int, M: int, **options: Any) -> Inputs:
 
 
 def grouped_layer(draw: Draw, *shape: int, M: int, **options: Any) -> Inputs:
-    """Of x [..., G, K]."""
+    """A layer of G groups, on x [..., G, K]."""
     G, K = shape[-2:]
     return {
         "x": draw.normal(*shape),
@@ -32,7 +32,7 @@ def grouped_layer(draw: Draw, *shape: int, M: int, **options: Any) -> Inputs:
 
 
 def padded(inputs: Inputs, lengths: Tensor) -> Inputs:
-    """What lies in padding is NaN, if nothing may depend on it."""
+    """Fills padding with NaN, since no result may depend on it."""
     x = inputs["x"].clone()
     for row, n in zip(x, lengths, strict=True):
         row[n:] = torch.nan

@@ -1,4 +1,4 @@
-"""What a record says of its op."""
+"""The record of an op."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every op, sample, dtype and backend alike; what is particular to one op is in ``test_<op>.py``."""
+"""Tests of all ops, samples, dtypes and backends; tests of one op alone are in ``test_<op>.py``."""
 
 from __future__ import annotations
 
