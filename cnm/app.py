@@ -59,8 +59,10 @@ class Answerer:
     def answer(self, run: str | None, query: str, source: Path | tuple[str, int] | None) -> str:
         """Returns the moment of the sentence in a video file or a split's video, or an error message, as HTML."""
         try:
-            if run is None or source is None:
-                raise InputError("choose a run and a video first")
+            if run is None:
+                raise InputError("choose a run first")
+            if source is None:
+                raise InputError("choose a video first")
             sample = None if isinstance(source, Path) else self.split(run, source[0]).samples[source[1]]
             video = self._encoded(run, source)
             [found] = self.run(run).localizer.find(video, [query])

@@ -89,7 +89,7 @@ def test_an_answer_without_a_browser(run: Path, answerer: Answerer) -> None:
 @pytest.mark.parametrize(
     ("query", "source", "message"),
     [
-        (QUERY, None, "choose a run and a video first"),
+        (QUERY, None, "choose a video first"),
         ("", ("test", 0), "query: is empty"),
         ("xylophone", ("test", 0), "has no word the model knows"),
         (QUERY, Path("none.mp4"), "none.mp4: there is no such video"),
