@@ -1,4 +1,4 @@
-// What attention's operators need to turn tensors into their kernels' params.
+// Converts the tensors of attention's operators into the params of their kernels.
 #pragma once
 
 #include <array>
@@ -86,7 +86,7 @@ struct Operands {
     }
 };
 
-// Where the gradients of `operands` go, as the kernels see them.
+// The gradients of `operands` as the kernels write them.
 struct OperandGradients {
     Heads query, key, value;
 

@@ -50,11 +50,11 @@ CNM_KERNEL(dropout_add_layer_norm_backward, DropoutAddLayerNormBackwardParams)
 
 // A row whose sum or squares no float32 holds is computed at another size, a power of two times its own.
 //
-// Of a row made smaller, mean and 1 / standard deviation are kept at that size, the latter with a minus sign.
+// Of a row that was made smaller, the kernels store mean and -1 / standard deviation at the smaller size.
 struct RowSize {
     static constexpr float SMALLER = 0x1p-96f, LARGER = 0x1p96f;
 
-    // Of a row that was computed at its own size.
+    // Returns the size for a row, given its statistics at its own size.
     static constexpr float wanted(float mean, float variance) {
         if (!(variance <= 0x1.fffffep127f)) return SMALLER;
         return variance < 0x1p-80f && mean < 1.0f && mean > -1.0f ? LARGER : 1.0f;

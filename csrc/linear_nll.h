@@ -1,4 +1,4 @@
-// linear_nll: what its kernels are given.
+// linear_nll: the arguments of its kernels.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct LinearNllInputs {
     const int64_t* target;         // [M, L], in [0, V) on valid tokens
     const int64_t* valid_lengths;  // [M]
 
-    // Tokens of row m that count.
+    // The number of valid tokens of row m.
     int64_t valid(int64_t m) const {
         const int64_t n = valid_lengths[m];
         return n < 0 ? 0 : n < L ? n : L;
@@ -36,7 +36,7 @@ struct LinearNllBackwardParams : LinearNllInputs {
     const float* d_nll;     // [M]
     const float* stats;     // [2, M, L]
     const float* expected;  // [M, L, D] or null
-    void* d_hidden;         // [M, L, D] or null: not wanted
+    void* d_hidden;         // [M, L, D], or null if not needed
     void* d_weight;         // [V, D] or null
     float* d_bias;          // [V] or null
     Dtype d_weight_dtype;   // dtype, or float32

@@ -1,4 +1,4 @@
-// linear_nll on tensors of the device that this is compiled for.
+// linear_nll: schemas and binding. This file is compiled once for each device.
 #include "linear_nll.h"
 
 #include <tuple>
@@ -8,7 +8,7 @@
 namespace cnm {
 namespace {
 
-// Keeps what the kernels point to.
+// Owns the tensors whose memory the kernels read.
 struct Arguments {
     Tensor hidden, weight, bias, target, valid_lengths;
     double label_smoothing;
@@ -24,7 +24,7 @@ struct Arguments {
         STD_TORCH_CHECK(w.size(1) == h.size(2) && b.numel() == V && y.numel() == M * L && n.numel() == M,
                         "linear_nll: hidden, weight, bias, target and valid_lengths do not fit");
         STD_TORCH_CHECK(V < (1 << 24), "linear_nll: at most 2^24 words, got ", V);
-#if !defined(CNM_CUDA)  // a GPU's words cannot be looked at without waiting for it: its kernels give NaN for such rows
+#if !defined(CNM_CUDA)  // reading words on a GPU would synchronise; its kernels give NaN for wrong words
         const LinearNllInputs p = params<LinearNllInputs>();
         for (int64_t m = 0; m < M; ++m) {
             for (int64_t t = 0; t < p.valid(m); ++t) {

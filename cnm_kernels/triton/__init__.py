@@ -1,8 +1,8 @@
 """The Triton backend: GPUs, and CPU tensors under the interpreter (``TRITON_INTERPRET=1``), which is for tests.
 
-Every file holds the kernels of one op, its schemas and what the operators call; products are left to ``linear``'s
-vendor library. Kernels use no atomics, sum in a fixed order, and neither wait for the host nor depend on values for
-their shapes, so that CUDA graphs can hold them.
+Each file holds the kernels of one op, its schemas, and the functions that its operators call. ``linear`` has no kernel
+here: the vendor library computes it. Kernels use no atomics and sum in a fixed order. They never synchronise with the
+host, and their shapes do not depend on values, so CUDA graphs can capture them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _DEVICE = "cpu" if _INTERPRETED else "cuda"
 OPS = {_DEVICE: tuple(op for op in registry.OPS if op not in registry.LIBRARY_OPS)}
-BY_NAME_ONLY = _INTERPRETED  # thousands of times slower than anything else
+BY_NAME_ONLY = _INTERPRETED  # the interpreter is thousands of times slower than other backends
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,11 +36,11 @@ def _load_error() -> str | None:
 
 _LOAD_ERROR = _load_error()
 LOAD_ERRORS = {} if _LOAD_ERROR is None else {"cpu": _LOAD_ERROR, "cuda": _LOAD_ERROR}
-_libraries: list[torch.library.Library] = []  # operators live as long as these
+_libraries: list[torch.library.Library] = []  # operators are removed when their library is deleted
 
 
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Kernels are launched on the device that is current: make it the tensors'."""
+    """Makes the tensors' device current, since Triton launches kernels on the current device."""
 
     def call(*arguments: Any) -> Any:
         tensor = next(argument for argument in arguments if isinstance(argument, torch.Tensor))

@@ -1,11 +1,11 @@
-"""weighted_attention and gaussian_attention in Triton, for as many keys as fit (``WHOLE``): no online softmax.
+"""weighted_attention and gaussian_attention in Triton, for as many keys as a tile holds (``WHOLE``): no online softmax.
 
 P_ij = e_ij m_j / Z_i, e_ij = exp(s_ij - max), Z_i = sum_j e_ij m_j; with p0 = e / Z
 dS = P (dP - delta), delta_i = sum_j P_ij dP_ij, dm_j = sum over heads and queries of p0_ij (dP_ij - delta_i).
 
-A program holds a head's keys and values whole and the scores of a tile of queries; delta comes out of the tile itself.
-Where the weights need a gradient, a program takes all heads of a sample one after the other: a fixed order, no atomics.
-Longer sequences go to ``attention_blocked``.
+A program holds all keys and values of a head and the scores of a tile of queries, from which it computes delta. If the
+weights need a gradient, a program processes all heads of a sample in order, so that it needs no atomics.
+``attention_blocked`` computes longer sequences.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from cnm_kernels.triton.key_weights import (
     store_key_weight_gradient,
 )
 
-# Numbers in a head's keys that a program holds at most, by the bytes of one; with and without weights on the keys, or
-# returned, which take registers too.
+# Maximum number of elements of a head's keys that a program holds, by the bytes of an element; with and without weights
+# (of keys, or returned), which need registers too.
 WHOLE = {
     "attention": {2: (128 * 64, 256 * 64), 4: (64 * 64, 64 * 64)},
     "attention_backward": {2: (128 * 64, 256 * 64), 4: (64 * 32, 64 * 32)},
@@ -100,7 +100,7 @@ def _forward_kernel(
     reach = limit
     if CAUSAL:
         reach = tl.minimum(limit, (tl.program_id(1) + 1) * BLOCK_M)
-    if BLOCK_N >= 128 and not RETURN_WEIGHTS and reach <= BLOCK_N // 2:  # half the keys, half the work
+    if BLOCK_N >= 128 and not RETURN_WEIGHTS and reach <= BLOCK_N // 2:  # with half the keys, half the work
         _forward_tile(
             q_ptr, k_ptr, v_ptr, first_ptr, second_ptr, out_ptr, stats_ptr, weights_ptr,
             q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
@@ -133,7 +133,7 @@ def _backward_kernel(
     first_head = (tl.program_id(0) % groups) * HEADS
     limit = real_keys(lengths_ptr, b, Lk, HAS_LENGTHS)
     keys = tl.arange(0, BLOCK_N)
-    branches = tl.arange(0, ROWS_OF_D_M)  # as many as there are, to a power of two
+    branches = tl.arange(0, ROWS_OF_D_M)  # the number of branches, up to a power of two
     d_m = tl.zeros([ROWS_OF_D_M, BLOCK_N], tl.float32)
     for index in range(0, HEADS):
         h = first_head + index
@@ -192,12 +192,12 @@ def _backward_kernel(
 
 
 def fits(kernel: str, k: Tensor, weighting: KeyWeights, with_weights: bool) -> bool:
-    """Whether a program can hold a head's keys whole."""
+    """Whether a program can hold all keys of a head."""
     return kernel_and_size(kernel, k, weighting.kind != NONE or with_weights)[0] == kernel
 
 
 def kernel_and_size(kernel: str, k: Tensor, weighted: bool) -> tuple[str, Tensor, int]:
-    """What ``configuration`` is asked for, for keys [B, H, L, d]."""
+    """The size that ``configuration`` expects for keys [B, H, L, d]."""
     if block(k.size(2)) * block(k.size(3)) <= WHOLE[kernel][k.element_size()][not weighted]:
         return kernel, k, block(k.size(2)) * block(k.size(3))
     return kernel.replace("attention", "attention_blocked", 1), k, k.size(3)
@@ -226,7 +226,7 @@ def launch_forward(
     stats: Tensor,
     weights: Tensor,
 ) -> None:
-    """Fills out [n, B, H, Lq, d], stats and, unless it is empty, weights; with n > 1 the weighting's are [n, B, Lk]."""
+    """Writes out [n, B, H, Lq, d], stats and, unless it is empty, weights; with n > 1 key weights are [n, B, Lk]."""
     (B, H, Lq, d), Lk = q.shape, k.size(2)
     chosen = configuration("attention", q, block(Lk) * block(d))
     return_weights = weights.numel() > 0
@@ -254,7 +254,7 @@ def launch_backward(
     gradients: list[Tensor | None],
     d_weighting: tuple[Tensor, Tensor | None] | None,
 ) -> None:
-    """Fills the gradients of q, k, v that are tensors, summed over the n of d_out, and those of the weighting."""
+    """Writes the gradients of q, k, v that are tensors, summed over the n of d_out, and those of the weighting."""
     (B, H, Lq, d), Lk, n = q.shape, k.size(2), d_out.size(0)
     chosen = configuration("attention_backward", q, block(Lk) * block(d))
     heads = 1 if d_weighting is None else H

@@ -1,9 +1,9 @@
-"""Attention in Triton for longer sequences than ``attention`` holds whole: blocks of keys, online softmax.
+"""Attention in Triton for sequences that are too long for ``attention``: blocks of keys and an online softmax.
 
-What is subtracted from the scores is the largest s + log m, so that no e m exceeds 1, as float16 needs; m itself is
-multiplied, which rounds less than its logarithm. The statistics of a query are that largest and the inverse of the sum,
-from which the backward has p0 = exp(s - largest) inverse, P = p0 m.
-One backward kernel goes over query tiles for delta and dq, another over key tiles for dk, dv and the weights' gradient.
+The kernels subtract the largest s + log m from the scores, so that no e m exceeds 1, as float16 needs. They multiply by
+m, which rounds less than adding its logarithm. The statistics of a query are this maximum and the inverse of the sum;
+from them the backward computes p0 = exp(s - maximum) inverse and P = p0 m.
+One backward kernel loops over query tiles (delta, dq), another over key tiles (dk, dv, gradient of the weights).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _forward_kernel(
 def _unweighted(
     q, k, stats_ptr, b, h, rows, keys, limit, m, H, Lq, scale, CAUSAL: tl.constexpr
 ):  # fmt: skip
-    """p0 = e / Z of a tile, from the statistics of its queries."""
+    """Computes p0 = e / Z of a tile from the statistics of its queries."""
     stats = stats_ptr + ((b * H + h) * Lq + rows) * 2
     highest = tl.load(stats, mask=rows < Lq, other=0.0)
     inverse = tl.load(stats + 1, mask=rows < Lq, other=0.0)
@@ -87,7 +87,7 @@ def _weights_kernel(
     KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """P averaged over heads."""
+    """Averages P over the heads."""
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     keys = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -111,7 +111,7 @@ def _query_gradient_kernel(
     KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_D_WEIGHTS: tl.constexpr,
     NEED_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """delta of a tile of queries, and then dq."""
+    """Computes delta and then dq of a tile of queries."""
     b = (tl.program_id(0) // H).to(tl.int64)
     h = tl.program_id(0) % H
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -154,7 +154,7 @@ def _key_gradient_kernel(
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEED_WEIGHT: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv and dm of a tile of keys."""
+    """Computes dk, dv and dm of a tile of keys."""
     groups = H // HEADS
     b = (tl.program_id(0) // groups).to(tl.int64)
     first_head = (tl.program_id(0) % groups) * HEADS
@@ -202,7 +202,7 @@ def _moment_gradient_kernel(
     d_m_ptr, center_ptr, width_ptr, d_center_ptr, d_width_ptr, Lk, alpha, min_width,
     COMPLEMENT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dm [B, Lk] to center and width."""
+    """Derives the gradients of center and width from dm [B, Lk]."""
     b = tl.program_id(0).to(tl.int64)
     center = tl.load(center_ptr + b).to(tl.float32)
     width = tl.load(width_ptr + b).to(tl.float32)
@@ -230,7 +230,7 @@ def forward(
     stats: Tensor,
     weights: Tensor,
 ) -> None:
-    """Fills out, stats and, unless it is empty, weights."""
+    """Writes out, stats and, unless it is empty, weights."""
     B, H, Lq, d = q.shape
     Lk = k.size(2)
     chosen = configuration("attention_blocked", q, d)
@@ -264,7 +264,7 @@ def backward(
     gradients: list[Tensor | None],
     d_weighting: tuple[Tensor, Tensor | None] | None,
 ) -> None:
-    """Fills the gradients of q, k, v that are tensors, and those of the weighting: the tensor's, or the moment's."""
+    """Writes the gradients of q, k, v that are tensors, and those of the key weights or of center and width."""
     B, H, Lq, d = q.shape
     Lk = k.size(2)
     chosen = configuration("attention_blocked_backward", q, d)

@@ -1,4 +1,4 @@
-"""Tiles of queries and keys, as every attention kernel loads, masks and stores them."""
+"""Loads, masks and stores tiles of queries and keys for all attention kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cnm_kernels.triton.common import narrow
 
 @triton.jit
 def load_rows(ptr, rows, L, stride_l, d, BLOCK_D: tl.constexpr):
-    """Rows [N, BLOCK_D] of one head, zeros beyond the last row and column."""
+    """Loads rows [N, BLOCK_D] of a head, with zeros beyond the last row and column."""
     columns = tl.arange(0, BLOCK_D)
     inside = (rows[:, None] < L) & (columns[None, :] < d)
     return tl.load(ptr + rows[:, None] * stride_l + columns[None, :], mask=inside, other=0.0)
@@ -27,7 +27,7 @@ def store_rows(ptr, values, rows, L, stride_l, d, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def real_keys(lengths_ptr, b, Lk, HAS_LENGTHS: tl.constexpr):
-    """How many of a sample's keys are not padding."""
+    """Returns the number of a sample's keys that are not padding."""
     if HAS_LENGTHS:
         return tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), Lk).to(tl.int32)
     else:
@@ -36,7 +36,7 @@ def real_keys(lengths_ptr, b, Lk, HAS_LENGTHS: tl.constexpr):
 
 @triton.jit
 def visible(rows, keys, limit, CAUSAL: tl.constexpr):
-    """[M, N]: which keys a query sees."""
+    """Returns a mask [M, N] of the keys that each query sees."""
     if CAUSAL:
         return (keys[None, :] < limit) & (keys[None, :] <= rows[:, None])
     else:
@@ -44,14 +44,14 @@ def visible(rows, keys, limit, CAUSAL: tl.constexpr):
 
 
 def strides(*heads: Tensor) -> list[int]:
-    """Of batch, head and position of each."""
+    """Returns the strides of batch, head and position of each tensor."""
     return [stride for tensor in heads for stride in tensor.stride()[:3]]
 
 
 def gradient_views(
     gradients: list[Tensor], key: Tensor | None, value: Tensor | None, needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """These gradients as views [B, H, L, d] of query, key and value; None where not needed."""
+    """Returns the gradients as views [B, H, L, d] for query, key and value; None for one that is not needed."""
     of_query, of_key, of_value = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     if key is None:
         return [None] * 3 if of_query is None else list(unpack(of_query, None, None))

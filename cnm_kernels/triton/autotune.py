@@ -19,18 +19,18 @@ from cnm_kernels.triton.configurations import TABLE, Configuration, Key
 
 WARPS, STAGES = (4, 8), (1, 2, 3)
 ROWS = {"attention": (16, 32, 64), "attention_backward": (16, 32, 64)}
-TILES = (16, 32, 64)  # rows and columns of the kernels that have both
+TILES = (16, 32, 64)  # rows and columns to try, for kernels that have both
 Call = Callable[[], None]
 
 
 def candidates(kernel: str) -> list[Configuration]:
-    """What is tried, the table's own among it."""
+    """The configurations to try; the table's is one of them."""
     sides = [(rows, 0) for rows in ROWS[kernel]] if kernel in ROWS else list(itertools.product(TILES, TILES))
     return [Configuration(*side, *launch) for side in sides for launch in itertools.product(WARPS, STAGES)]
 
 
 def calls(device: str) -> Iterator[tuple[str, tuple[Key, Key], tuple[Call, Call]]]:
-    """(name, classes of the forward and the backward kernel, the two calls) at the published sizes."""
+    """Yields (name, classes of forward and backward kernel, the two calls) at the published sizes."""
     attention = importlib.import_module("cnm_kernels.triton.attention")
     linear_nll = importlib.import_module("cnm_kernels.triton.linear_nll")
     for dtype in (torch.bfloat16, torch.float32):
@@ -81,7 +81,7 @@ def calls(device: str) -> Iterator[tuple[str, tuple[Key, Key], tuple[Call, Call]
 
 
 def best(key: Key, call: Call, time: Callable[[Call], float]) -> tuple[Configuration, float]:
-    """The fastest candidate for a class and its time; those that do not fit the GPU are passed over."""
+    """Returns the fastest candidate of a class and its time; skips candidates that do not fit the GPU."""
     classes = TABLE[key[:2]]
     place = next(index for index, (most, _) in enumerate(classes) if most == key[2])
     own = classes[place]
@@ -91,7 +91,7 @@ def best(key: Key, call: Call, time: Callable[[Call], float]) -> tuple[Configura
             classes[place] = (key[2], candidate)
             try:
                 times[candidate] = time(call)
-            except Exception as error:  # out of registers or shared memory, or a tile that Triton refuses
+            except Exception as error:  # too many registers, too much shared memory, or a tile that Triton refuses
                 if candidate is own[1]:
                     raise
                 print(f"  {candidate}: {type(error).__name__}", file=sys.stderr)

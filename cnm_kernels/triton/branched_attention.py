@@ -1,4 +1,4 @@
-"""branched_attention in Triton: ``attention``'s kernels with one matrix of scores and its reweightings one by one."""
+"""branched_attention in Triton: the kernels of ``attention`` reweight one matrix of scores for each branch in turn."""
 
 from __future__ import annotations
 

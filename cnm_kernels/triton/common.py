@@ -1,4 +1,4 @@
-"""What every Triton kernel uses: products, numbers of keys, the interpreter's limits."""
+"""Functions that all Triton kernels use: products, rounding, sizes, and workarounds for the interpreter."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
-MIN_DOT = 16  # the smallest side tl.dot takes
+MIN_DOT = 16  # the smallest side that tl.dot accepts
 MAX_PROGRAMS_Y = 65535
 
 
 @triton.jit
 def dot(a, b):
-    """a @ b in float32: tensor cores on narrow operands, three tf32 products on float32."""
-    if _INTERPRETED:  # whose bfloat16 products are wrong
+    """Returns a @ b in float32: on tensor cores for 16-bit operands, as three tf32 products for float32 operands."""
+    if _INTERPRETED:  # the interpreter's bfloat16 products are wrong
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(a, b, input_precision="tf32x3")
@@ -26,8 +26,8 @@ def dot(a, b):
 
 @triton.jit
 def narrow(values, dtype: tl.constexpr):
-    """float32 rounded to the nearest of a dtype."""
-    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter would cut off what does not fit
+    """Rounds float32 to the nearest value of a dtype."""
+    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter would truncate
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         values = bits.to(tl.float32, bitcast=True)
@@ -35,15 +35,15 @@ def narrow(values, dtype: tl.constexpr):
 
 
 def block(size: int, most: int = 1 << 30) -> int:
-    """The power of two that covers ``size``, for a side of tl.dot."""
+    """Returns the smallest power of two that is at least ``size`` and a valid side of tl.dot."""
     return min(max(triton.next_power_of_2(size), MIN_DOT), most)
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy whose last dimension is contiguous."""
+    """Returns the tensor, or a copy if its last dimension is not contiguous."""
     return tensor if tensor.stride(-1) == 1 or tensor.numel() == 0 else tensor.contiguous()
 
 
 def floats(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised float32 tensor on the device of ``like``."""
+    """Allocates an uninitialised float32 tensor on the device of ``like``."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)

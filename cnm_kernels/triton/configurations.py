@@ -1,10 +1,10 @@
-"""Tile sizes, warps and pipeline stages of every kernel, by the width of an element and the size class.
+"""Tile sizes, warps and pipeline stages of every kernel, by the bytes of an element and the size class.
 
-``python -m cnm_kernels.triton.autotune`` times others on the GPU at hand and keeps the best in the user's cache folder,
-from where they are read. Nothing is ever tuned while a model runs.
+``python -m cnm_kernels.triton.autotune`` times other configurations on this GPU and stores the best in the user's cache
+folder, from which this module reads them. No kernel is tuned while a model runs.
 
-Chosen from the register and shared memory tables that ``tests/ops/test_triton_compile.py`` checks (no spills on sm_80,
-sm_90 and sm_100, by Triton 3.8 and 3.9, but for float32 heads of 128), not yet timed on a GPU.
+The table was chosen by registers and shared memory, which ``tests/ops/test_triton_compile.py`` checks (no spills on
+sm_80, sm_90 and sm_100 with Triton 3.8 and 3.9, except float32 heads of 128). It has not been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Configuration:
-    """How one kernel is launched."""
+    """The launch settings of a kernel."""
 
-    rows: int  # of a tile: queries or tokens
-    columns: int = 0  # of a tile: keys or words; 0 where the kernel takes all
+    rows: int  # rows of a tile: queries or tokens
+    columns: int = 0  # columns of a tile: keys or words; 0 if the kernel holds all
     num_warps: int = 4
     num_stages: int = 2
 
 
-# (kernel, bytes of an element) -> (largest size, configuration), sizes rising. The size is that of what a program holds
-# whole: the keys times the head dim of ``attention``, the head dim of ``attention_blocked``, the width of a state.
+# (kernel, bytes of an element) -> (largest size, configuration), in order of size. The size depends on the kernel: keys
+# times head dim in ``attention``, the head dim in ``attention_blocked``, the width of a hidden state in ``linear_nll``.
 TABLE: dict[tuple[str, int], list[tuple[int, Configuration]]] = {
     ("attention", 2): [
         (128 * 64, Configuration(64)),
@@ -66,14 +66,14 @@ Key = tuple[str, int, int]  # kernel, bytes of an element, largest size of the c
 
 
 def class_of(kernel: str, operand: Tensor, size: int) -> Key:
-    """The first class that holds ``size``, or the last, for an element as wide as the operand's."""
+    """Returns the first class that holds ``size``, or else the last, for elements of the operand's size."""
     classes = TABLE[kernel, operand.element_size()]
     most = next((most for most, _ in classes if size <= most), classes[-1][0])
     return kernel, operand.element_size(), most
 
 
 def configuration(kernel: str, operand: Tensor, size: int) -> Configuration:
-    """How to launch a kernel on operands like this: as tuned for this GPU, or else as the table says."""
+    """Returns the launch settings for such operands: those tuned for this GPU, or else those of the table."""
     key = class_of(kernel, operand, size)
     if operand.is_cuda and key in (found := tuned(torch.cuda.get_device_name(operand.device))):
         return found[key]
@@ -81,14 +81,14 @@ def configuration(kernel: str, operand: Tensor, size: int) -> Configuration:
 
 
 def tuned_path(device_name: str) -> Path:
-    """Where a GPU's tuned configurations are kept."""
+    """Returns the path of a GPU's tuned configurations."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return folder / "cnm-kernels" / f"triton-{'-'.join(device_name.split())}.json"
 
 
 @cache
 def tuned(device_name: str) -> dict[Key, Configuration]:
-    """What was tuned for this GPU; nothing, with a warning, where the file is not one of ours."""
+    """Reads the configurations tuned for this GPU; warns and returns none if the file is not valid."""
     path = tuned_path(device_name)
     if not path.exists():
         return {}

@@ -29,7 +29,7 @@ SCHEMAS = {"dropout": "(Tensor x, float p, Tensor seed, int offset) -> Tensor"}
 
 
 def kept_scale(p: float) -> float:
-    """What kept elements are multiplied by."""
+    """Returns the factor that scales kept elements."""
     return DROPOUT_LEVELS / max(DROPOUT_LEVELS - dropout_threshold(p), 1)
 
 

@@ -1,5 +1,5 @@
-"""dropout_add_layer_norm in Triton: one pass forward, one backward that draws the mask again, one over the partial sums
-of the parameters' gradients, whose number and order depend on the sizes alone."""
+"""dropout_add_layer_norm in Triton: a forward kernel, a backward kernel that draws the mask again, and a kernel that
+adds the partial sums of the parameters' gradients. Number and order of these sums depend only on the sizes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cnm_kernels.triton.common import floats, narrow
 from cnm_kernels.triton.dropout import kept_scale
 from cnm_kernels.triton.philox import keep_elements, keep_groups
 
-TILE = 2048  # numbers in the rows of one tile
-MAX_PARTS = 512  # partial sums of the parameters' gradients
+TILE = 2048  # elements in a tile
+MAX_PARTS = 512  # number of partial sums of the parameters' gradients
 _SMALLER, _LARGER = tl.constexpr(2.0**-96), tl.constexpr(2.0**96)  # sizes of rows, as in csrc/dropout_add_layer_norm.h
 _LEAST, _MOST = tl.constexpr(2.0**-80), tl.constexpr(torch.finfo(torch.float32).max)  # variances of rows at their own
 
@@ -24,14 +24,14 @@ def _keep(
     rows, N, D, threshold, seed_ptr, samples_ptr, sample_rows, offset,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
-    """Which elements of a tile dropout keeps. [ROWS, BLOCK_D]"""
+    """Returns the mask of the elements that dropout keeps. [ROWS, BLOCK_D]"""
     seed = tl.load(seed_ptr)
-    drawn = rows.to(tl.int64)  # the rows whose masks these have
+    drawn = rows.to(tl.int64)  # the rows of the larger batch, whose masks these rows use
     if INDEXED:
         sample = tl.load(samples_ptr + drawn // sample_rows, mask=rows < N, other=0)
         drawn = sample * sample_rows + drawn % sample_rows
     first = drawn[:, None] * D
-    if ALIGNED:  # rows are whole groups of eight
+    if ALIGNED:  # a row is a multiple of eight elements
         group = first // 8 + tl.arange(0, BLOCK_D // 8)[None, :]
         return tl.reshape(keep_groups(group, threshold, seed, offset), [ROWS, BLOCK_D])
     else:
@@ -43,7 +43,7 @@ def _total(
     x_ptr, residual_ptr, seed_ptr, samples_ptr, rows, size, N, D, sample_rows, threshold, kept_scale, offset,
     DROPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
-    """size (residual + dropout(x)) of a tile, and what was kept; a size of 1 changes nothing."""
+    """Computes size (residual + dropout(x)) of a tile, and the mask of kept elements; a size of 1 changes nothing."""
     columns = tl.arange(0, BLOCK_D)
     place = rows.to(tl.int64)[:, None] * D + columns[None, :]
     inside = (rows < N)[:, None] & (columns < D)[None, :]
@@ -175,7 +175,7 @@ SCHEMAS = {
 
 
 def _tiles(x: Tensor) -> tuple[int, int, int, int, dict[str, int]]:
-    """Rows N of D, rows of a tile, and how a tile is laid out."""
+    """Returns the number of rows N, their width D, the rows of a tile, and the tile's layout."""
     D = x.size(-1)
     BLOCK_D = max(triton.next_power_of_2(D), 8)
     rows = max(TILE // BLOCK_D, 1)
@@ -189,7 +189,7 @@ def _tiles(x: Tensor) -> tuple[int, int, int, int, dict[str, int]]:
 
 
 def _samples(sample_indices: Tensor | None, N: int) -> tuple[Tensor | None, int]:
-    """The indices as the kernels read them, and the rows of a sample."""
+    """Returns the indices in the kernels' form, and the number of rows of a sample."""
     if sample_indices is None or sample_indices.numel() == 0:
         return None, 1
     return sample_indices.contiguous(), N // sample_indices.numel()

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from cnm_kernels.triton.common import narrow
 
-BLOCK = 256  # samples of one Gaussian at a time
+BLOCK = 256  # points of a Gaussian that are computed at a time
 
 
 @triton.jit
 def positions(index, length):
-    """linspace(0, 1, length), counted from the nearer end as torch.linspace does."""
+    """Computes linspace(0, 1, length) from the nearer end, as torch.linspace does."""
     last = tl.maximum(length - 1, 1).to(tl.float32)
     step = 1.0 / last
     j = index.to(tl.float32)
@@ -24,12 +24,12 @@ def positions(index, length):
 
 @triton.jit
 def clamp(width, min_width):
-    return tl.where(width < min_width, min_width, width)  # a NaN stays
+    return tl.where(width < min_width, min_width, width)  # keeps NaN
 
 
 @triton.jit
 def gaussian(x, center, width, alpha):
-    """g = exp(-alpha (x - c)^2 / w^2); ``width`` comes clamped."""
+    """Computes g = exp(-alpha (x - c)^2 / w^2); the caller clamps ``width``."""
     u = (x - center) / width  # divided first: the width's square may be 0 or infinite
     return tl.exp(-(alpha * u) * u)
 

@@ -1,4 +1,4 @@
-"""intra_video_contrastive_loss in Triton: one program forward, which sums in a fixed order."""
+"""intra_video_contrastive_loss in Triton: a single program computes the forward and sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def _load(ptr, index, B):
 
 @triton.jit
 def _hinge(margin, index, B):
-    """relu, a NaN stays; 0 past the end."""
+    """Computes relu and keeps NaN; gives 0 past the end."""
     return tl.where((margin < 0.0) | (index >= B), 0.0, margin)
 
 
 @triton.jit
 def _slope(margin):
-    """Of relu: one half at the kink."""
+    """Computes the gradient of relu, one half at the kink."""
     return tl.where(margin > 0.0, 1.0, tl.where(margin == 0.0, 0.5, 0.0))
 
 
@@ -66,7 +66,7 @@ def forward(positive: Tensor, hard: Tensor, easy: Tensor, beta_1: float, beta_2:
     loss = floats(positive)
     B = positive.numel()
     if B == 0:
-        return loss.fill_(float("nan"))  # the mean of nothing
+        return loss.fill_(float("nan"))  # the mean of no elements
     nlls = (tensor.contiguous() for tensor in (positive, hard, easy))
     _forward_kernel[(1,)](*nlls, loss, B, beta_1, beta_2, BLOCK, num_warps=4, enable_fp_fusion=True)
     return loss

@@ -1,4 +1,4 @@
-"""The weights m + eps of a sample's keys, as attention kernels take them: none, a tensor, a Gaussian or 1 - it."""
+"""The weights m + eps of a sample's keys in attention kernels: none, a tensor, a Gaussian, or one minus it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EPS = tl.constexpr(KEY_WEIGHT_EPS)
 
 @dataclass(frozen=True)
 class KeyWeights:
-    """Of one call: the kind, and what it is computed from."""
+    """The kind of weights of a call, and the tensors that determine them."""
 
     kind: int
     first: Tensor | None  # [B, Lk] weights, or centers [B]
@@ -46,7 +46,7 @@ class KeyWeights:
 
 @triton.jit
 def load_key_weights(first_ptr, second_ptr, b, keys, limit, Lk, alpha, min_width, KIND: tl.constexpr):
-    """m + eps of keys [N] float32; of keys past the real ones (``limit`` of Lk) whatever is finite."""
+    """Computes m + eps of keys [N] float32; keys past the first ``limit`` of Lk get any finite value."""
     if KIND == _NONE:
         return tl.full(keys.shape, 1.0, tl.float32)
     elif KIND == _TENSOR:
@@ -64,7 +64,7 @@ def load_key_weights(first_ptr, second_ptr, b, keys, limit, Lk, alpha, min_width
 def store_key_weight_gradient(
     d_first_ptr, d_second_ptr, first_ptr, second_ptr, b, keys, d_m, Lk, alpha, min_width, KIND: tl.constexpr
 ):
-    """What the gradient d_m [N] of all of a sample's keys means for the tensor, or for center and width."""
+    """Stores the gradient d_m [N] of all keys of a sample, or derives those of center and width from it."""
     if KIND == _TENSOR:
         tl.store(d_first_ptr + b * Lk + keys, narrow(d_m, d_first_ptr.dtype.element_ty), mask=keys < Lk)
     else:

@@ -1,10 +1,10 @@
-"""linear_nll in Triton: the vocabulary is the key axis of a flash attention, logits never reach memory.
+"""linear_nll in Triton, computed as a flash attention whose keys are the words: logits never reach memory.
 
-The forward keeps O = softmax(z) W, so that dh = g (O - (1-e) W[y] - e mean W) for whatever g, without logits. The
-backward to W recomputes z per tile of words: dz = g (softmax(z) - (1-e) 1_y - e/V), dW = dz^T h. Tokens that are
-padding or have no gradient are left out (see ``packed_tokens``). Where there are too few tiles to fill a GPU, the words
-(the backward: the tokens) are split, and the parts summed in a fixed order by a second kernel. max z and
-log sum exp(z - max) are kept apart: a large maximum would swallow the logarithm.
+The forward keeps O = softmax(z) W; for any g the backward then has dh = g (O - (1-e) W[y] - e mean W) without logits.
+For dW the backward recomputes z of each tile of words: dz = g (softmax(z) - (1-e) 1_y - e/V), dW = dz^T h. Tokens that
+are padding or have no gradient are omitted (see ``packed_tokens``). If too few tiles would leave a GPU idle, the words
+(in the backward the tokens) are split into parts, which a second kernel sums in a fixed order. max z and
+log sum exp(z - max) stay two numbers, since a large maximum would absorb the logarithm.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from cnm_kernels.triton.common import block, dot, floats, narrow
 from cnm_kernels.triton.configurations import configuration
 from cnm_kernels.triton.packed_tokens import find_tokens, offsets, steps
 
-MAX_BLOCK_D = {2: 256, 4: 128}  # columns of a hidden state that one tile holds, by the bytes of an element
-PROGRAMS = 256  # enough to fill any GPU's processors once; not the device's own count, for the same bits on all
+MAX_BLOCK_D = {2: 256, 4: 128}  # columns of a hidden state in a tile, by the bytes of an element
+PROGRAMS = 256  # fill any GPU once; a constant, so that all GPUs give the same bits
 MAX_SPLITS = 8
 # The least maximum: words of bias -inf are infinitely below it, also where there are no others.
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -27,7 +27,7 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 @triton.jit
 def _tile(ptr, rows, inside, columns, D, dtype: tl.constexpr):
-    """Rows [N] of a matrix [., D] at some columns, zeros beyond."""
+    """Loads rows [N] of a matrix [., D] at some columns, with zeros outside."""
     mask = inside[:, None] & (columns[None, :] < D)
     return tl.load(ptr + rows[:, None].to(tl.int64) * D + columns[None, :], mask=mask, other=0.0).to(dtype)
 
@@ -37,7 +37,7 @@ def _logits(
     hidden_ptr, weight_ptr, bias_ptr, h, w, token, valid, words, D, V, dtype: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z [T, N]; h and w are the operands where one tile holds them whole."""
+    """Computes z [T, N]; h and w are the operands if a tile holds all their columns."""
     if CHUNKS == 1:
         z = dot(h, tl.trans(w))
     else:
@@ -56,7 +56,7 @@ def _forward_kernel(
     STEPS: tl.constexpr, ACCURACY: tl.constexpr, EXPECTED: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Per packed token and split: partial [split, 4, N], likeliest word, O.
+    """Computes for each packed token and split: partial [split, 4, N], the most likely word, O.
 
     partial: max z, sum exp(z - max), sum (z - max), z_y.
     """
@@ -86,7 +86,7 @@ def _forward_kernel(
             z_target += tl.sum(tl.where(words[None, :] == target[:, None], z, 0.0), 1)
             z = tl.where(inside, z, float("-inf"))
             here = tl.max(z, 1)
-            if ACCURACY:  # the first of equals
+            if ACCURACY:  # of equals the first
                 best = tl.where(here > highest, start + tl.argmax(z, 1, tie_break_left=True), best)
             higher = tl.maximum(highest, here)
             shrink = tl.exp(highest - higher)
@@ -117,7 +117,7 @@ def _combine_kernel(
     L, D, V, N, splits, words_per_split, smoothing,
     ACCURACY: tl.constexpr, EXPECTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Per row of tokens: the splits put together, statistics and O of each token, the mean nll."""
+    """For each row: combines the splits of its tokens into statistics, O and the mean nll."""
     row = tl.program_id(0)
     begin = tl.load(offsets_ptr + row)
     length = tl.load(offsets_ptr + row + 1) - begin
@@ -126,7 +126,7 @@ def _combine_kernel(
     for start in range(0, L, BLOCK_T):
         place = start + tl.arange(0, BLOCK_T)
         valid = place < length
-        inside = place < L  # where there is no token, zeros are kept
+        inside = place < L  # padding stays zero
         packed = begin + place
         highest = tl.full([BLOCK_T], float("-inf"), tl.float32)
         best = tl.zeros([BLOCK_T], tl.int32)
@@ -147,7 +147,7 @@ def _combine_kernel(
             below += tl.load(place_of + 2 * N, mask=valid, other=0.0) + less * words
             z_target += tl.load(place_of + 3 * N, mask=valid, other=0.0)
         log_total = tl.log(total)
-        smooth = smoothing * tl.where(smoothing > 0.0, below / V, 0.0)  # words of bias -inf are infinitely below
+        smooth = smoothing * tl.where(smoothing > 0.0, below / V, 0.0)  # words with bias -inf make it infinite
         token_nll = log_total + (1.0 - smoothing) * (highest - z_target) - smooth
         nll += tl.sum(tl.where(valid, token_nll, 0.0), 0)
         tl.store(stats_ptr + row * L + place, tl.where(valid, highest, 0.0), mask=inside)
@@ -207,7 +207,7 @@ def _word_gradient_kernel(
     STEPS: tl.constexpr, SPLITS: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dW [split, V, D] and db [split, V] of one tile of words from one split of the tokens."""
+    """Computes dW [split, V, D] and db [split, V] of a tile of words from one split of the tokens."""
     dtype = hidden_ptr.dtype.element_ty
     words = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     split = tl.program_id(1)
@@ -266,7 +266,7 @@ SCHEMAS = {
 
 
 def keeps_expected(hidden: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Always: recomputing the logits for dh alone would cost two products more than it saves."""
+    """Always True: recomputing the logits for dh costs two more products than keeping O."""
     return True
 
 

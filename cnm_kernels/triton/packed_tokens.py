@@ -1,7 +1,7 @@
-"""Tokens that count, counted through: padding and rows without a gradient cost nothing, and the host need not know.
+"""Packs the active tokens: padding and rows without a gradient cost nothing, without synchronising with the host.
 
 ``offsets`` [M + 1] int32 are running sums of the rows' lengths; packed token p belongs to the last row that begins at
-or before p. Kernels are launched for all M L tokens and leave where no packed token is left.
+or before p. Kernels are launched for all M L tokens; programs past the last packed token return at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _offsets_kernel(
 
 
 def offsets(lengths: Tensor, L: int, gradient: Tensor | None = None) -> Tensor:
-    """[M + 1] int32; rows whose gradient is 0 count no token."""
+    """Returns the offsets [M + 1] int32; rows whose gradient is 0 have no tokens."""
     M = lengths.numel()
     out = torch.empty(M + 1, dtype=torch.int32, device=lengths.device)
     _offsets_kernel[(1,)](lengths, gradient, out, M, L, gradient is not None, 1024, num_warps=8, enable_fp_fusion=True)
@@ -39,9 +39,9 @@ def offsets(lengths: Tensor, L: int, gradient: Tensor | None = None) -> Tensor:
 
 @triton.jit
 def find_tokens(offsets_ptr, packed, count, M, STEPS: tl.constexpr):
-    """(row, place in it) of packed tokens [N] int32; of those past the end some token's."""
+    """Returns (row, position in it) of packed tokens [N] int32; past the end those of an arbitrary token."""
     wanted = tl.minimum(packed, count - 1)
-    low = tl.zeros(packed.shape, tl.int32)  # rows that end at or before the token are below
+    low = tl.zeros(packed.shape, tl.int32)  # all rows below it end at or before the token
     high = tl.full(packed.shape, 0, tl.int32) + M
     for _ in tl.static_range(STEPS):
         middle = (low + high) // 2
@@ -54,5 +54,5 @@ def find_tokens(offsets_ptr, packed, count, M, STEPS: tl.constexpr):
 
 
 def steps(M: int) -> int:
-    """Halvings until one of M rows is left."""
+    """Returns the number of halvings that reduce M rows to one."""
     return max(M, 1).bit_length()

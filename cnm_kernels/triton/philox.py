@@ -1,4 +1,4 @@
-"""Dropout masks from Philox4x32-10: the bits that ``reference.keep_mask`` states, drawn in registers."""
+"""Dropout masks from Philox4x32-10: the same bits as ``reference.keep_mask``, drawn in registers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def _words(group, seed, offset):
-    """The four words of groups of eight elements: counter (group, offset), key seed. [...] int64 -> 4 [...] uint32"""
+    """Draws four words per group of eight elements: counter (group, offset), key seed. [...] int64 -> 4 [...] uint32"""
     offset = offset + group * 0
     return tl.philox(
         seed,
@@ -21,7 +21,7 @@ def _words(group, seed, offset):
 
 @triton.jit
 def keep_groups(group, threshold, seed, offset):
-    """Which elements of whole groups dropout keeps: [..., 8], in the elements' order."""
+    """Returns the mask of the elements of whole groups that dropout keeps: [..., 8], in order."""
     w0, w1, w2, w3 = _words(group, seed, offset)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., 2, 2], in the order of the words
     draws = tl.join(words & 0xFFFF, words >> 16)  # [..., 2, 2, 2]
@@ -30,7 +30,7 @@ def keep_groups(group, threshold, seed, offset):
 
 @triton.jit
 def keep_elements(element, threshold, seed, offset):
-    """The same for elements anywhere, each drawing its whole group."""
+    """The same for single elements; each draws the words of its whole group."""
     w0, w1, w2, w3 = _words(element >> 3, seed, offset)
     which = element & 7
     low = tl.where((which >> 1) == 0, w0, w1)

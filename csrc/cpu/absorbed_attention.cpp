@@ -104,7 +104,7 @@ class AbsorbedAttention {
     }
 
   private:
-    // Where head h's keys begin among the columns: an even one, for bf16 pairs rows of values.
+    // The first column of head h's keys; it is even, since bf16 pairs rows of values.
     int64_t column(int64_t h) const { return h * (PAIRED ? round_up(keys_, 2) : keys_); }
 
     static int64_t real(const int64_t* lengths, int64_t b, int64_t most) {
@@ -177,7 +177,7 @@ class AbsorbedAttention {
         });
     }
 
-    // Of each row and head calls body(where its scores begin, their first column, how many vectors they are).
+    // For each row and head calls body(pointer to its scores, their first column, their number of vectors).
     template <class Body>
     void for_each_segment(int64_t rows, const Body& body) const {
         const auto run = [&](auto vectors) {

@@ -4,12 +4,14 @@
 //   dP = dO v^T, delta_i = sum_j P_ij dP_ij, dS = P (dP - delta), dq = scale dS k, dk = scale dS^T q, dv = P^T dO
 //   dm_j = sum over heads and queries of dS_ij / (m_j + eps)
 //
-// One (batch, head) pair at a time: its keys (and values, in the backward) are transposed once into scratch, then
-// blocks of query rows pass through. A block's scores stay in the first caches; no [Lq, Lk] matrix exists. Weighting
-// after exp needs no logarithm, and m + eps is never so small that dividing by it loses anything.
+// A thread works on one (batch, head) pair at a time. It transposes the keys (in the backward also the values) once
+// into scratch and then processes blocks of query rows. The scores of a block stay in the L1 and L2 caches; no [Lq, Lk]
+// matrix exists. Multiplying by m + eps after exp needs no logarithm, and m + eps is large enough to divide by it
+// accurately.
 //
-// A chunk is a batch entry with its heads in order; it owns what it writes. Small heads are over before the processor
-// has found out what comes next, so a head's products also ask for the next head's rows.
+// A chunk of work is a batch entry with all its heads, in order; no other chunk writes to its outputs. Small heads end
+// before the hardware prefetcher recognises their access pattern, so the products of a head prefetch the next head's
+// rows.
 #include "branched_attention.h"
 
 #include <algorithm>
@@ -23,15 +25,15 @@
 namespace cnm::CNM_ISA {
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 48;         // at most, of queries
-constexpr int64_t BLOCK_ELEMENTS = 16384;  // at most, of a block's scores: 64 KiB
+constexpr int64_t BLOCK_ROWS = 48;         // maximum number of queries in a block
+constexpr int64_t BLOCK_ELEMENTS = 16384;  // maximum number of scores in a block: 64 KiB
 
-// Of query rows: `keys` is how many keys any of them sees.
+// A block of query rows; its rows see at most the first `keys` keys.
 struct Block {
     int64_t begin, rows, keys;
 };
 
-// Rows in blocks of even size, so that none is left with a row or two.
+// Divides the rows into blocks of about the same size, so that no block has only one or two rows.
 int64_t rows_of_a_block(int64_t Lq, int64_t Lk) {
     const int64_t most = std::clamp<int64_t>(BLOCK_ELEMENTS / round_up(std::max<int64_t>(Lk, 1), W), 1, BLOCK_ROWS);
     const int64_t blocks = (Lq + most - 1) / most;
@@ -43,7 +45,7 @@ class Attention {
   public:
     using E = Operand<T>;
 
-    // With a null `memory`, only counts the bytes it needs.
+    // If `memory` is null, the constructor only counts the bytes that it needs.
     Attention(const AttentionInputs& p, const Branches& branches, bool backward, void* memory)
         : p_(p),
           branches_(branches),
@@ -79,7 +81,7 @@ class Attention {
 
     size_t bytes() const { return arena_.bytes(); }
 
-    // The keys' weights m + eps in batch entry b, zero beyond its length.
+    // Computes the keys' weights m + eps of batch entry b; they are zero beyond its length.
     void begin_batch(int64_t b) {
         b_ = b;
         length_ = p_.key_lengths == nullptr ? p_.Lk : std::clamp<int64_t>(p_.key_lengths[b], 0, p_.Lk);
@@ -96,7 +98,7 @@ class Attention {
         }
     }
 
-    // What the thread will probably do next: its rows are fetched in the meantime.
+    // Names the head that this thread will probably process next; its rows are prefetched.
     void set_next(int64_t b, int64_t h) {
         next_b_ = b;
         next_h_ = h;
@@ -117,7 +119,7 @@ class Attention {
                     stats[at] = first_stats[at];
                     stats[at + 1] = weigh(block, r, i);
                 }
-                // Rows are normalised after the product, where they have d elements instead of Lk.
+                // Normalise after the product, when a row has d elements instead of Lk.
                 multiply(packed_a(weighted_scores_, block), value, block, branch(p.out, i),
                          stats + 2 * block.begin + 1);
             }
@@ -166,13 +168,14 @@ class Attention {
             }
             key_rows_done_ = block.keys;
         });
-        for (int64_t j = key_rows_done_; j < p_.Lk; ++j) {  // what no query sees
+        for (int64_t j = key_rows_done_; j < p_.Lk; ++j) {  // keys that no query sees
             if (p.d_key.data != nullptr) write_row(p.d_key, j, nullptr, 0);
             if (p.d_value.data != nullptr) write_row(p.d_value, j, nullptr, 0);
         }
     }
 
-    // After a batch entry's last head: the gradient of its key weights, or of the Gaussian behind them.
+    // After the last head of a batch entry: writes the gradient of its key weights, or of its Gaussian's center and
+    // width.
     void end_batch(const BranchedAttentionBackwardParams& p) {
         const auto d_m = [&](int64_t i, int64_t j) {
             return static_cast<double>(d_weight_[i * keys_padded_ + j]) / weights(i)[j];
@@ -182,7 +185,7 @@ class Attention {
             for (int64_t j = 0; j < p_.Lk; ++j) out[j] = j < length_ ? static_cast<float>(d_m(i, j)) : 0.0f;
         }
         if (p.d_center == nullptr) return;
-        // In float64, since sum_j dS_ij = 0: far from the Gaussian what remains is small beside its terms.
+        // Sum in float64: because sum_j dS_ij = 0, the terms almost cancel far from the Gaussian.
         double d_center = 0, d_width = 0;
         const Gaussian g = gaussian();
         for (int64_t j = 0; j < length_; j += W) {
@@ -218,7 +221,7 @@ class Attention {
 
     float* weights(int64_t branch) const { return weight_ + branch * keys_padded_; }
 
-    // Of out or its gradient.
+    // Selects a branch of out or of its gradient.
     Heads branch(const Heads& t, int64_t i) const {
         return {static_cast<T*>(t.data) + i * branches_.out, t.batch, t.head, t.row};
     }
@@ -227,7 +230,7 @@ class Attention {
 
     T* row(const Heads& t, int64_t i) const { return static_cast<T*>(t.data) + b_ * t.batch + h_ * t.head + i * t.row; }
 
-    // Lists the cache lines of the next head, for the products of this one to ask for.
+    // Lists the cache lines of the next head, which the products of this head prefetch.
     void plan(const Heads* d_out) {
         PrefetchList list(lines_);
         const auto add = [&](const Heads& t, int64_t rows) {
@@ -239,23 +242,23 @@ class Attention {
             add(p_.value, p_.Lk);
             for (int64_t i = 0; d_out != nullptr && i < branches_.n; ++i) add(branch(*d_out, i), p_.Lq);
         }
-        prefetch_ = list.finish(d_out == nullptr ? 0 : 1);  // a backward has twice the steps
+        prefetch_ = list.finish(d_out == nullptr ? 0 : 1);  // a backward has twice as many steps
     }
 
-    // The head's rows as a left operand.
+    // The head's rows as the left operand of gemm.
     OperandRows<E> as_a(const Heads& t, int64_t rows, E* buffer) const {
         return left_rows(rows, p_.d, row(t, 0), t.row, buffer, width_padded_);
     }
-    // Its rows from `begin` on as a right operand.
+    // The head's rows from `begin` on as the right operand.
     OperandRows<E> as_b(const Heads& t, int64_t begin, int64_t rows, E* buffer) const {
         return right_rows(rows, p_.d, row(t, begin), t.row, buffer, width_padded_);
     }
-    // A block of scores as a left operand whose rows are multiplied.
+    // A block of scores as the left operand.
     OperandRows<E> packed_a(const float* scores, const Block& block) const {
         return left_rows(block.rows, block.keys, scores, keys_padded_, packed_, keys_padded_);
     }
 
-    // The block's rows of `out` = factors[2 r] a[rows, keys] b[keys, d]; null factors are ones.
+    // Writes the block's rows: out[r] = factors[2 r] a[r, keys] b[keys, d]. Null factors are ones.
     void multiply(OperandRows<E> a, OperandRows<E> b, const Block& block, const Heads& out,
                   const float* factors) const {
         const int64_t K = packed_k<T>(block.keys);
@@ -270,8 +273,8 @@ class Attention {
         }
     }
 
-    // Adds scores[rows, keys]^T t[the block's rows, d] to sums[keys, d], or the last time to what the sums are for. Of
-    // the keys `begun` have sums already; the others start here.
+    // Adds scores[rows, keys]^T t[the block's rows, d] to sums[keys, d]; with `last`, writes the totals to `out`. Only
+    // the first `begun` keys have sums from earlier blocks.
     void add_transposed(const float* scores, const Heads& t, const Block& block, float* sums, const Heads& out,
                         int64_t begun, bool last) const {
         const OperandRows<E> b = as_b(t, block.begin, block.rows, rows_);
@@ -307,14 +310,14 @@ class Attention {
         return p_.causal ? std::min(block.begin + r + 1, length_) : length_;
     }
 
-    // e of W keys from j on, n of them visible. The backward must get the very bits that the forward summed. The score
-    // is subtracted before it is scaled: a product minus a rounded maximum, fused, is not 0 at the maximum.
+    // e of W keys from j on, of which n are visible. The backward must compute the same bits that the forward summed.
+    // Scale after the subtraction: with a fused multiply-add, scale * score - rounded maximum is not 0 at the maximum.
     Vec exponential(const float* scores, int64_t j, int64_t n, Vec best) const {
         const Vec e = exp((load(scores + j) - best) * set1(p_.scale));
         return within(weights_at_once_ ? e * load(weight_ + j) : e, n);
     }
 
-    // Row r of the scores to e, 0 where not visible; stats to the best score, not scaled, and 1 / Z.
+    // Replaces row r of the scores by e, 0 for hidden keys; writes the unscaled best score and 1 / Z to stats.
     void softmax(const Block& block, int64_t r, float* stats) const {
         float* scores = scores_ + r * keys_padded_;
         const int64_t n = visible(block, r);
@@ -338,7 +341,7 @@ class Attention {
         stats[1] = Z == 0 ? 0 : 1 / Z;
     }
 
-    // Row r of the scores to `factor` e, 0 where not visible: P, where the factor is 1 / Z.
+    // Replaces row r of the scores by factor * e, 0 for hidden keys. The factor 1 / Z gives P.
     void probabilities(const Block& block, int64_t r, float best, float factor) const {
         float* scores = scores_ + r * keys_padded_;
         const int64_t n = visible(block, r);
@@ -346,7 +349,7 @@ class Attention {
         blank(scores, n, block.keys);
     }
 
-    // Row r of e, which is zeros where nothing is visible, times a branch's weights and `factor`. Returns 1 / Z.
+    // Multiplies row r of e (0 for hidden keys) by a branch's weights and `factor`. Returns 1 / Z.
     float weigh(const Block& block, int64_t r, int64_t branch, float factor = 1.0f) const {
         const float *e = scores_ + r * keys_padded_, *weight = weights(branch);
         float* to = weighted_scores_ + r * keys_padded_;
@@ -360,12 +363,12 @@ class Attention {
         return Z == 0 ? 0 : 1 / Z;
     }
 
-    // Zeros from key n's vector on: within it they are there already.
+    // Zeros the vectors after the one that holds key n; that vector is masked already.
     static void blank(float* scores, int64_t n, int64_t keys) {
         for (int64_t j = round_up(n, W); j < keys; j += W) store(scores + j, set1(0));
     }
 
-    // Row r of dP to scale dS, with P from the scores; dS itself to the sums over `columns`, if there are any.
+    // Replaces row r of dP by scale * dS, with P from the scores; adds dS to `columns` unless it is null.
     void score_gradient(const AttentionBackwardParams& p, const Block& block, int64_t r, float* columns) const {
         const float* probability = weighted_scores_ + r * keys_padded_;
         float* d = d_scores_ + r * keys_padded_;
@@ -386,7 +389,7 @@ class Attention {
         blank(d, n, block.keys);
     }
 
-    // Sums of sums round less than one long sum.
+    // Adds the block's sums to the total: a sum of block sums has a smaller rounding error than one long sum.
     void add_weight_gradient(const Block& block, int64_t branch) const {
         float *sums = d_weight_ + branch * keys_padded_, *of_block = block_weight_ + branch * keys_padded_;
         for (int64_t j = 0; j < block.keys; j += W) {
@@ -395,7 +398,7 @@ class Attention {
         }
     }
 
-    // scale dS of a branch to the sum over the branches.
+    // Adds scale * dS of a branch to the sum over the branches.
     void add_score_gradient(const Block& block, bool first) const {
         for (int64_t r = 0; r < block.rows; ++r) {
             const float* d = d_scores_ + r * keys_padded_;
@@ -405,7 +408,7 @@ class Attention {
         }
     }
 
-    // Heads add up in order; the first one finds nothing there.
+    // Adds the head's weights to the mean over the heads, in order; the first head overwrites the memory.
     void add_weights(float* weights, const Block& block, const float* stats) const {
         for (int64_t r = 0; r < block.rows; ++r) {
             const float* scores = scores_ + r * keys_padded_;
@@ -441,11 +444,11 @@ class Attention {
     int64_t next_b_ = 0, next_h_ = 0;
     const char** lines_;
     mutable Prefetch prefetch_{};
-    int64_t key_rows_done_ = 0;     // key rows whose gradients have been begun in this head
-    bool weights_at_once_ = false;  // in the exponentials: of a single branch
+    int64_t key_rows_done_ = 0;     // key rows that already have gradient sums in this head
+    bool weights_at_once_ = false;  // with a single branch, `exponential` applies the weights
 };
 
-// Calls body(attention, head) for every head, with begin_batch before and end(attention) after a batch entry's heads.
+// Calls body(attention, head) for every head; before a batch entry's heads begin_batch, after them end(attention).
 template <class T, class Params, class Body, class End>
 void for_each_head(const Params& p, bool backward, const Body& body, const End& end) {
     const size_t bytes = Attention<T>(p, p.branches, backward, nullptr).bytes();

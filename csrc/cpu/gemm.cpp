@@ -192,7 +192,7 @@ void rows_to_float(int64_t M, int64_t K, const T* src, int64_t ld, float* dst, i
 }
 
 #if defined(__AVX512BF16__)
-// What of a number goes into a pair, rounded to bf16.
+// The part of a number that is packed, rounded to bf16: the number, or the rest that its rounding leaves.
 struct Whole {
     Vec operator()(Vec x) const { return x; }
 };

@@ -1,4 +1,4 @@
-// Which instruction set the kernels run on, and how one kernel source becomes one function per instruction set.
+// Selects the instruction set of the kernels; a kernel source is compiled to one function per instruction set.
 //
 // setup.py compiles every kernel source once per instruction set, with -DCNM_ISA=<name> and that set's flags; the
 // source puts its code into namespace cnm::CNM_ISA. CNM_KERNEL(name, Params) declares them all, and cnm::name, which

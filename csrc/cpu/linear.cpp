@@ -153,7 +153,7 @@ void add_up_rows(const E* from, int64_t from_ld, int64_t rows, int64_t width, fl
 // Whether all numbers that threads have seen are finite.
 class Finite {
   public:
-    // Of one thread's share.
+    // Checks the numbers of one thread.
     class Check {
       public:
         explicit Check(Finite& all) : all_(all) {}

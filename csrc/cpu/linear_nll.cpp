@@ -1,16 +1,16 @@
-// Label-smoothed negative log likelihood of a linear layer, forward and backward, blockwise over the vocabulary.
+// Label-smoothed negative log likelihood of a linear layer, forward and backward, in blocks of the vocabulary.
 //
 //   z = h W^T + b, token nll = (1-e)(lse - z_y) + e (lse - mean_v z_v), averaged over each row's valid tokens
-//   lse = max z + log sum exp(z - max): two numbers, never added, because a large maximum would swallow the logarithm
+//   lse = max z + log sum exp(z - max): two numbers, never added, since a large maximum would absorb the logarithm
 //   dz_v = g (softmax_v - (1-e) [v = y] - e / V), dh = dz W, dW = dz^T h, db = sum dz
 //
-// The tokens that count (valid; in the backward, with a gradient) are gathered into tiles of 64. A tile's logits are
-// computed transposed, [words, tokens], so that maximum, sum and exponentials run down the vocabulary in one vector
-// lane per token, and only a block of words exists at a time. Where asked, the forward also keeps O = softmax(z) W,
-// by an online softmax; then dh = g (O - (1-e) W_y - e mean(W)) needs no logits.
+// Active tokens (valid, and in the backward with a nonzero gradient) are gathered into tiles of 64. The logits of a
+// tile are computed transposed, [words, tokens], so that each vector lane computes maximum, sum and exponentials of one
+// token, and only one block of words exists at a time. On request the forward also keeps O = softmax(z) W, by an online
+// softmax; then dh = g (O - (1-e) W_y - e mean(W)) needs no logits.
 //
-// Forward and dh are parallel over tiles. dW is parallel over blocks of words: a few tiles' dz are stored (never more
-// than a small part of the logits), then each block adds them up in the order of the tokens.
+// Forward and dh are parallel over tiles. dW is parallel over blocks of words: dz of a few tiles is stored (always a
+// small part of the logits), then each block sums it in the order of the tokens.
 #include "linear_nll.h"
 
 #include <algorithm>
@@ -25,14 +25,14 @@
 namespace cnm::CNM_ISA {
 namespace {
 
-constexpr int64_t TOKENS = 64;  // of a tile
-constexpr int64_t WORDS = 128;  // of a block of logits: 32 KiB
-constexpr int64_t PAD = W;      // added to rows of scratch, or rows a power of two apart would share few cache sets
+constexpr int64_t TOKENS = 64;  // in a tile
+constexpr int64_t WORDS = 128;  // in a block of logits: 32 KiB
+constexpr int64_t PAD = W;      // padding of scratch rows: rows at power-of-two distances share few cache sets
 
 int64_t words_from(const LinearNllInputs& p, int64_t begin) { return std::min(WORDS, p.V - begin); }
 int64_t blocks(const LinearNllInputs& p) { return (p.V + WORDS - 1) / WORDS; }
 
-// The tokens that count, and the gradient of each one's nll.
+// The active tokens, and the gradient of each one's nll.
 struct Tokens {
     std::vector<int64_t> index;
     std::vector<float> gradient;
@@ -51,7 +51,7 @@ struct Tokens {
     int64_t tiles() const { return (size() + TOKENS - 1) / TOKENS; }
 };
 
-// The vocabulary as gemm takes it: rows for z = W h^T, and, where wanted, as the right operand of sums over words.
+// The vocabulary as operands of gemm: the left one of z = W h^T and, on request, the right one of sums over words.
 template <class T>
 struct Vocabulary {
     using E = Operand<T>;
@@ -79,7 +79,7 @@ struct Vocabulary {
                     rows_ld = p.D / 2;
                 }
             }
-            // Converted rows are float, and then serve both ways.
+            // Converted rows are float and serve as either operand.
             const bool pack = want_summed && std::is_same_v<E, bf16x2>;
             if (pack) summed_buffer_ = Buffer(static_cast<size_t>(round_up(p.V, 2) * wide) / 2 * sizeof(E));
             summed = pack ? summed_buffer_.as<E>() : rows;
@@ -101,7 +101,7 @@ struct Vocabulary {
     Buffer rows_buffer_, summed_buffer_;
 };
 
-// One tile of tokens, and logits of a block of words.
+// A tile of tokens, and its logits for a block of words.
 template <class T>
 class Tile {
   public:
@@ -127,7 +127,7 @@ class Tile {
         pack_transposed(p_.D, TOKENS, rows_, p_.D, transposed_, TOKENS);
     }
 
-    // z[word][token] without the bias.
+    // Computes z[word][token] without the bias.
     void score(int64_t begin, float* z) const {
         gemm(words_from(p_, begin), TOKENS, packed_k<T>(p_.D), vocabulary_.rows + begin * vocabulary_.rows_ld,
              vocabulary_.rows_ld, 1, transposed_, TOKENS, z, TOKENS, false);
@@ -158,7 +158,7 @@ class Tile {
     E *transposed_, *packed_;
 };
 
-// Running maximum, sum of exponentials and sum of z - max of each of a tile's tokens.
+// For each token of a tile: running maximum, sum of exponentials and sum of z - max.
 struct Softmax {
     alignas(64) float max[TOKENS], total[TOKENS], below[TOKENS], target_logit[TOKENS], scale[TOKENS], best[TOKENS];
 
@@ -170,8 +170,8 @@ struct Softmax {
         std::fill_n(best, TOKENS, 0.0f);
     }
 
-    // Takes a block's z + bias. Then logits hold them, less the new maximum and exponentiated where `keep`, and `scale`
-    // is what sums of earlier blocks are multiplied by.
+    // Adds a block of z + bias to the running values. With `keep`, replaces the logits by exp(z - new maximum), and
+    // sets `scale` to the factor that rescales the sums of earlier blocks.
     void take(float* logits, const float* bias, const int64_t* target, int64_t begin, int64_t words, int64_t size,
               bool keep) {
         for (int64_t i = 0; i < TOKENS; i += W) {
@@ -248,7 +248,7 @@ void forward(const LinearNllParams& p) {
             const float max = softmax.max[t], log_total = std::log(softmax.total[t]), smoothing = p.label_smoothing;
             const float smooth = smoothing * (softmax.below[t] / static_cast<float>(p.V));
             token_nll[i] = log_total + (1 - smoothing) * (max - softmax.target_logit[t]);
-            if (smoothing > 0) token_nll[i] -= smooth;  // words of bias -inf are infinitely below
+            if (smoothing > 0) token_nll[i] -= smooth;  // words with bias -inf make it infinite
             correct[i] = static_cast<int64_t>(softmax.best[t]) == target[t];
             p.stats[token] = max;
             p.stats[p.M * p.L + token] = log_total;
@@ -266,7 +266,7 @@ void forward(const LinearNllParams& p) {
             nll += token_nll[token];
             right += correct[token];
         }
-        // What is saved for the backward holds no garbage.
+        // Initialise padding of the tensors saved for the backward.
         const int64_t padding = m * p.L + n;
         for (float* stats : {p.stats, p.stats + p.M * p.L}) std::fill(stats + padding, stats + (m + 1) * p.L, 0.0f);
         if (p.expected != nullptr) std::fill(p.expected + padding * p.D, p.expected + (m + 1) * p.L * p.D, 0.0f);
@@ -276,7 +276,7 @@ void forward(const LinearNllParams& p) {
     }
 }
 
-// A tile's side of the backward, padded with tokens of no gradient.
+// The backward's data of a tile; padding tokens have gradient 0.
 struct TileGradient {
     alignas(64) float max[TOKENS], log_total[TOKENS], gradient[TOKENS];
     int64_t target[TOKENS];
@@ -292,7 +292,7 @@ struct TileGradient {
         }
     }
 
-    // z to dz; their sums over the tokens to d_bias.
+    // Replaces z by dz; writes its sum over the tokens to d_bias.
     void apply(float* z, const float* bias, float label_smoothing, int64_t V, int64_t begin, int64_t words,
                float* d_bias) const {
         const Vec share = set1(label_smoothing / static_cast<float>(V));
@@ -316,7 +316,7 @@ struct TileGradient {
     }
 };
 
-// d_hidden of tokens that do not count.
+// Zeros d_hidden of inactive tokens.
 template <class T>
 void clear_others(const LinearNllBackwardParams& p, const Tokens& tokens) {
     T* out = static_cast<T*>(p.d_hidden);
@@ -329,7 +329,7 @@ void clear_others(const LinearNllBackwardParams& p, const Tokens& tokens) {
     clear_to(p.M * p.L);
 }
 
-// d_hidden from what the forward kept.
+// Computes d_hidden from the O that the forward kept.
 template <class T>
 void hidden_gradient_from_expected(const LinearNllBackwardParams& p, const Tokens& tokens) {
     const T* weight = static_cast<const T*>(p.weight);
@@ -373,9 +373,9 @@ void backward(const LinearNllBackwardParams& p) {
     Arena counted(nullptr);
     Tile<T>(p, vocabulary, counted);
 
-    // dz of the tiles at hand [word][tile, token], their hidden states [tile, token] and their shares of d_bias
-    // [tile][word]. Tiles are summed a few at a time, whatever the number of threads, in a pass over the float32 sums:
-    // that weighs twice as much beside a narrow product.
+    // For the tiles at hand: dz [word][tile, token], hidden states [tile, token] and their parts of d_bias
+    // [tile][word]. SUMMED tiles share a pass over the float32 sums, whatever the number of threads. Narrow products
+    // take half the time, so a pass is relatively twice as expensive for them.
     constexpr int64_t SUMMED = std::is_same_v<E, float> ? 2 : 4;
     const int64_t group = round_up(thread_count() * SUMMED / 2, SUMMED);
     const int64_t at_hand = want_words ? std::min(tokens.tiles(), group) : tokens.tiles();
@@ -387,7 +387,7 @@ void backward(const LinearNllBackwardParams& p) {
     const Buffer share_buffer(kept * static_cast<size_t>(p.V) * sizeof(float));
     E *dz = dz_buffer.as<E>(), *hidden = hidden_buffer.as<E>();
     float* share = share_buffer.as<float>();
-    // Sums in float32: in the output, if that is.
+    // Sum in float32, in the output itself if it is float32.
     const bool in_place = p.d_weight_dtype == Dtype::float32;
     const Buffer weight_buffer(!in_place && p.d_weight != nullptr ? static_cast<size_t>(p.V * p.D) * sizeof(float) : 0);
     float* d_weight = in_place ? static_cast<float*>(p.d_weight) : weight_buffer.as<float>();

@@ -136,7 +136,7 @@ inline void draw(const Dropout& dropout, uint64_t first, uint8_t* out) {
     }
 }
 
-// Which of a run of elements are kept, one bit each. One per thread: the bits lie in memory the caller gives.
+// The mask of a run of kept elements, one bit each. Each thread has one, in memory that the caller provides.
 class KeepBits {
   public:
     // The bytes that `memory` must have for `count` elements, wherever they start.

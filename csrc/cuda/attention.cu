@@ -1,10 +1,10 @@
 // weighted_attention, gaussian_attention and branched_attention on GPUs, forward.
 //
-// A block has 64 queries of a head, a warp 16 of them with their scores in registers; keys and values come through
-// shared memory in tiles of 64 while the tile before is worked on. With e_ij = exp(s_ij - max) and weights m_j of the
-// keys, P_ij = e_ij m_j / Z_i, Z_i = sum_j e_ij m_j. Where all keys are one tile there is nothing online about it, and
-// all branches are made of the same e; longer rows keep max, Z and the output over the keys seen so far, already
-// divided by Z, so that weights as small as 1e-10 do not vanish in float16.
+// A block processes 64 queries of a head, a warp 16 of them with their scores in registers. Keys and values pass
+// through shared memory in tiles of 64; a tile is loaded while the previous one is processed. With e_ij = exp(s_ij -
+// max) and weights m_j of the keys, P_ij = e_ij m_j / Z_i, Z_i = sum_j e_ij m_j. If one tile holds all keys, no online
+// softmax is needed and all branches share e. Longer rows keep max, Z and the output of the keys so far; this output is
+// already divided by Z, so that weights as small as 1e-10 do not underflow in float16.
 #include "attention.cuh"
 
 namespace cnm {
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
     attention_kernel(BranchedAttentionParams p, int stages, bool aligned) {
     constexpr int STRIDE = tile_stride<T>(D), SIZE = TILE * STRIDE;
     T* const query = dynamic_shared<T>();
-    T* const keys = query + SIZE;            // [stages], of which there are one or two: no division finds a tile
+    T* const keys = query + SIZE;            // [stages]: one or two, so a mask finds a tile without a division
     T* const values = keys + stages * SIZE;  // [stages]
     float* const weights = reinterpret_cast<float*>(values + stages * SIZE);  // [branches of this block, TILE]
 
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
     const int64_t first_branch = blockIdx.z, branches = gridDim.z == 1 ? p.branches.n : 1;
     const int first_row = static_cast<int>(blockIdx.y) * TILE, limit = static_cast<int>(real_keys(p, b));
     const int reach = p.causal && first_row + TILE < limit ? first_row + TILE : limit;
-    const int tiles = reach > 0 ? (reach + TILE - 1) / TILE : 1;  // without any key: zeros, all the same
+    const int tiles = reach > 0 ? (reach + TILE - 1) / TILE : 1;  // a row without keys still writes zeros
 
     const auto copy_keys = [&](int tile, T* to, const Heads& from) {
         copy_tile<TILE, D>(
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
         clear(e);
         add_products<D>(e, own, keys + (tile & (stages - 1)) * SIZE, STRIDE);
         float higher[2] = {highest[0], highest[1]}, shrink[2];
-        int seen[2];  // keys of this tile, by each of the lane's rows
+        int seen[2];  // keys of this tile that each of the lane's rows sees
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int end = own_row + row_of(2 * r) + 1;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
     }
 }
 
-// P averaged over the heads, for 64 queries and 64 keys, one head after the other.
+// Averages P over the heads, one after the other, for 64 queries and 64 keys.
 template <class T, int D>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_weights_kernel(AttentionParams p, bool aligned) {
     constexpr int STRIDE = tile_stride<T>(D), SIZE = TILE * STRIDE;
@@ -204,7 +204,7 @@ void branched_attention(const BranchedAttentionParams& p) {
     if (p.B * p.H * p.Lq == 0 || p.branches.n == 0) return;
     const bool aligned = cuda::rows_aligned(p.dtype, p.d, {p.query, p.key, p.value, p.out});
     const int64_t rows = cuda::ceil_div(p.Lq, cuda::TILE), keys = cuda::ceil_div(p.Lk, cuda::TILE);
-    const int64_t apart = keys > 1 ? p.branches.n : 1;  // branches in blocks of their own, where e is not kept whole
+    const int64_t apart = keys > 1 ? p.branches.n : 1;  // with several tiles, each branch has its own blocks
     cuda::with_head_size(p.dtype, p.d, [&](auto* type, auto size) {
         using T = std::remove_pointer_t<decltype(type)>;
         constexpr int D = size();

@@ -3,12 +3,12 @@
 // With P as in attention.cu and p0 = e / Z:  dS = P (dP - delta), delta_i = sum_j P_ij dP_ij, dP = dO V^T,
 // dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO, dm_j = sum over heads and queries of p0_ij (dP_ij - delta_i).
 //
-// A block works for one head. Its first phase has 64 queries to a tile, a warp 16 of them: delta, then dQ. Its second
-// has 64 keys to a tile, a warp 16 of them, and computes the transposed scores and dP, whose accumulators are the
-// operands that dK and dV need: nothing is exchanged between warps, nothing added to memory, no order left to chance.
-// Heads that are one tile of queries and keys stay in shared memory from the first phase to the second. Where heads are
-// too few to fill a GPU, the phases are two launches with a block for each tile. A last kernel adds dm over the heads
-// in order and takes it to the center and width.
+// A block processes one head in two phases. The first computes delta and then dQ of tiles of 64 queries, 16 to a warp.
+// The second has tiles of 64 keys, 16 to a warp. It computes scores and dP transposed: their accumulators are the
+// operands of the products for dK and dV. Warps exchange nothing, and there are no atomics, so the order of all sums is
+// fixed. If a head is one tile of queries and keys, its data stays in shared memory between the phases. If there are
+// too few heads to fill a GPU, the phases are two launches with a block for each tile. A last kernel sums dm over the
+// heads in order and derives the gradients of center and width.
 #include "attention.cuh"
 
 namespace cnm {
@@ -18,13 +18,13 @@ namespace {
 enum Phases { QUERIES = 1, KEYS = 2 };
 
 constexpr int N = TILE / 8;
-constexpr int64_t ENOUGH_BLOCKS = 264;  // to fill any GPU there is; not the present one's, for the same launches on all
+constexpr int64_t ENOUGH_BLOCKS = 264;  // fill any GPU; a constant, so that all GPUs launch the same blocks
 
-// AVERAGED: the weights that the forward returned have a gradient too, which is rare and takes registers.
+// AVERAGED: the returned weights have a gradient too. This is rare and needs registers, so it is a separate kernel.
 template <class T, int D, bool AVERAGED>
 struct Block {
     static constexpr int STRIDE = tile_stride<T>(D), SIZE = TILE * STRIDE;
-    static constexpr int PART = D == 128 ? TILE / 4 : TILE / 2;  // queries at a time, for a tile of keys
+    static constexpr int PART = D == 128 ? TILE / 4 : TILE / 2;  // queries that a tile of keys processes at a time
 
     const BranchedAttentionBackwardParams& p;
     float *delta, *d_weight_parts;  // [branches, B, H, Lq], [branches, B, H, Lk]
@@ -65,7 +65,7 @@ struct Block {
             STRIDE);
     }
 
-    // With several branches, each one's dO when it is its turn.
+    // With several branches, loads the dO of a branch before it is processed.
     __device__ void copy_upstream_in_turn(int branch, int first_row) const {
         if (n == 1) return;
         sync_block();
@@ -98,7 +98,7 @@ struct Block {
 
     __device__ bool visible(int row, int key) const { return key < limit && (!p.causal || key <= row); }
 
-    // The gradient of the averaged weights that the forward returned, as it reaches each head.
+    // Adds each head's share of the gradient of the averaged weights that the forward returned.
     template <int TILES>
     __device__ void add_average(float (&d_p)[TILES][4], int row, int key, bool transposed) const {
         if constexpr (!AVERAGED) return;
@@ -125,7 +125,7 @@ struct Block {
         load_stats(first_row, false);
         float d_query[D / 8][4];
         clear(d_query);
-        // Of several tiles, all must be seen for delta before any can give dS.
+        // delta is a sum over all tiles, so with several tiles it needs a first pass.
         for (int pass = tiles > 1 ? 0 : 1; pass < 2; ++pass) {
             for (int tile = 0; tile < tiles; ++tile) {
                 sync_block();
@@ -179,7 +179,7 @@ struct Block {
                     }
                     add_weighted<T>(d_query, d_p, keys, STRIDE);
                 }
-                sync_warp();  // the lanes' own deltas, before the next pass reads them
+                sync_warp();  // the next pass reads the deltas that the lanes wrote
             }
         }
         arrive();  // also where no key was
@@ -192,7 +192,7 @@ struct Block {
         });
     }
 
-    // resident: keys, values, dO, weights and statistics are still there from the first phase
+    // resident: shared memory still holds keys, values, dO, weights and statistics of the first phase
     __device__ void of_keys(int first_key, bool resident) const {
         const int own_key = first_key + warp() * 16;
         T *const own_keys = keys + warp() * 16 * STRIDE, *const own_values = values + warp() * 16 * STRIDE;
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     }
 }
 
-// dm of one sample and branch, over the heads in order; what it means for the tensor, or for center and width.
+// Sums dm of a sample and branch over the heads in order; writes it, or the gradients of center and width.
 __global__ void __launch_bounds__(ATTENTION_THREADS)
     key_weight_gradient_kernel(BranchedAttentionBackwardParams p, const float* d_weight_parts) {
     const int64_t b = blockIdx.x, branch = blockIdx.y;

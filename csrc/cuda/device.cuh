@@ -175,7 +175,7 @@ __device__ __forceinline__ void load_matrix_transposed(uint32_t (&r)[4], const v
 
 __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
-// Of what is at most 0 or not much more: off by two units in the last place and |x| / 2^24.
+// exp(x) for x at most 0 or slightly above; its error is two units in the last place plus |x| / 2^24, relative.
 __device__ __forceinline__ float exponential(float x) {
     float out;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x * 1.4426950408889634f));

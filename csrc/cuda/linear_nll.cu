@@ -1,13 +1,13 @@
-// linear_nll on GPUs: the vocabulary is the key axis of an attention whose keys and values are both W; logits stay in
+// linear_nll on GPUs, computed as an attention: words are the keys, and W holds both keys and values. Logits stay in
 // registers.
 //
-// Tokens that count are listed first, so that padding, and rows without a gradient, take no part in anything. Forward,
-// a block has a tile of tokens and one of several parts of the vocabulary: with z = h W^T + b it keeps max z, sum exp(z
-// - max), sum (z - max), z_y and, for the backward, O = softmax(z) W; a second kernel puts the parts together in order.
-// max z and log sum exp(z - max) are kept apart: a large maximum would swallow the logarithm.
-// Backward, dh = g (O - (1 - e) W[y] - e mean W) needs no logits; dW = dz^T h, dz = g (softmax(z) - (1 - e) 1_y - e /
-// V), takes a block for each tile of words and each of several parts of the tokens, whose sums are added in order. Rows
-// wider than a tile come in chunks; the last chunk loaded is the one whose columns of the result the block computes.
+// A first kernel lists the active tokens; padding and rows without a gradient cost nothing.
+// Forward: a block has a tile of tokens and one part of the vocabulary. With z = h W^T + b it computes max z,
+// sum exp(z - max), sum (z - max), z_y and, for the backward, O = softmax(z) W. A second kernel combines the parts in
+// order. max z and log sum exp(z - max) stay two numbers, since a large maximum would absorb the logarithm.
+// Backward: dh = g (O - (1 - e) W[y] - e mean W) needs no logits. For dW = dz^T h with
+// dz = g (softmax(z) - (1 - e) 1_y - e / V), a block has a tile of words and one part of the tokens; the parts are
+// summed in order. Rows wider than a tile are loaded in chunks; a block computes the columns of its last chunk.
 #include "linear_nll.h"
 
 #include <algorithm>
@@ -18,17 +18,17 @@ namespace cnm {
 namespace cuda {
 namespace {
 
-constexpr int64_t BLOCKS = 256;   // enough for any GPU; not the present one's processors, for the same bits on all
-constexpr int64_t MAX_PARTS = 8;  // of the vocabulary, or of the tokens
+constexpr int64_t BLOCKS = 256;   // fill any GPU; a constant, so that all GPUs give the same bits
+constexpr int64_t MAX_PARTS = 8;  // parts of the vocabulary, or of the tokens
 // The least maximum: words of bias -INFINITY are infinitely below it, also where there are no others.
 constexpr float LOWEST = -0x1.fffffep127f;
 constexpr int COLUMN_SUM_PARTS = 32, SUM_THREADS = 256, MAX_WARPS = 8;
 
-// Keys (words, backward: tokens) of a tile, for chunks of D columns: what registers allow.
+// Keys (words; in the backward tokens) of a tile with D columns; registers limit the number.
 template <class T, int D>
 constexpr int KEYS = sizeof(T) == 4 || D > 128 ? 32 : 64;
 
-// ------------------------------------------------------------------------------------------------ tokens that count
+// ------------------------------------------------------------------------------------------------ active tokens
 
 __device__ __forceinline__ int64_t valid_length(const LinearNllInputs& p, const float* d_nll, int64_t m) {
     const int64_t length = load(p.valid_lengths + m);
@@ -36,7 +36,7 @@ __device__ __forceinline__ int64_t valid_length(const LinearNllInputs& p, const 
     return length < p.L ? length : p.L;
 }
 
-// Of the rows before m, by the whole block.
+// Counts the active tokens of the rows before m; all threads of the block take part.
 __device__ __forceinline__ int64_t tokens_before(const LinearNllInputs& p, const float* d_nll, int64_t m,
                                                  float* scratch) {
     float low = 0, high = 0;  // exact: each stays below 2^24
@@ -49,7 +49,7 @@ __device__ __forceinline__ int64_t tokens_before(const LinearNllInputs& p, const
            (static_cast<int64_t>(sum_over_block(high, scratch)) << 12);
 }
 
-// tokens [M L]: indices of those that count, in order; count []: how many. A block for each row.
+// Writes the indices of the active tokens to tokens [M L], in order, and their number to count []. One block per row.
 __global__ void __launch_bounds__(SUM_THREADS)
     list_tokens_kernel(LinearNllInputs p, const float* d_nll, int* tokens, int* count) {
     if (p.M == 0) {
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(SUM_THREADS)
 
 // ------------------------------------------------------------------------------------------------ the two products
 
-// A tile of rows (16 a warp) against all keys of a range, tile by tile, chunk by chunk; D columns to a chunk. The same
+// Multiplies a tile of rows (16 per warp) with a range of keys, tile by tile and in chunks of D columns. The same
 // two vectors have the same product, to the bit, whichever of them is the row, if `KEYS_FIRST` says where it is not.
 template <class T, int D, bool KEYS_FIRST>
 struct Products {
@@ -73,7 +73,7 @@ struct Products {
     int columns, chunks, own_chunk, stages;
     bool aligned;
     T *rows, *keys;  // [stages if chunks > 1, warps * 16], [stages, KEYS]
-    char* rest;      // of shared memory
+    char* rest;      // unused shared memory
 
     __device__ Products(int64_t columns, int stages, bool aligned)
         : columns(static_cast<int>(columns)),
@@ -93,7 +93,7 @@ struct Products {
 
     __device__ int row_tile() const { return threads() / WARP * 16 * STRIDE; }
 
-    // Copies step `step` of the walk over tiles and chunks; row_at and key_at(tile, r) point to whole rows.
+    // Copies the data of step `step` over tiles and chunks; row_at and key_at(tile, r) point to whole rows.
     template <class RowAt, class KeyAt>
     __device__ void copy(int step, RowAt row_at, KeyAt key_at) const {
         const int tile = step / chunks, first = (own_chunk + 1 + step % chunks) % chunks * D;
@@ -119,8 +119,8 @@ struct Products {
             STRIDE);
     }
 
-    // Calls before(tile) when all threads are about to meet, and use(tile, z, v): z [16, KEYS] are the products of this
-    // warp's rows, v the keys' tile at the block's own columns.
+    // Calls before(tile) before a barrier, and use(tile, z, v): z [16, KEYS] are the products of this warp's rows, and
+    // v is the tile of keys at the block's columns.
     template <class RowAt, class KeyAt, class Before, class Use>
     __device__ void walk(int tiles, RowAt row_at, KeyAt key_at, Before before, Use use) const {
         const int steps = tiles * chunks;
@@ -156,7 +156,7 @@ struct ForwardScratch {
     const int *tokens, *count;
     float* partial;   // [parts, 4, M L]: max z, sum exp(z - max), sum (z - max), z_y
     int* likeliest;   // [parts, M L] or null
-    float* expected;  // [parts, M L, D], not yet divided by the sum; or null
+    float* expected;  // [parts, M L, D], before the division by the sum; or null
 };
 
 template <class T, int D>
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
 #pragma unroll
-                for (int mask = 1; mask < 4; mask *= 2) {  // the likeliest word, the first of equals
+                for (int mask = 1; mask < 4; mask *= 2) {  // the most likely word; of equals the first
                     const float other = shuffle_xor(here[r], mask);
                     const int other_at =
                         static_cast<int>(bits_of(shuffle_xor(float_of(static_cast<uint32_t>(at[r])), mask)));
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
                 if (here[r] > highest[r]) best[r] = at[r];
                 const float higher = fmaxf(highest[r], here[r]);
                 shrink[r] = exponential(highest[r] - higher);
-                // by this lane's words of the tiles before
+                // from this lane's words of earlier tiles
                 if (tile > 0) below[r] += (highest[r] - higher) * static_cast<float>(tile * (KEYS<T, D> / 4));
                 highest[r] = higher;
             }
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     }
 }
 
-// Per row of tokens: the parts put together, statistics and O of each token, the mean nll. A warp takes a token at a
+// For each row: combines the parts of its tokens into statistics, O and the mean nll. A warp processes one token at a
 // time.
 __global__ void __launch_bounds__(SUM_THREADS)
     combine_kernel(LinearNllParams p, ForwardScratch scratch, int parts, int words_per_part) {
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(SUM_THREADS)
     float nll = 0, correct = 0;
     for (int64_t i = warp(); i < p.L; i += threads() / WARP) {
         const int64_t token = m * p.L + i;
-        if (i >= length) {  // zeros where there is no token
+        if (i >= length) {  // padding gets zeros
             if (lane() == 0) store(p.stats + token, 0.0f);
             if (lane() == 0) store(p.stats + N + token, 0.0f);
             if (p.expected != nullptr) {
@@ -313,9 +313,8 @@ __global__ void __launch_bounds__(SUM_THREADS)
         }
         const float log_total = logf(total);
         const int64_t target = load(p.target + token);
-        const bool known =
-            target >= 0 && target < p.V;   // a word that is none gives NaN: nothing here can raise an error
-        if (smoothing == 0.0f) below = 0;  // words of bias -inf are infinitely below
+        const bool known = target >= 0 && target < p.V;  // a wrong word gives NaN: a kernel cannot raise an error
+        if (smoothing == 0.0f) below = 0;                // words with bias -inf make it infinite
         nll += known ? log_total + (1.0f - smoothing) * (highest - z_target) - smoothing * (below / count) : NAN;
         correct += static_cast<float>(best == target);
         if (lane() == 0) store(p.stats + token, highest);
@@ -340,7 +339,7 @@ __global__ void __launch_bounds__(SUM_THREADS)
 
 // ------------------------------------------------------------------------------------------------ backward
 
-// parts [COLUMN_SUM_PARTS, D]: sums of W's columns, each over a range of words.
+// Writes parts [COLUMN_SUM_PARTS, D]: column sums of W, each over a range of words.
 template <class T>
 __global__ void __launch_bounds__(SUM_THREADS) column_sums_kernel(LinearNllInputs p, float* parts) {
     const int64_t c = static_cast<int64_t>(blockIdx.x) * SUM_THREADS + thread();
@@ -353,7 +352,7 @@ __global__ void __launch_bounds__(SUM_THREADS) column_sums_kernel(LinearNllInput
     store(parts + blockIdx.y * p.D + c, sum);
 }
 
-// A block for each row; a thread for each column.
+// One block per row, one thread per column.
 template <class T>
 __global__ void __launch_bounds__(SUM_THREADS)
     linear_nll_hidden_gradient_kernel(LinearNllBackwardParams p, const float* column_sums) {
@@ -396,7 +395,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     const int first = part * share * KEYS<T, D>;
     const int end = first + share * KEYS<T, D> < count ? first + share * KEYS<T, D> : count;
     const Products<T, D, true> products(p.D, stages, aligned);
-    float* const highest = reinterpret_cast<float*>(products.rest);  // of a tile of tokens
+    float* const highest = reinterpret_cast<float*>(products.rest);  // for a tile of tokens
     float* const log_total = highest + KEYS<T, D>;
     float* const d_nll = log_total + KEYS<T, D>;
     int* const target = reinterpret_cast<int*>(d_nll + KEYS<T, D>);
@@ -469,7 +468,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     }
 }
 
-// out [size] = the sum of parts [parts, size], in order.
+// out [size] = sum of parts [parts, size], in order.
 template <class T>
 __global__ void __launch_bounds__(SUM_THREADS) sum_parts_kernel(const float* parts, int64_t size, int count, T* out) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * SUM_THREADS + thread();
@@ -495,7 +494,7 @@ void dispatch(Dtype dtype, int64_t columns, Body body) {
     });
 }
 
-// How a kernel that walks over keys is launched: warps and stages as many as shared memory takes.
+// Launch settings of a kernel that loops over keys: as many warps and stages as shared memory allows.
 struct Plan {
     int warps, stages;
     size_t bytes;
@@ -510,7 +509,7 @@ Plan plan(int most_warps, int64_t columns, size_t rest_per_row, size_t rest) {
         found = {warps, stages, tiles + rest + rest_per_row * static_cast<size_t>(warps * 16)};
         if (warps <= most_warps && found.bytes <= limit) return found;
     }
-    return found;  // too much, which the launch will say
+    return found;  // too large: the launch reports the error
 }
 
 constexpr int64_t parts_to_fill(int64_t tiles, int64_t most) {
@@ -534,7 +533,7 @@ void linear_nll(const LinearNllParams& p) {
     dispatch(p.dtype, p.D, [&](auto* type, auto size) {
         using T = std::remove_pointer_t<decltype(type)>;
         constexpr int D = size();
-        // float32's operands take twice the registers: 16 rows a warp, but four warps
+        // float32 operands take twice the registers, so a block has only four warps
         const Plan chosen =
             plan<T, D>(sizeof(T) == 4 ? MAX_WARPS / 2 : MAX_WARPS, p.D, sizeof(int), sizeof(float) * KEYS<T, D>);
         const int64_t tiles = ceil_div(N, chosen.warps * 16), word_tiles = ceil_div(p.V, KEYS<T, D>);
