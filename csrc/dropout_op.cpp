@@ -18,8 +18,6 @@ Tensor forward(const Tensor& x, double p, const Tensor& seed, int64_t offset) {
 }  // namespace
 }  // namespace cnm
 
-CNM_SCHEMAS(m) {
-    m.def("dropout(Tensor x, float p, Tensor seed, int offset) -> Tensor");
-}
+CNM_SCHEMAS(m) { m.def("dropout(Tensor x, float p, Tensor seed, int offset) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) { m.impl("dropout", TORCH_BOX(&cnm::forward)); }
