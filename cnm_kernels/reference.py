@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnm_kernels.constants import DROPOUT_LEVELS, KEY_WEIGHT_EPS
+from cnm_kernels.narrowed import narrow
 from cnm_kernels.registry import OPS as ALL_OPS
 
 OPS = dict.fromkeys(("cpu", "cuda", "mps", "xpu", "meta"), ALL_OPS)
@@ -176,21 +177,25 @@ def absorbed_attention(
     return (out if query_lengths is None else out.masked_fill(padding, 0)).to(query.dtype)
 
 
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    """GPUs' libraries multiply narrow operands fast and accumulate in float32 all the same."""
+    return x.dtype if x.is_cuda or x.is_meta else _wide(x).dtype  # meta tensors stand for a GPU's
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths: Tensor | None) -> Tensor:
     """x W^T + b, or group by group of columns; negative values 0 with ``relu``; 0 in rows from lengths on."""
-    # GPUs' libraries multiply narrow operands fast and accumulate in float32 all the same.
-    dtype = x.dtype if x.is_cuda or x.is_meta else _wide(x).dtype  # meta tensors stand for a GPU's
+    dtype = _dtype_of_products(x)
     padding = None
     if lengths is not None:
         padding = torch.arange(x.size(1), device=x.device) >= lengths[:, None]  # [B, L]
         padding = padding.view(*padding.shape, *[1] * (x.dim() - 2))
         x = x.masked_fill(padding, 0)  # what lies there may be anything
-    weight = weight.to(dtype)
+    weight, bias = narrow(weight, dtype), None if bias is None else narrow(bias, dtype)
     if weight.dim() == 2:
-        out = F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+        out = F.linear(x.to(dtype), weight, bias)
     else:
         out = torch.einsum("...gk,gmk->...gm", x.to(dtype), weight)
-        out = out if bias is None else out + bias.to(dtype)
+        out = out if bias is None else out + bias
     out = F.relu(out) if relu else out
     return (out if padding is None else out.masked_fill(padding, 0)).to(x.dtype)
 

@@ -153,15 +153,20 @@ class MultiheadAttention(nn.Module):
 
     def _project_both(self, source: Source, x: Tensor, rows: Tensor | None) -> Tensor:
         D = x.size(-1)
-        query = kernels.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D], lengths=rows)
+        # Split at once, gradients are put together at once.
+        (W_q, W_kv), (b_q, b_kv) = (whole.split([D, 2 * D]) for whole in (self.in_proj_weight, self.in_proj_bias))
+        query = kernels.linear(x, W_q, b_q, lengths=rows)
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, Lq, d]
-        key_value = self._project_source(source)
+        key_value = self._packed_source(source, W_kv, b_kv, None)
         return self.attend(query, key_value, source.lengths, source.weighting, causal=False, rows=rows)
 
     def _project_source(self, source: Source, rows: Tensor | None = None) -> Tensor:
         """key and value, packed: [B, Lk, 2, H, d]."""
         D = source.states.size(-1)
-        packed = kernels.linear(source.states, self.in_proj_weight[D:], self.in_proj_bias[D:], lengths=rows)
+        return self._packed_source(source, self.in_proj_weight[D:], self.in_proj_bias[D:], rows)
+
+    def _packed_source(self, source: Source, weight: Tensor, bias: Tensor, rows: Tensor | None) -> Tensor:
+        packed = kernels.linear(source.states, weight, bias, lengths=rows)
         return packed.unflatten(-1, (2, self.num_heads, -1))
 
     def _absorb_into_queries(self, source: Source, x: Tensor, rows: Tensor | None) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from cnm.data.batch import Batch
 from cnm.distributed import Group
 from cnm.masking import sample_masked_words
+from cnm.models import base as models
 from cnm.models.base import Model
 from cnm.training.optim import MAX_GRADIENT_NORM, ScheduledAdam
+from cnm_kernels.narrowed import NarrowedParameters
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -57,10 +60,15 @@ class ModelStep(ABC):
         self.share = 1.0
         self.skip_nonfinite = False
         self.fixed_gradients = False
+        self._copies: NarrowedParameters | None = None
 
     @property
     def _first(self) -> ScheduledAdam:
         return next(iter(self.optimizers.values()))
+
+    @property
+    def _last(self) -> ScheduledAdam:
+        return next(reversed(self.optimizers.values()))
 
     @property
     def num_updates(self) -> int:
@@ -88,14 +96,31 @@ class ModelStep(ABC):
         self.advance()
         return self.run(batch, masked_words=masked_words)
 
+    @contextmanager
+    def _narrowed(self) -> Iterator[None]:
+        """Within, on GPUs, parameters are cast once per update for all their products."""
+        parameter, dtype = next(self.model.parameters()), self.model.compute_dtype
+        if dtype in (None, parameter.dtype) or parameter.device.type in models.MATMUL_BOUND_DEVICES:
+            yield
+            return
+        if self._copies is None:
+            self._copies = NarrowedParameters(self.model.parameters(), dtype)
+        with self._copies:
+            yield
+
     def advance(self) -> None:
         """The host's part of a step: counts the updates and sets their rates."""
         for optimizer in self.optimizers.values():
             optimizer.advance()
 
-    @abstractmethod
     def run(self, batch: Batch, *, masked_words: Sequence[Tensor | None] | None = None) -> dict[str, Tensor]:
         """The device's part of a step: it waits for nothing and its shapes depend on the batch's alone."""
+        with self._narrowed():
+            return self._run(batch, masked_words)
+
+    @abstractmethod
+    def _run(self, batch: Batch, masked_words: Sequence[Tensor | None] | None) -> dict[str, Tensor]:
+        """All updates of the batch."""
 
     def _masks(self, batch: Batch, given: Sequence[Tensor | None] | None) -> list[Tensor]:
         return [
@@ -125,6 +150,8 @@ class ModelStep(ABC):
         # Another group's gradients are not clipped: its next update overwrites them before they are used.
         torch.nn.utils.clip_grads_with_norm_(optimizer.parameters, MAX_GRADIENT_NORM, norm)
         optimizer.apply()
+        if self._copies is not None and optimizer is not self._last:
+            self._copies.refresh()
         return norm
 
     def state_dict(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class TrainingStep(ModelStep):
         """The negatives grow from epoch to epoch, counted from 1."""
         self.growth.fill_(min(epoch / self.max_epoch, 1) ** self.gamma)
 
-    def run(self, batch: Batch, *, masked_words: Sequence[Tensor | None] | None = None) -> dict[str, Tensor]:
+    def _run(self, batch: Batch, masked_words: Sequence[Tensor | None] | None) -> dict[str, Tensor]:
         (mask,) = self._masks(batch, masked_words)
         losses, found = self.losses(batch, mask)
         norm = self._update(self.optimizer, losses["loss/total"])

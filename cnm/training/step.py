@@ -47,7 +47,7 @@ class TrainingStep(ModelStep):
         super().__init__(model, {"reconstructor": self.reconstructor, "generator": self.generator})
         self.loss = config.loss
 
-    def run(self, batch: Batch, *, masked_words: Sequence[Tensor | None] | None = None) -> dict[str, Tensor]:
+    def _run(self, batch: Batch, masked_words: Sequence[Tensor | None] | None) -> dict[str, Tensor]:
         first, second = self._masks(batch, masked_words)
         reconstruction_loss = self.reconstruction_loss(batch, first)
         reconstructor_norm = self._update(self.reconstructor, reconstruction_loss)
