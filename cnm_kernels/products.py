@@ -7,12 +7,14 @@ processor has no faster way): each operand as the sum of two bfloat16 numbers, t
 a b is off by 4e-6 |a b| in the mean (float32: 3e-8, bfloat16: 2e-3). PyTorch promises this where a processor has a fast
 way to do it, and float32 elsewhere. AMX tiles multiply 16 times as many bfloat16 numbers as vectors multiply float32
 ones in the same time, so three products take a fifth of it at best. Vector instructions multiply twice as many: three
-products for two are slower on any processor. So tiles split, and vectors compute in float32.
+products for two are slower on any processor (AMD Zen 4, one thread, 6,400 rows, 256 to 1,024 columns: 49 ms against
+float32's 31, with gradients 151 against 99). So tiles split, and vectors compute in float32.
 
 **Library**: PyTorch's own product (oneDNN, MKL). On an Intel Xeon with AVX-512 (Sapphire Rapids, 2 cores) a layer of
-512 inputs takes 2.3 ms with it and 4.8 ms with the kernel here; on AMD's Zen 5 the kernel is 2.3 times faster than it.
-So Intel's processors with AVX-512 take the library's from 512 inputs on. Not measured, and left to the kernel: narrower
-layers, groups of columns, and rows with lengths, of which the kernel leaves the padding out.
+512 inputs takes 2.3 ms with it and 4.8 ms with the kernel here; on AMD the kernel is the faster one, by 2.3 times on
+Zen 5 and by 1.2 times on Zen 4 (512 to 512 columns). So Intel's processors with AVX-512 take the library's from 512
+inputs on. Its results repeat with the same number of threads, those of the kernel with any. Not measured, and left to
+the kernel: narrower layers, groups of columns, and rows with lengths, of which the kernel leaves the padding out.
 """
 
 from __future__ import annotations
