@@ -28,31 +28,23 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
     const int reach = p.causal && first_row + TILE < limit ? first_row + TILE : limit;
     const int tiles = reach > 0 ? (reach + TILE - 1) / TILE : 1;  // a row without keys still writes zeros
 
-    const auto copy_keys = [&](int tile, T* to, const Heads& from) {
-        copy_tile<TILE, D>(
-            to + (tile & (stages - 1)) * SIZE, static_cast<int>(p.d), aligned,
-            [&](int r) -> const T* {
-                const int j = tile * TILE + r;
-                return j < limit ? row_of_head<T>(from, b, h, j) : nullptr;
-            },
-            STRIDE);
-    };
+    const int d = static_cast<int>(p.d);
     const auto copy_both = [&](int tile) {
-        if (tile < tiles) copy_keys(tile, keys, p.key);
+        const int first = tile * TILE, place = (tile & (stages - 1)) * SIZE;
+        if (tile < tiles)
+            copy_rows<T, D>(keys + place, row_of_head<T>(p.key, b, h, 0), p.key.row, first, limit, d, aligned);
         commit_async();
-        if (tile < tiles) copy_keys(tile, values, p.value);
+        if (tile < tiles)
+            copy_rows<T, D>(values + place, row_of_head<T>(p.value, b, h, 0), p.value.row, first, limit, d, aligned);
         commit_async();
     };
-    copy_tile<TILE, D>(
-        query, static_cast<int>(p.d), aligned,
-        [&](int r) -> const T* {
-            return first_row + r < p.Lq ? row_of_head<T>(p.query, b, h, first_row + r) : nullptr;
-        },
-        STRIDE);
+    copy_rows<T, D>(query, row_of_head<T>(p.query, b, h, 0), p.query.row, first_row, static_cast<int>(p.Lq), d,
+                    aligned);
     copy_both(0);
 
     T* const own = query + warp() * 16 * STRIDE;
     const int own_row = first_row + warp() * 16;
+    const int seen_by_all = p.causal && own_row + 1 < limit ? own_row + 1 : limit;  // keys, by all rows of this warp
     float out[D / 8][4], highest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
     clear(out);
     for (int tile = 0; tile < tiles; ++tile) {
@@ -64,20 +56,34 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
         clear(e);
         add_products<D>(e, own, keys + (tile & (stages - 1)) * SIZE, STRIDE);
         float higher[2] = {highest[0], highest[1]}, shrink[2];
+<<<<<<< HEAD
         int seen[2];  // keys of this tile that each of the lane's rows sees
+=======
+>>>>>>> gpu
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int end = own_row + row_of(2 * r) + 1;
-            seen[r] = (p.causal && end < limit ? end : limit) - tile * TILE;
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) e[n][i] = rounded_product(e[n][i], p.scale);
+        }
+        if ((tile + 1) * TILE > seen_by_all) {
+            int seen[2];  // keys of this tile, by each of the lane's rows
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int end = own_row + row_of(2 * r) + 1;
+                seen[r] = (p.causal && end < limit ? end : limit) - tile * TILE;
+            }
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if (8 * n + column_of(i) >= seen[i / 2]) e[n][i] = -INFINITY;
+                }
+            }
         }
 #pragma unroll
         for (int n = 0; n < N; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const bool visible = 8 * n + column_of(i) < seen[i / 2];
-                e[n][i] = visible ? rounded_product(e[n][i], p.scale) : -INFINITY;
-                higher[i / 2] = fmaxf(higher[i / 2], e[n][i]);
-            }
+            for (int i = 0; i < 4; ++i) higher[i / 2] = fmaxf(higher[i / 2], e[n][i]);
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {

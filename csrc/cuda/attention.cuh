@@ -18,6 +18,28 @@ __device__ __forceinline__ T* row_of_head(const Heads& heads, int64_t b, int64_t
     return static_cast<T*>(heads.data) + b * heads.batch + h * heads.head + row * heads.row;
 }
 
+// Starts to copy rows [first, end) of a head, TILE at most, into a tile: a lane takes the same columns of rows that lie
+// equally far apart, so that addresses are added up. `rows` is the head's row 0.
+template <class T, int D>
+__device__ __forceinline__ void copy_rows(T* tile, const T* rows, int64_t row_stride, int first, int end, int columns,
+                                          bool aligned) {
+    constexpr int PER = PER_VEC16B<T>, PIECES = D / PER, APART = ATTENTION_THREADS / PIECES, STRIDE = tile_stride<T>(D);
+    if (!aligned || D == 32) {  // for which registers would not do
+        const auto row_at = [&](int r) { return first + r < end ? rows + (first + r) * row_stride : nullptr; };
+        copy_tile<TILE, D>(tile, columns, aligned, row_at, STRIDE);
+        return;
+    }
+    const int own_row = thread() / PIECES, c = thread() % PIECES * PER;
+    const int below = c < columns ? end - first - own_row : 0;
+    const T* from = rows + (first + own_row) * row_stride + c;
+    T* const to = tile + own_row * STRIDE + c;
+#pragma unroll
+    for (int r = 0; r < TILE; r += APART) {
+        copy_async(to + r * STRIDE, from, r < below);
+        from += APART * row_stride;
+    }
+}
+
 // Keys of a sample that are real.
 __device__ __forceinline__ int64_t real_keys(const AttentionInputs& p, int64_t b) {
     if (p.key_lengths == nullptr) return p.Lk;
