@@ -147,7 +147,6 @@ def _backward_kernel(
             stats = stats_ptr + ((b * H + h) * Lq + rows) * 2
             highest = tl.load(stats, mask=rows < Lq, other=0.0)
             s = dot(q, tl.trans(k)) * scale - highest[:, None]
-            s = tl.where(s > 0.0, 0.0, s)  # no score is above the highest, however products of this kernel round
             unweighted = tl.where(visible(rows, keys, limit, CAUSAL), tl.exp(s), 0.0)
             to_scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for branch in tl.static_range(BRANCHES):
@@ -158,7 +157,9 @@ def _backward_kernel(
                 d_out_h_ptr = d_out_ptr + branch * d_out_n + b * d_out_b + h * d_out_h
                 d_out = load_rows(d_out_h_ptr, rows, Lq, d_out_l, d, BLOCK_D)
                 inverse = tl.load(stats + branch * stats_n + 1, mask=rows < Lq, other=0.0)
+                most = 1.0 / tl.where(m > 0, m, 1.0)[None, :]  # P is at most 1, however products of this kernel round
                 p0 = unweighted * inverse[:, None]
+                p0 = tl.where(p0 > most, most, p0)
                 p = p0 * m[None, :]
                 d_p = dot(d_out, tl.trans(v))
                 if HAS_D_WEIGHTS:

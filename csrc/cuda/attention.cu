@@ -56,10 +56,6 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
         clear(e);
         add_products<D>(e, own, keys + (tile & (stages - 1)) * SIZE, STRIDE);
         float higher[2] = {highest[0], highest[1]}, shrink[2];
-<<<<<<< HEAD
-        int seen[2];  // keys of this tile that each of the lane's rows sees
-=======
->>>>>>> gpu
 #pragma unroll
         for (int n = 0; n < N; ++n) {
 #pragma unroll
