@@ -74,7 +74,9 @@ def _unweighted(
     inverse = tl.load(stats + 1, mask=rows < Lq, other=0.0)
     s = dot(q, tl.trans(k)) * scale - highest[:, None]
     seen = visible(rows, keys, limit, CAUSAL) & (m > 0)[None, :]
-    return tl.where(seen, tl.exp(s), 0.0) * inverse[:, None]
+    unweighted = tl.where(seen, tl.exp(s), 0.0) * inverse[:, None]
+    most = 1.0 / tl.where(m > 0, m, 1.0)[None, :]  # P is at most 1, however products of this kernel round
+    return tl.where(unweighted > most, most, unweighted)
 
 
 @triton.jit
