@@ -137,11 +137,12 @@ def test_packed_heads_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("d", [20, 64, 100])
 def test_weights_sum_to_one_at_large_scores(backend: str, device: str, dtype: torch.dtype, size: float, d: int) -> None:
     """In the backward too, whose scores of 1e6 to 1e9 round as the forward's do."""
-    if backend == "triton":
-        pytest.skip("the interpreter's products round by the shapes of their tiles")
     inputs = attention(Draw("large scores", dtype, device), 2, 2, 70, 90, d)
     inputs |= {"query": inputs["query"] * size, "key": inputs["key"] * size}
     value = inputs["value"].requires_grad_()
     run(OP, inputs, backend)[0].sum().backward()
     sums = value.grad.sum(-2)
-    torch.testing.assert_close(sums, torch.full_like(sums, 70.0))
+    if backend == "triton":  # the interpreter's products round by the shapes of their tiles
+        assert (value.grad <= 70).all()
+    else:
+        torch.testing.assert_close(sums, torch.full_like(sums, 70.0))
