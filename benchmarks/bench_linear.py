@@ -15,7 +15,7 @@ from benchmarks.registry import Case, Contender, Goal, Table
 
 # rows, inputs, outputs: frames of 128 videos through the feed-forward layer and their projection; words; wider models
 SHAPES = ((25600, 256, 1024), (25600, 1024, 256), (1664, 256, 768), (6400, 512, 512), (6400, 1024, 1024))
-TINY = ((96, 32, 64), (96, 64, 32))
+TINY = ((96, 32, 64), (96, 64, 32), (12, 32, 96), (32, 40, 40), (32, 72, 72))
 
 
 def linear_case(rows: int, K: int, M: int, dtype: torch.dtype) -> Case:

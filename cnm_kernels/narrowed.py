@@ -65,7 +65,7 @@ def _same_view(copy: Tensor, tensor: Tensor) -> Tensor:
 
 def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor.to(dtype)``, where it is a parameter or a view of one by way of its copy, unless it changed since."""
-    if not _copies or tensor.dtype == dtype:
+    if tensor.dtype == dtype or torch.compiler.is_compiling() or not _copies:  # a compiled function casts by itself
         return tensor.to(dtype)
     parameter = tensor if tensor._base is None else tensor._base
     copy, version = _copies.get(parameter, (None, None))
