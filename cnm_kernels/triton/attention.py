@@ -24,7 +24,7 @@ from cnm_kernels.triton.attention_tiles import (
     strides,
     visible,
 )
-from cnm_kernels.triton.common import block, dot, floats, narrow, rows_contiguous
+from cnm_kernels.triton.common import at_most, block, dot, floats, narrow, rows_contiguous
 from cnm_kernels.triton.configurations import configuration
 from cnm_kernels.triton.key_weights import (
     NONE,
@@ -157,10 +157,8 @@ def _backward_kernel(
                 d_out_h_ptr = d_out_ptr + branch * d_out_n + b * d_out_b + h * d_out_h
                 d_out = load_rows(d_out_h_ptr, rows, Lq, d_out_l, d, BLOCK_D)
                 inverse = tl.load(stats + branch * stats_n + 1, mask=rows < Lq, other=0.0)
-                most = 1.0 / tl.where(m > 0, m, 1.0)[None, :]  # P is at most 1, however products of this kernel round
                 p0 = unweighted * inverse[:, None]
-                p0 = tl.where(p0 > most, most, p0)
-                p = p0 * m[None, :]
+                p = at_most(p0 * m[None, :], 1.0)
                 d_p = dot(d_out, tl.trans(v))
                 if HAS_D_WEIGHTS:
                     place = d_weights_ptr + (b * Lq + rows[:, None]) * Lk + keys[None, :]
@@ -169,7 +167,10 @@ def _backward_kernel(
                 delta = tl.sum(p * d_p, 1)
                 centered = d_p - delta[:, None]
                 if NEED_WEIGHT:
-                    d_m += tl.where((branches == branch)[:, None], tl.sum(p0 * centered, 0)[None, :], 0.0)
+                    most = 1.0 / tl.where(m > 0, m, 1.0)[None, :]
+                    d_m += tl.where(
+                        (branches == branch)[:, None], tl.sum(at_most(p0, most) * centered, 0)[None, :], 0.0
+                    )
                 if NEED_V:
                     d_v += dot(tl.trans(narrow(p, q.dtype)), d_out)
                 to_scores += p * centered

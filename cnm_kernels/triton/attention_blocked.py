@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cnm_kernels.triton.attention_tiles import load_rows, real_keys, store_rows, strides, visible
-from cnm_kernels.triton.common import block, dot, floats, narrow
+from cnm_kernels.triton.common import at_most, block, dot, floats, narrow
 from cnm_kernels.triton.configurations import configuration
 from cnm_kernels.triton.gaussian_mask import moment_gradient, positions
 from cnm_kernels.triton.key_weights import COMPLEMENT, NONE, TENSOR, KeyWeights, load_key_weights
@@ -74,9 +74,7 @@ def _unweighted(
     inverse = tl.load(stats + 1, mask=rows < Lq, other=0.0)
     s = dot(q, tl.trans(k)) * scale - highest[:, None]
     seen = visible(rows, keys, limit, CAUSAL) & (m > 0)[None, :]
-    unweighted = tl.where(seen, tl.exp(s), 0.0) * inverse[:, None]
-    most = 1.0 / tl.where(m > 0, m, 1.0)[None, :]  # P is at most 1, however products of this kernel round
-    return tl.where(unweighted > most, most, unweighted)
+    return tl.where(seen, tl.exp(s), 0.0) * inverse[:, None]
 
 
 @triton.jit
@@ -97,10 +95,11 @@ def _weights_kernel(
     for h in range(0, H):
         q = load_rows(q_ptr + b * q_b + h * q_h, rows, Lq, q_l, d, BLOCK_D)
         k = load_rows(k_ptr + b * k_b + h * k_h, keys, limit, k_l, d, BLOCK_D)
-        total += _unweighted(q, k, stats_ptr, b, h, rows, keys, limit, m, H, Lq, scale, CAUSAL)
+        p0 = _unweighted(q, k, stats_ptr, b, h, rows, keys, limit, m, H, Lq, scale, CAUSAL)
+        total += at_most(p0 * m[None, :], 1.0)
     place = weights_ptr + (b * Lq + rows[:, None]) * Lk + keys[None, :]
     inside = (rows[:, None] < Lq) & (keys[None, :] < Lk)
-    tl.store(place, narrow(total * m[None, :] / H, weights_ptr.dtype.element_ty), mask=inside)
+    tl.store(place, narrow(total / H, weights_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -129,7 +128,8 @@ def _query_gradient_kernel(
             k = load_rows(k_ptr + b * k_b + h * k_h, keys, limit, k_l, d, BLOCK_D)
             v = load_rows(v_ptr + b * v_b + h * v_h, keys, limit, v_l, d, BLOCK_D)
             m = load_key_weights(first_ptr, second_ptr, b, keys, limit, Lk, alpha, min_width, KIND)
-            p = _unweighted(q, k, stats_ptr, b, h, rows, keys, limit, m, H, Lq, scale, CAUSAL) * m[None, :]
+            p0 = _unweighted(q, k, stats_ptr, b, h, rows, keys, limit, m, H, Lq, scale, CAUSAL)
+            p = at_most(p0 * m[None, :], 1.0)
             d_p = dot(d_out, tl.trans(v))
             if HAS_D_WEIGHTS:
                 place = d_weights_ptr + (b * Lq + rows[:, None]) * Lk + keys[None, :]
@@ -176,7 +176,7 @@ def _key_gradient_kernel(
             q = load_rows(q_ptr + b * q_b + h * q_h, rows, Lq, q_l, d, BLOCK_D)
             d_out = load_rows(d_out_ptr + b * d_out_b + h * d_out_h, rows, Lq, d_out_l, d, BLOCK_D)
             p0 = _unweighted(q, k, stats_ptr, b, h, rows, keys, limit, m, H, Lq, scale, CAUSAL)
-            p = p0 * m[None, :]
+            p = at_most(p0 * m[None, :], 1.0)
             d_p = dot(d_out, tl.trans(v))
             if HAS_D_WEIGHTS:
                 place = d_weights_ptr + (b * Lq + rows[:, None]) * Lk + keys[None, :]
@@ -184,7 +184,7 @@ def _key_gradient_kernel(
                 d_p += tl.load(place, mask=inside, other=0.0).to(tl.float32) / H
             centered = d_p - tl.load(delta_ptr + (b * H + h) * Lq + rows, mask=rows < Lq, other=0.0)[:, None]
             if NEED_WEIGHT:
-                d_m += tl.sum(p0 * centered, 0)
+                d_m += tl.sum(at_most(p0, 1.0 / tl.where(m > 0, m, 1.0)[None, :]) * centered, 0)
             if NEED_V:
                 d_v += dot(tl.trans(narrow(p, q.dtype)), d_out)
             if NEED_K:

@@ -25,6 +25,12 @@ def dot(a, b):
 
 
 @triton.jit
+def at_most(values, limit):
+    """Holds a probability that is recomputed to its limit, however the products of this kernel round; NaN stays."""
+    return tl.where(values > limit, limit, values)
+
+
+@triton.jit
 def narrow(values, dtype: tl.constexpr):
     """Rounds float32 to the nearest value of a dtype."""
     if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter would truncate

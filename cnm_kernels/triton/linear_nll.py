@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cnm_kernels.triton.common import block, dot, floats, narrow
+from cnm_kernels.triton.common import at_most, block, dot, floats, narrow
 from cnm_kernels.triton.configurations import configuration
 from cnm_kernels.triton.packed_tokens import find_tokens, offsets, steps
 
@@ -226,7 +226,7 @@ def _word_gradient_kernel(
         z = _logits(hidden_ptr, weight_ptr, bias_ptr, h, w, token, valid, words, D, V, dtype, CHUNKS, BLOCK_D)
         z -= tl.load(stats_ptr + token)[:, None]
         z -= tl.load(stats_ptr + M * L + token)[:, None]
-        likely = tl.exp(tl.where(z > 0.0, 0.0, z)) - smoothing / V  # none is above 1, however large logits round
+        likely = at_most(tl.exp(z), 1.0) - smoothing / V
         length = tl.minimum(tl.load(lengths_ptr + row), L)
         d_nll = tl.where(valid, tl.load(d_nll_ptr + row) / length.to(tl.float32), 0.0)
         target = tl.load(target_ptr + token)

@@ -291,22 +291,19 @@ template void pack_transposed(int64_t, int64_t, const bf16*, int64_t, float*, in
 template void pack_transposed(int64_t, int64_t, const f16*, int64_t, float*, int64_t);
 
 #if defined(__AVX512BF16__)
-void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t a_k, const bf16x2* b, int64_t ldb,
-          float* c, int64_t ldc, bool accumulate, [[maybe_unused]] Prefetch* prefetch) {
+template <class E>
+void gemm(int64_t M, int64_t N, int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, float* c,
+          int64_t ldc, bool accumulate, [[maybe_unused]] Prefetch* prefetch) {
 #if defined(CNM_AMX)
     gemm_tiles(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
 #else
     blocked(M, N, K, a, a_m, a_k, b, ldb, Result{c, ldc, accumulate ? c : nullptr, ldc, nullptr, 0, false, prefetch});
 #endif
 }
-void gemm(int64_t M, int64_t N, int64_t K, const split2* a, int64_t a_m, int64_t a_k, const split2* b, int64_t ldb,
-          float* c, int64_t ldc, bool accumulate, [[maybe_unused]] Prefetch* prefetch) {
-#if defined(CNM_AMX)
-    gemm_tiles(M, N, K, a, a_m, a_k, b, ldb, c, ldc, accumulate);
-#else
-    blocked(M, N, K, a, a_m, a_k, b, ldb, Result{c, ldc, accumulate ? c : nullptr, ldc, nullptr, 0, false, prefetch});
-#endif
-}
+template void gemm(int64_t, int64_t, int64_t, const bf16x2*, int64_t, int64_t, const bf16x2*, int64_t, float*, int64_t,
+                   bool, Prefetch*);
+template void gemm(int64_t, int64_t, int64_t, const split2*, int64_t, int64_t, const split2*, int64_t, float*, int64_t,
+                   bool, Prefetch*);
 
 #if !defined(CNM_AMX)
 void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t a_k, const bf16x2* b, int64_t ldb,

@@ -93,13 +93,12 @@ inline void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_m, i
     gemm(M, N, K, a, a_m, a_k, b, ldb, Result{c, ldc, accumulate ? c : nullptr, ldc, nullptr, 0, false, prefetch});
 }
 #if defined(__AVX512BF16__)
-void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t a_k, const bf16x2* b, int64_t ldb,
-          float* c, int64_t ldc, bool accumulate, Prefetch* prefetch = nullptr);
+template <class E>  // bf16x2 or split2
+void gemm(int64_t M, int64_t N, int64_t K, const E* a, int64_t a_m, int64_t a_k, const E* b, int64_t ldb, float* c,
+          int64_t ldc, bool accumulate, Prefetch* prefetch = nullptr);
 // Only where BF16X2_TO_BF16.
 void gemm(int64_t M, int64_t N, int64_t K, const bf16x2* a, int64_t a_m, int64_t a_k, const bf16x2* b, int64_t ldb,
           const ResultOf<bf16>& result);
-void gemm(int64_t M, int64_t N, int64_t K, const split2* a, int64_t a_m, int64_t a_k, const split2* b, int64_t ldb,
-          float* c, int64_t ldc, bool accumulate, Prefetch* prefetch = nullptr);
 #endif
 
 // Packs X[K, N] = src[k * ld + n] for use as B (or, with strides a_m = 1 and a_k = ldd, as A = X^T):

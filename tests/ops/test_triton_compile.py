@@ -19,10 +19,9 @@ pytestmark = [
 SCRIPT = Path(__file__).parents[2] / "tools" / "triton_resources.py"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may ask for
 REGISTERS = 65536  # of a processor
-SPILLS = {  # bytes of a thread, by Triton 3.8 or 3.9; of float32, no published size
-    ("attention_blocked.key_gradient", "d=128", "float32"): 96,
-    ("attention_blocked.query_gradient", "d=128", "float32"): 16,
-    ("attention_blocked.query_gradient", "d=64", "bfloat16"): 8,  # on sm_100, at 80 registers: the compiler's choice
+SPILLS = {  # bytes of a thread, by Triton 3.8 or 3.9; no published size
+    ("attention_blocked.key_gradient", "d=128", "float32"): 88,
+    ("attention_blocked.query_gradient", "d=128", "float32"): 32,
     ("linear_nll.word_gradient", "D=512", "bfloat16"): 8,
 }
 KERNELS = {
