@@ -46,16 +46,15 @@ class NarrowedParameters:
 
 
 class _Narrow(torch.autograd.Function):
-    """A cast whose result is there already."""
+    """A cast whose result is there already; autograd casts the gradient to the dtype of ``tensor``."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, copy: Tensor) -> Tensor:
-        ctx.dtype = tensor.dtype
         return _same_view(copy, tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.to(ctx.dtype), None
+        return gradient, None
 
 
 def _same_view(copy: Tensor, tensor: Tensor) -> Tensor:

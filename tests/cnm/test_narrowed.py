@@ -68,6 +68,14 @@ def test_a_copy_that_changes_before_the_backward_is_noticed(weight: Tensor) -> N
         out.sum().backward()
 
 
+def test_a_compiled_function_casts_by_itself(weight: Tensor) -> None:
+    x = torch.randn(3, 4, dtype=BF16)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, weight: reference.linear(x, weight, None, False, None), fullgraph=True)
+    with NarrowedParameters([weight], BF16):
+        torch.testing.assert_close(compiled(x, weight), reference.linear(x, weight, None, False, None))
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_a_training_step_is_the_same_to_the_bit(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the form that GPUs compute: narrow operands, nothing absorbed."""

@@ -10,8 +10,10 @@ import torch
 from small_runs import cpl_config, synthetic_config
 from test_cli import changes, run
 
+from cnm.commands import evaluate
 from cnm.commands.common import Device, Precision, chosen_precision
 from cnm.errors import InputError
+from cnm.evaluation import evaluate_seeds
 from cnm.precision import HIGH, compute_dtype, notes, products_of
 from cnm.training.trainer import Interrupted, Trainer
 from cnm_kernels import native, products
@@ -107,6 +109,21 @@ def test_the_commands_say_where_nothing_is_gained(tmp_path: Path, monkeypatch: p
     assert result.exit_code == 0, result.stderr
     assert GAINS_NOTHING in result.stderr
     assert GAINS_NOTHING not in run("evaluate", "--checkpoint", folder, "--device", "cpu").stderr
+
+
+def test_evaluation_turns_the_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = changes(train__max_num_epochs=1)
+    assert run("train", "--config", "synthetic", "--run", tmp_path / "run", "--device", "cpu", *small).exit_code == 0
+    seen = []
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(torch.get_float32_matmul_precision())
+        return evaluate_seeds(*arguments)
+
+    monkeypatch.setattr(evaluate, "evaluate_seeds", watched)
+    for precision in (HIGH, "float32"):
+        run("evaluate", "--checkpoint", tmp_path / "run", "--device", "cpu", "--precision", precision)
+    assert seen == ["high", "highest"]
 
 
 def test_auto_never_takes_it() -> None:
