@@ -95,11 +95,10 @@ def _weights_kernel(
     for h in range(0, H):
         q = load_rows(q_ptr + b * q_b + h * q_h, rows, Lq, q_l, d, BLOCK_D)
         k = load_rows(k_ptr + b * k_b + h * k_h, keys, limit, k_l, d, BLOCK_D)
-        p0 = _unweighted(q, k, stats_ptr, b, h, rows, keys, limit, m, H, Lq, scale, CAUSAL)
-        total += at_most(p0 * m[None, :], 1.0)
+        total += _unweighted(q, k, stats_ptr, b, h, rows, keys, limit, m, H, Lq, scale, CAUSAL)
     place = weights_ptr + (b * Lq + rows[:, None]) * Lk + keys[None, :]
     inside = (rows[:, None] < Lq) & (keys[None, :] < Lk)
-    tl.store(place, narrow(total / H, weights_ptr.dtype.element_ty), mask=inside)
+    tl.store(place, narrow(total * m[None, :] / H, weights_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 from op_checks import check_deterministic, check_gradients, check_values
+from op_records.draw import Draw
 from op_records.weighted_attention import ATTENTION_SHAPES
 from samples import sample, with_slow
 from step_checks import assert_trains_as_torch
@@ -52,6 +53,32 @@ def test_whole_and_blocked_kernels_share_their_statistics(monkeypatch: pytest.Mo
     for forward, backward in ((every, nothing), (nothing, every)):
         monkeypatch.setattr(attention, "WHOLE", {"attention": forward, "attention_backward": backward})
         check_gradients("gaussian_attention", inputs, "triton")
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_recomputed_probabilities_are_at_most_one(blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At scores of 1e9 a backward's products may round 64 higher than the forward's: as if its maximum were lower."""
+    from cnm_kernels.triton import attention
+
+    several = 0 if blocked else 1 << 20
+    every = dict.fromkeys((2, 4), (several, several))
+    monkeypatch.setattr(attention, "WHOLE", {"attention": every, "attention_backward": every})
+    ops = torch.ops.cnm_kernels_triton
+    draw = Draw("at most one", torch.float32, DEVICE)
+    query, key, value = draw.normal(2, 2, 20, 16), draw.normal(2, 2, 24, 16), draw.normal(2, 2, 24, 16)
+    weight = draw.uniform(2, 24) + 0.1
+    options = (weight, None, None, 1.0, 0.1, False, False, None, 0.25)
+    out, stats, _ = ops.attention(query, key, value, *options, False)
+    stats[..., 0] -= 64
+    d_out = torch.ones_like(out)
+    d_query, d_key, d_value, d_weight, *_ = ops.attention_backward(
+        d_out, None, query, key, value, *options, stats, True, True, True, True
+    )
+    assert (d_value <= query.size(2)).all()  # a sum of probabilities
+    most = 2 * value.sum(-1).abs().max() * key.size(2)  # of a row's sum of P |dP - delta|
+    assert d_query.abs().max() <= 0.25 * most * key.abs().max() * key.size(2)
+    assert d_key.abs().max() <= 0.25 * most * query.abs().max() * query.size(2)
+    assert (d_weight.abs() <= 2 * query.size(2) * most / weight).all()
 
 
 @pytest.mark.parametrize("step", with_slow(STEPS, {"published", "recompute"}))
