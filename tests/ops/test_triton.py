@@ -81,6 +81,21 @@ def test_recomputed_probabilities_are_at_most_one(blocked: bool, monkeypatch: py
     assert (d_weight.abs() <= 2 * query.size(2) * most / weight).all()
 
 
+def test_recomputed_probabilities_of_words_are_at_most_one() -> None:
+    """Likewise, at logits of 1e9."""
+    ops = torch.ops.cnm_kernels_triton
+    draw = Draw("words at most one", torch.float32, DEVICE)
+    hidden, weight, bias = draw.normal(3, 4, 16), draw.normal(40, 16), draw.normal(40)
+    target, lengths = draw.integers(40, 3, 4), draw.lengths(4, 2, 1)
+    nll, _, stats, expected = ops.linear_nll(hidden, weight, bias, target, lengths, 0.1, False, True)
+    stats[0] -= 64
+    _, d_weight, d_bias = ops.linear_nll_backward(
+        torch.ones_like(nll), hidden, weight, bias, target, lengths, 0.1, stats, expected, False, True, True
+    )
+    assert d_bias.abs().max() <= hidden.size(0)  # each row's gradient is a mean over its tokens
+    assert d_weight.abs().max() <= hidden.size(0) * hidden.abs().max()
+
+
 @pytest.mark.parametrize("step", with_slow(STEPS, {"published", "recompute"}))
 def test_a_training_step(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_trains_as_torch(step, "triton", monkeypatch)
