@@ -94,7 +94,7 @@ class BuildNative(build_ext):
             reason_file.write_text(reason + "\n", encoding="utf-8")
 
     def copy_extensions_to_source(self) -> None:
-        """For editable installs: the modules as just built, or the reasons, and nothing of an earlier build."""
+        """Copies, for editable installs, the modules just built, or the reasons; removes those of an earlier build."""
         package = Path(self.get_finalized_command("build_py").get_package_dir("cnm_kernels"))
         for ext in self.extensions:
             module = Path(self.build_lib, self.get_ext_filename(ext.name))  # where it was built
@@ -151,7 +151,7 @@ class BuildNative(build_ext):
         return self._objects(ext, [(source, "cuda", []) for source in ext.sources])
 
     def _objects(self, ext: Extension, jobs: list[tuple[str, str, list[str]]]) -> list[str]:
-        """What has changed is compiled, side by side. Jobs are (source, folder, flags)."""
+        """Compiles the sources that changed, side by side. Jobs are (source, folder, flags)."""
         newest_header = max(Path(path).stat().st_mtime for path in [*ext.depends, __file__])
 
         def run(job: tuple[str, str, list[str]]) -> str:
@@ -187,7 +187,7 @@ class BuildNative(build_ext):
 
 
 def cuda_toolkit() -> tuple[Path, str]:
-    """Where CUDA is, and its compiler, if torch can use what that makes."""
+    """Returns CUDA's folder and its compiler, if torch can use its output."""
     import torch
 
     if torch.version.cuda is None:

@@ -121,7 +121,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, Any], None]] = {
 
 
 class Trainer:
-    """What a training script does with model and losses, on one batch."""
+    """A training script's calls of model and losses, on one batch."""
 
     def __init__(self, experiment: Experiment, dtype: str, contender: str, dropout: float) -> None:
         self.experiment, self.contender = experiment, contender
@@ -149,7 +149,7 @@ class Trainer:
         optimizer.step()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of both losses together, all parameters' in one vector."""
+        """Gradients of the losses' sum, all parameters' in one vector."""
         loss = self.loss("rec_loss", "ivc_loss")
         gradients = torch.autograd.grad(loss, list(self.model.parameters()))
         return {"loss": loss.detach(), "gradients": torch.cat([gradient.flatten() for gradient in gradients])}

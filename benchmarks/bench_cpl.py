@@ -46,7 +46,7 @@ LOSSES = ("loss/total", "loss/reconstruction", "loss/contrastive", "loss/diversi
 
 @dataclass(frozen=True)
 class CPLExperiment(Experiment):
-    """With K proposals, configured as the packaged ``config``."""
+    """An experiment with K proposals, configured by the packaged ``config_name``."""
 
     config_name: str = "charades_cpl"
     K: int = 8

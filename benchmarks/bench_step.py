@@ -313,7 +313,7 @@ class Products(TorchDispatchMode):
         self.shapes += [(B, keys, D, queries)] * (2 if others[0] is None else need_key + need_value)
 
     def _absorbed(self, query: Tensor, key: Tensor, *others: Any) -> tuple[int, int, int, int]:
-        """With as many queries and keys in every sample as are real on average."""
+        """Counts in every sample as many queries and keys as are valid on average."""
         query_lengths, key_lengths = others[3:5]
         B, H, Lk, D = key.shape
         queries = query.size(1) if query_lengths is None else round(float(query_lengths.float().mean()))

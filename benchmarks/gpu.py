@@ -54,7 +54,7 @@ class Row:
 
 @dataclass
 class Result:
-    """What became of one contender."""
+    """One contender's outcome."""
 
     row: str
     contender: str

@@ -123,7 +123,7 @@ OURS: dict[str, Callable[..., int]] = {
 
 
 def copies(name: str, arguments: Sequence[Any]) -> tuple[int, int]:
-    """What an operator of ours has PyTorch do first: operands made contiguous, and operands or results cast."""
+    """Copies that one of our ops has PyTorch do first: operands made contiguous, and operands or results cast."""
     tensors = [argument for argument in arguments if isinstance(argument, Tensor) and argument.numel() > 0]
     attends = "attention" in name
     heads = [tensor for tensor in tensors if attends and tensor.dim() >= 4]  # of which any strides will do but the last
@@ -221,7 +221,7 @@ class Count:
     of_host: list[str]
 
     def share(self, kind: str) -> int:
-        """Of ``eager``: "ours", "products", "casts"."""
+        """Number of launches of a kind in ``eager``: "ours", "products" or "casts"."""
         names = {"products": {f"aten.{name}" for name in PRODUCTS}, "casts": {"aten._to_copy"}}
         return sum(
             number
@@ -254,7 +254,7 @@ def model_step(model_name: str, precision: str, device: str, step_name: str = "l
 
 
 def count(make: Callable[[], tuple[ModelStep, Any]], model_name: str, precision: str) -> Count:
-    """Of a step that has run before, as all but the first do."""
+    """Counts a step that has run before: all but the first are alike."""
     with as_on_a_gpu():
         step, batch = make()
         with Launches():

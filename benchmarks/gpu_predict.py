@@ -57,7 +57,7 @@ ASSUMPTIONS = " ".join(
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one launch. Times in us."""
+    """One launch's predicted times, in us."""
 
     kernel: str
     blocks: int

@@ -26,7 +26,7 @@ HEADER = ["model", "precision", "eager ms", "graph ms", "graphs gain", "verdict"
 
 
 def median_milliseconds(call: Callable[[], Any]) -> float:
-    """Of ``REPEATS`` calls, the GPU idle before each: what the host takes to launch counts."""
+    """Median of ``REPEATS`` calls. The GPU is idle before each, so that the host's time to launch counts."""
     found = []
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -11,7 +11,7 @@ STANDARD_DEVIATIONS = 6  # that the share of dropped elements may be off
 
 
 def kept_by(gradient_of_x: Tensor) -> Tensor:
-    """Which elements were kept: those whose gradient is not zero (no upstream gradient being zero).
+    """Returns which elements were kept: those with a gradient, as no upstream gradient is zero.
 
     Raises:
         Refused: not a share P_DROP of them is zero, or a row's neighbours are dropped together.

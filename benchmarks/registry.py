@@ -1,4 +1,4 @@
-"""What is measured: tables of cases, each with contenders and goals.
+"""Everything that is measured: tables of cases, each with contenders and goals.
 
 A table is one file ``bench_<name>.py`` that declares ``TABLE``; ``tables()`` finds it. Nothing else lists tables.
 """
@@ -16,7 +16,7 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Goal:
-    """What ours is to reach.
+    """A bound that ours is to reach.
 
     ``time``: the rival's time is at least ``bound`` times ours. ``slowdown``: it is at most that; the rival is then
     ourselves under load. ``memory``: ours works in at most ``bound`` bytes

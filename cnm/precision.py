@@ -37,7 +37,7 @@ def products_of(name: str) -> Iterator[None]:
 
 
 def notes(name: str, device: torch.device) -> list[str]:
-    """What is to be said of this precision on a device: that nothing is gained by it there."""
+    """Returns what to tell the user about this precision on ``device``: where it gains nothing, that."""
     if name != HIGH or device.type != "cpu" or products.splits:
         return []
     return ["--precision high gains nothing on this processor, which has no AMX: it computes as with float32"]

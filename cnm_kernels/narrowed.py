@@ -58,7 +58,7 @@ class _Narrow(torch.autograd.Function):
 
 
 def _same_view(copy: Tensor, tensor: Tensor) -> Tensor:
-    """What ``tensor`` is of its parameter, of the parameter's copy, which lies alike."""
+    """The view of ``copy`` that ``tensor`` is of its parameter; both have the same layout."""
     return copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 

@@ -1,4 +1,4 @@
-"""Which backend runs which op: one printable table, no nested ifs.
+"""The choice of a backend per op: one printable table, no nested ifs.
 
 A backend is a module of this package that declares, as module constants,
 

@@ -50,7 +50,7 @@ CNM_KERNEL(dropout_add_layer_norm_backward, DropoutAddLayerNormBackwardParams)
 
 // A row whose sum or squares no float32 holds is computed at another size, a power of two times its own.
 //
-// Of a row that was made smaller, the kernels store mean and -1 / standard deviation at the smaller size.
+// For a row that was made smaller, the kernels store mean and -1 / standard deviation at the smaller size.
 struct RowSize {
     static constexpr float SMALLER = 0x1p-96f, LARGER = 0x1p96f;
 

@@ -112,7 +112,7 @@ inline Tensor packed(const Tensor& tensor) {
     return known(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
 }
 
-// In another dtype; the tensor itself if it has that dtype.
+// Returns the tensor in another dtype, or itself if it has that dtype.
 inline Tensor as_type(const Tensor& tensor, ScalarType type) {
     return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }

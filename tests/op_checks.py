@@ -48,7 +48,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def rounded_once_more(op: str, inputs: Inputs) -> Inputs:
-    """In float64, every number of an ill-conditioned op moved by half or no float32 rounding, away from zero.
+    """Returns float64 inputs; an ill-conditioned op's are moved by half or no float32 rounding, away from zero.
 
     Not towards it: a width at the clamp must stay at or above it.
     """

@@ -32,7 +32,7 @@ def test_without_a_gpu_it_says_what_it_skipped(tmp_path: Path, capsys: pytest.Ca
     "row", [row for row in gpu.rows(quick=True) if "float32" in row.name], ids=lambda row: row.name
 )
 def test_rivals_compute_the_same(row: gpu.Row) -> None:
-    """In float32: a mask in bfloat16, for one, is refused with reason."""
+    """Runs in float32: in bfloat16 some contenders are refused, one for its mask."""
     for name, function, backend in gpu.contenders(row):
         missing = name == "R2" and rivals.LINEAR_CROSS_ENTROPY_MISSING
         if backend is None and name not in (*COMPILED, *NEEDS_A_GPU) and not missing:

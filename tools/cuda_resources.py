@@ -1,4 +1,4 @@
-"""What the kernels of csrc/cuda take on each architecture, read from their machine code; no GPU is needed.
+"""Resources that the kernels of csrc/cuda take on each architecture, read from machine code; no GPU is needed.
 
     python tools/cuda_resources.py
 
@@ -85,7 +85,7 @@ class Kernel:
 
     @property
     def warps(self) -> int:
-        """That a processor holds at a time."""
+        """The number of warps that a processor holds at a time."""
         registers = -(-self.registers // 8) * 8 * 32
         blocks = REGISTERS // (registers * (self.threads // 32))
         if self.shared:

@@ -48,7 +48,7 @@ TEXTS = ["", ".", "..", "a", "é", "\0", "\udc80", "a" * 300, "=", "[", "{}", "1
 
 
 def named(path: Path, read: Callable[[], Any]) -> Any:
-    """What is refused by another name than the file's is refused by the file's too."""
+    """Adds the file's name to an error that names only what lies within it."""
     try:
         return read()
     except InputError as error:

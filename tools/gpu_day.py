@@ -59,7 +59,7 @@ def card() -> tuple[str, str] | None:
 
 
 def stages(output: Path, architecture: str, rehearse: bool) -> list[Stage]:
-    """In order. In a rehearsal, what has a form without a GPU takes it."""
+    """Returns the stages in order. In a rehearsal, a stage that can run without a GPU does so."""
     python = sys.executable
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     table = [python, "-m", "benchmarks", "gpu", "--output", str(output)]

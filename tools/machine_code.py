@@ -41,7 +41,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Of a branch."""
+        """The address a branch jumps to; None for other instructions."""
         if self.name.split(".")[0] != "BRA":
             return None
         found = re.findall(r"0x([0-9a-f]+)", self.operands)
@@ -76,7 +76,7 @@ def functions(file: Path) -> Iterator[tuple[str, list[Instruction]]]:
 
 
 def kernels(file: Path) -> dict[str, list[Instruction]]:
-    """By name as ``cuda_resources`` has them."""
+    """Returns each kernel's instructions, by the names of ``cuda_resources``."""
     found = dict(functions(file))
     names = short_names(sorted(found))
     return {names[mangled]: code for mangled, code in found.items()}
@@ -118,7 +118,7 @@ def loops(code: list[Instruction]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Executed:
-    """By one warp, on average."""
+    """Instructions that one warp executes, on average."""
 
     instructions: float
     shared: float  # plain loads and stores of shared memory
@@ -127,7 +127,7 @@ class Executed:
 
 
 def execute(code: list[Instruction], counts: dict[str, float]) -> Executed:
-    """How often a warp executes what, given its counts of ``COUNTED``."""
+    """Returns how often a warp executes each kind, given its counts of ``COUNTED``."""
     import numpy
     from scipy.optimize import linprog
 

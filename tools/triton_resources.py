@@ -52,7 +52,7 @@ NARROW, WIDE = torch.bfloat16, torch.float32
 
 
 class NoGPU:
-    """As much of a driver as compiling takes."""
+    """The parts of a driver that compiling needs."""
 
     def __init__(self, sm: int) -> None:
         self.target = GPUTarget("cuda", sm, 32)

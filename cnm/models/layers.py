@@ -269,7 +269,7 @@ class DecoderLayer(nn.Module):
         return ctx.add_and_norm(apply_linear(self.fc2, hidden, rows), x, self.final_layer_norm)
 
     def rows(self, lengths: Tensor, ctx: ForwardPass) -> Tensor | None:
-        """How many rows of each sample products need to compute; None: all."""
+        """Number of rows of each sample that products need to compute; None: all."""
         return lengths if ctx.minimize_flops and not self.reads_padding else None
 
 

@@ -54,7 +54,7 @@ class GraphedStep:
         return {name: value.clone() for name, value in metrics.items()}
 
     def _on_side_stream(self, batch: Batch) -> dict[str, Tensor]:
-        """As capturing asks of the steps before it."""
+        """Runs a step on another stream: capturing requires that of the steps before it."""
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):

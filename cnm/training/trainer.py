@@ -498,7 +498,7 @@ class Trainer:
 
 
 def _with_vocabulary_size(config: Config, size: int) -> Config:
-    """As published, the model's vocabulary is what the data has, which may be less than dataset.vocab_size."""
+    """Gives the model as many words as the data has, which may be fewer than dataset.vocab_size (as published)."""
     content = config.to_dict()
     content["model"]["config"]["vocab_size"] = size
     return Config.from_json(content)

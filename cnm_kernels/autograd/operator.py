@@ -133,5 +133,5 @@ class Operator:
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """As the kernels allocate: the same shape, contiguous."""
+    """A contiguous tensor of the same shape, as the kernels allocate."""
     return tensor.new_empty(tensor.shape, dtype=dtype)

@@ -74,7 +74,7 @@ struct Rows {
         return some;
     }
 
-    // To dst[r * dst_ld + j]; exact, since what is written was read.
+    // Copies rows to dst[r * dst_ld + j], exactly.
     void copy(int64_t begin, int64_t rows, T* dst, int64_t dst_ld) const {
         for (int64_t r = 0; r < rows; ++r, dst += dst_ld) {
             const T* from = row(begin + r);

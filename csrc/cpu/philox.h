@@ -46,7 +46,7 @@ namespace CNM_ISA {
 constexpr int CHAINS = 6, CHAIN_COUNTERS = 8;
 using Words = __m512i;
 
-// In the order that makes each half of a chain's bits four counters in a row.
+// Orders counters so that each half of a chain's bits is four counters in a row.
 inline Words counter_lanes(uint64_t first) {
     return _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first)), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
 }
@@ -67,7 +67,7 @@ inline uint64_t keep_bits(Words c0, Words c1, Words c2, Words c3, uint32_t least
 constexpr int CHAINS = 2, CHAIN_COUNTERS = 4;
 using Words = __m256i;
 
-// In the order that makes each half of a chain's bits two counters in a row.
+// Orders counters so that each half of a chain's bits is two counters in a row.
 inline Words counter_lanes(uint64_t first) {
     return _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first)), _mm256_setr_epi64x(0, 2, 1, 3));
 }

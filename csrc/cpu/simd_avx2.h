@@ -27,7 +27,7 @@ inline Vec vmax(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec vmin(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
-// In two factors, so that denormals and the top binade come out right.
+// Multiplies by two factors, so that denormals and the top binade come out right.
 inline Vec scale_by_power(Vec a, Vec n) {
     const auto power = [](__m256i exponent) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));

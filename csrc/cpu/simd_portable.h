@@ -38,7 +38,7 @@ inline Vec round(Vec a) {
     return {shifted - magic.v};
 }
 
-// In two factors, so that denormals and the top binade come out right.
+// Multiplies by two factors, so that denormals and the top binade come out right.
 inline Vec scale_by_power(Vec a, Vec n) {
     const auto power = [](Ints exponent) { return (Floats)((exponent + 127) << 23); };
     const Ints whole = __builtin_convertvector(select({n.v == n.v}, n, set1(0)).v, Ints);

@@ -1,4 +1,4 @@
-// What attention's forward and backward kernels share.
+// Shared by attention's forward and backward kernels.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-"""What both models do to their inputs: masks of real positions, sinusoidal positions, masking words."""
+"""Inputs of both models: masks of real positions, sinusoidal positions, masked words."""
 
 from __future__ import annotations
 

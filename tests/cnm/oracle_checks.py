@@ -1,4 +1,4 @@
-"""What the comparisons with published CNM and published CPL share: configurations, and parameters worth comparing."""
+"""Shared by the comparisons with published CNM and CPL: configurations, and parameters worth comparing."""
 
 from __future__ import annotations
 

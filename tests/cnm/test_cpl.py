@@ -148,7 +148,7 @@ def model_and_batch(**changes: Any) -> tuple[CPL, Any]:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("step", STEP_NAMES)
 def test_nothing_waits_for_the_host(step: str, precision: str) -> None:
-    """As for CNM: fake tensors have no values, so that a CUDA graph can hold what runs on them."""
+    """Fake tensors have no values: a step that runs on them fits into a CUDA graph."""
     real, batch = model_and_batch()
     with FakeTensorMode() as mode:
         model = build(real.config).train()
@@ -384,7 +384,7 @@ def test_only_the_published_scoring_depends_on_the_draw() -> None:
 
 
 def test_a_sentence_without_a_known_word_has_proposals() -> None:
-    """As in test files, where such sentences are localized all the same."""
+    """Test files have such sentences, and they are localized too."""
     model, batch = model_and_batch()
     lengths, weights = batch.word_lengths.clone(), batch.mask_weights.clone()
     lengths[2], weights[2] = 0, 0

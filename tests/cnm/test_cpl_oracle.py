@@ -34,7 +34,7 @@ OPTIMIZER = {"lr": 4e-3, "warmup_updates": 3, "warmup_init_lr": 1e-4, "weight_de
 
 @dataclasses.dataclass(frozen=True)
 class Case(Sizes):
-    """As for CNM, with proposals."""
+    """CNM's sizes, and those of the proposals."""
 
     num_props: int = 4
     sigma: float = 9.0

@@ -162,7 +162,7 @@ def test_every_sample_has_one_process(count: int, size: int) -> None:
 
 
 class Found(Exception):
-    """What a process of a pretended group found is noted."""
+    """Ends a process of a pretended group once its part is noted."""
 
 
 class Pretend(Group):

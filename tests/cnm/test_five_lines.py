@@ -55,7 +55,7 @@ def test_the_lines_run(
             checkpoint.save(path, content | {"vocabulary": vocabulary.state()})
         elif path.suffix == ".npy":
             np.save(path, features)
-    # What a video file gives is tested elsewhere; here it is features of the model's width.
+    # Other tests read video files; this one takes features of the model's width.
     monkeypatch.setattr(cnm.Localizer, "encode_video", lambda self, path: self.encode(features, duration=30.0))
     exec(compile(code, source, "exec"), {"features": features})
     assert re.search(r"\d\.\d", capsys.readouterr().out)

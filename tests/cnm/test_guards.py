@@ -115,7 +115,7 @@ def test_a_damaged_index_of_the_cache_is_built_again(tmp_path: Path, content: st
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:
-    """As ``cnm config | head -1`` leaves it, but before the first byte: what ``head`` leaves open depends on chance."""
+    """The pipe closes before the first byte: the moment at which ``cnm config | head -1`` closes it varies."""
     command = [sys.executable, "-m", "cnm", "config"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
         assert writer.stdout is not None

@@ -1,4 +1,4 @@
-"""What people hand to a model from Python: unpooled frames, float64, sentences without a known word."""
+"""Inputs that people give from Python: unpooled frames, float64, sentences without a known word."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_a_compiled_function_casts_by_itself(weight: Tensor, monkeypatch: pytest
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_training_step_is_the_same_to_the_bit(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the form that GPUs compute: narrow operands, nothing absorbed."""
+    """Computes as on GPUs: narrow operands, nothing absorbed."""
     monkeypatch.setattr(cnm.models.base, "MATMUL_BOUND_DEVICES", set())
     monkeypatch.setattr(reference, "_dtype_of_products", lambda x: x.dtype)
     uses = []

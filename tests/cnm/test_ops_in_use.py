@@ -71,7 +71,7 @@ def _in_child(connection: object, op: str, backend: str) -> None:
 
 @on_backends
 def test_ops_run_after_fork(backend: str) -> None:
-    """As in a data loader's worker: the parent has used its threads before."""
+    """A data loader's worker does so: its parent has used its threads before."""
     torch.set_num_threads(2)
     try:
         wanted = everything("gaussian_attention", backend)

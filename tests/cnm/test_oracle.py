@@ -212,7 +212,7 @@ def test_forward_and_losses(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("loss", ["reconstruction", "contrastive"])
 @by_case
 def test_every_gradient(case: Case, dtype: torch.dtype, loss: str) -> None:
-    """Of all parameters, the frozen ones of each update included: freezing is the step's business."""
+    """Compares the gradients of all parameters, those that an update freezes too: the step freezes, not the model."""
     if loss == "contrastive" and case.num_frames < 8:
         pytest.skip("with one clip the branches are equal and the contrastive loss has no gradient to compare")
     model = make_model(case, make_oracle(case), dtype)
@@ -238,7 +238,7 @@ both_steps = pytest.mark.parametrize("step_class", [PublishedStep, LeanStep, Rec
 def test_losses_and_gradients_of_each_update(
     step_class: type[TrainingStep], case: Case, dtype: torch.dtype, loss: str
 ) -> None:
-    """What a step leaves out or shares changes nothing that its update reads, at any shape."""
+    """The lean step leaves out and shares work, which changes nothing that its update reads, at any shape."""
     model = make_model(case, make_oracle(case), dtype)
     step = step_class(model, make_config(case))
     batch, masked = make_batch(case, dtype), make_masked_words(case, 2)

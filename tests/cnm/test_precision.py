@@ -28,7 +28,7 @@ splits_here = pytest.mark.skipif(
 
 @pytest.fixture
 def splitting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor that gains by it."""
+    """Pretends that this processor gains by ``high``."""
     monkeypatch.setattr(products, "splits", True)
 
 

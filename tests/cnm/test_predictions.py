@@ -29,7 +29,7 @@ SAMPLES = [
 
 
 def published_average_precision(predicted: Any, true: Any, threshold: float) -> float:
-    """As moment-DETR's evaluation computes it, written down literally."""
+    """moment-DETR's average precision, written down literally."""
     taken: set[int] = set()
     hits, misses = [], []
     for start, end in predicted[:10]:
@@ -150,7 +150,7 @@ def test_true_windows_score_one_on_real_lines(shared_data: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_cpls_predictions_score_what_the_evaluation_says(tmp_path: Path, split: str) -> None:
-    """Of several proposals the best scored comes first; a sentence that training leaves out shifts no other."""
+    """The proposal with the best score comes first; a sentence that training leaves out shifts no other."""
     content = json.loads(write_files(tmp_path).read_text())
     config = Config.from_json(content | with_cpl(content))
     rows = json.loads((tmp_path / "train.json").read_text())

@@ -1,4 +1,4 @@
-"""Which words are hidden: how many, never the start token or padding, and with the published probabilities."""
+"""The choice of masked words: how many, never the start token or padding, and with the published probabilities."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ soak.soak("bf16", 30)
 
 
 def test_a_leak_is_seen(tmp_path: Path) -> None:
-    """In a process of its own: where much was freed before, a leak fills that first."""
+    """Leaks in a process of its own: a leak first fills memory that was freed before."""
     path = os.pathsep.join([str(Path(soak.__file__).parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", LEAKING]
     environment = os.environ | {"PYTHONPATH": path}

@@ -1,4 +1,4 @@
-"""What the training step promises beyond its numbers, which the oracle checks."""
+"""The training step's promises beyond its numbers, which the oracle checks."""
 
 from __future__ import annotations
 

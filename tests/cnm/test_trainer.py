@@ -271,7 +271,7 @@ def test_a_loss_that_is_no_number_is_never_saved(tmp_path: Path, monkeypatch: py
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, updates: set[int]) -> None:
-    """In these updates the reconstruction loss is NaN."""
+    """Makes the reconstruction loss of these updates NaN."""
     plain = LeanStep.reconstruction_loss
 
     def poisoned(self: LeanStep, *args: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-// What a launch asks of a GPU, counted while the emulator runs some of its blocks.
+// A launch's use of a GPU, counted while the emulator runs some of its blocks.
 //
 // Products, ldmatrix and shuffles are counted once a warp. What lanes do by themselves (loads, stores, copies,
 // exponentials) counts as often for a warp as for its busiest lane. Shared memory has 32 banks of four bytes: sixteen

@@ -29,5 +29,5 @@ else:
 
 
 def seed(number: int) -> None:
-    """Of the order in which threads and blocks run."""
+    """Seeds the order in which threads and blocks run."""
     machine.emulator_set_seed(number)

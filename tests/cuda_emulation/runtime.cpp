@@ -1,4 +1,4 @@
-// What csrc/cuda/runtime.cpp gives the kernels' host code on a GPU, for the emulator; and its handles for tests.
+// The emulator's stand-in for csrc/cuda/runtime.cpp, and its handles for tests.
 #include <dlfcn.h>
 
 #include <cstdlib>

@@ -74,7 +74,7 @@ def test_batches_that_are_all_kept_stay_what_they_were() -> None:
 
 def test_epochs_take_turns_with_a_few_buffers() -> None:
     loader = BatchLoader(split(), 8, shuffle=True)
-    # Of full batches: a buffer that was made for a short last one is replaced by a larger one.
+    # Full batches alone: a buffer that was made for a short last one is replaced by a larger one.
     seen = {
         batch.frames.data_ptr()
         for epoch in range(5)

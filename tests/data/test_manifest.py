@@ -1,4 +1,4 @@
-"""What `cnm features check` finds in features, and the manifest it compares them with."""
+"""Faults that `cnm features check` finds in features, and the manifest it compares them with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which words are kept, how sentences are cut and tagged, and the chance of each word to be masked."""
+"""Words that are kept, how sentences are cut and tagged, and the chance of each word to be masked."""
 
 from __future__ import annotations
 

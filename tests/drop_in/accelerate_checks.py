@@ -1,4 +1,4 @@
-"""What the tests of ``accelerate(model)`` share.
+"""Shared by the tests of ``accelerate(model)``.
 
 The research code of ``examples/research_code`` runs beside an accelerated copy of itself, without dropout, from one
 seed. Bounds on ||difference|| / ||value||: float64 1e-9; float32 1e-5 against the plain copy in float64 (it may be

@@ -388,7 +388,7 @@ def test_a_fractional_mask_is_the_original_s_business(multiplies: bool, fuse: bo
 
 
 def test_losses_that_move_things_to_a_gpu_are_tried_without_one() -> None:
-    """As the published ones do, in their own bodies; equal ones are replaced, others are not."""
+    """The published losses call ``.cuda()`` in their bodies; equal ones are replaced, others are not."""
 
     def ivc_loss(words_logit, words_id, words_mask, hard_neg_words_logit=None, easy_neg_words_logit=None, **kwargs):
         others = (words_id.cuda(), words_mask, hard_neg_words_logit, easy_neg_words_logit)

@@ -1,4 +1,4 @@
-"""What ``accelerate`` tries: variants that only one of its examples tells from the published modules."""
+"""The trial of ``accelerate``: variants that only one of its examples tells from the published modules."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_weights_are_computed_only_when_read(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_attention_may_be_read_after_the_update() -> None:
-    """What logs an attention map after optimizer.step() gets the map the step was made with."""
+    """Code that logs an attention map after optimizer.step() gets the map of the forward before it."""
     module = cnm_kernels.accelerate(MultiheadAttention(D, H))
     x = torch.randn(5, B, D)
     output, weights = module(x, x, x)

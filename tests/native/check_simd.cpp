@@ -24,7 +24,7 @@ float from_bits(uint32_t bits) {
     return x;
 }
 
-// In units of the last place of the exact result, denormals included.
+// Error in units of the last place of the exact result, denormals included.
 double ulps(float actual, double exact) {
     if (std::fabs(exact) > std::numeric_limits<float>::max()) return std::isinf(actual) ? 0 : 1e9;
     int exponent;

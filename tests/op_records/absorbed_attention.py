@@ -15,7 +15,7 @@ from op_records.weighted_attention import zero_rows
 
 
 def absorbed(draw: Draw, B: int, H: int, Lq: int, Lk: int, D: int, **options: Any) -> Inputs:
-    """With a bias and without a weight, as many queries meet few keys."""
+    """Many queries and few keys: a bias and no weight."""
     return {
         "query": draw.normal(B, Lq, D),
         "key": draw.normal(B, H, Lk, D),
@@ -26,7 +26,7 @@ def absorbed(draw: Draw, B: int, H: int, Lq: int, Lk: int, D: int, **options: An
 
 
 def absorbed_queries(draw: Draw, B: int, Lq: int, Lk: int, D: int, **options: Any) -> Inputs:
-    """With a weight, and keys that are the values, as few queries meet many states."""
+    """Few queries and many keys: a weight, and keys that are the values."""
     return {
         "query": draw.normal(B, Lq, D),
         "key": draw.normal(B, 1, Lk, D),

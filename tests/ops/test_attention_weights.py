@@ -29,7 +29,7 @@ def test_a_query_without_keys_weighs_none(backend: str, device: str, dtype: torc
 
 @on_every_float32
 def test_they_weigh_the_values_of_weighted_attention(backend: str, device: str, dtype: torch.dtype) -> None:
-    """With one head the mean over heads is the head's."""
+    """The mean over heads of one head is that head's."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 1, L, 8, generator=generator).to(device, dtype) for L in (5, 7, 7))
     key_weight = torch.rand(2, 7, generator=generator).to(device, dtype)

@@ -1,4 +1,4 @@
-"""What lies behind a length is never read: NaN and infinity there change no output and no gradient."""
+"""Elements behind a length are never read: NaN and infinity there change no output and no gradient."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_no_float_is_added_to_memory_by_several_at_once(kernels: list[Kernel]) -
 
 
 def test_nothing_lies_in_local_memory(kernels: list[Kernel]) -> None:
-    """What is spilled would; so would an array whose index the compiler does not know."""
+    """Spilled registers would; so would an array whose index the compiler does not know."""
     for kernel in kernels:
         if kernel.stack == 0:
             assert kernel.count("LDL|STL") == 0, kernel

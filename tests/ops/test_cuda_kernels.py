@@ -1,5 +1,7 @@
-"""What is particular to the kernels of csrc/cuda: paths that the common samples miss, and that the emulator which runs
-them here would notice a mistake. What they owe like every backend is in ``test_every_op.py``."""
+"""The kernels of csrc/cuda alone: paths that the common samples miss, and mistakes that the emulator must notice.
+
+The tests of every backend are in ``test_every_op.py``.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +149,7 @@ def test_a_word_that_is_none_gives_nan() -> None:
 
 
 def test_rows_without_a_gradient_take_no_part_in_the_backward() -> None:
-    """What is never read may hold anything."""
+    """A row without a gradient may hold NaN."""
     inputs = vocabulary(Draw("rows", torch.float32, "cpu"), 3, 5, 8, 11)
     inputs["hidden"][1] = torch.nan
     weight = inputs["weight"].requires_grad_()

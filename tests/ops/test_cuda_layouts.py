@@ -1,4 +1,4 @@
-"""Which lane holds what of mma.sync and ldmatrix operands, against the tables of the PTX documentation.
+"""Lanes that hold the operands of mma.sync and ldmatrix, against the tables of the PTX documentation.
 
 The tables are those of "Warp-level matrix instructions", sections "Matrix fragments for mma.m16n8k16 with floating
 point type", "... mma.m16n8k8" (.tf32) and "ldmatrix", written down lane by lane as their formulas: groupID = lane >> 2,
@@ -43,7 +43,7 @@ def c_float(lane: int, i: int) -> tuple[int, int]:
 
 
 def ldmatrix(lane: int, half: int) -> tuple[int, int]:
-    """Of each 8x8 matrix: row lane / 4, columns 2 (lane % 4) and the next. Transposed: row and column change places."""
+    """A lane holds of each 8x8 matrix row lane / 4, columns 2 (lane % 4) and the next; transposed, they swap."""
     return lane // 4, 2 * (lane % 4) + half
 
 

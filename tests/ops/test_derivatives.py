@@ -18,7 +18,7 @@ ONE_EACH = {op: names[:1] for op, names in TYPICAL.items() if op not in ("dropou
 
 
 def _function(op: str, inputs: Inputs, backend: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """Of the first differentiable input."""
+    """Returns a function of the op's first differentiable input, and that input."""
     name = DIFFERENTIABLE[op][0]
 
     def function(x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def test_an_index_for_each_sample_is_asked_for() -> None:
 @on_every_float32
 @pytest.mark.parametrize("narrow", ["x", "residual"])
 def test_mixed_dtypes_run_in_the_wider_one(backend: str, device: str, dtype: torch.dtype, narrow: str) -> None:
-    """As under autocast, where the sublayer's output is bfloat16 and the residual stream float32."""
+    """Under autocast the sublayer's output is bfloat16 and the residual stream float32."""
     inputs = sample(OP, "published-12x256", dtype, device)
     inputs[narrow] = inputs[narrow].bfloat16().requires_grad_()
     (out,) = run(OP, inputs, backend)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of its backends; their numerics are in ``test_every_op.py`` with all the others'."""
+"""Tests that need a GPU; its backends' numerics are in ``test_every_op.py`` with all the others'."""
 
 from __future__ import annotations
 

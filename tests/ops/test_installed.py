@@ -24,7 +24,7 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What git has of the packages, the benchmarks and the tests' settings."""
+    """The packages, the benchmarks and the tests' settings as git has them."""
     folder = tmp_path_factory.mktemp("clone")
     ignored = shutil.ignore_patterns("*.so", "*_skipped.txt", "__pycache__", "test_*.py")
     for name in ("cnm", "cnm_kernels", "benchmarks", "examples", "tests"):
@@ -78,7 +78,7 @@ def test_pytest_refuses_to_test_pytorch_as_ours(clone: Path, installed: Path, fo
 def test_an_installation_without_compiled_modules_is_not_refused(
     clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of CNM_KERNELS_NATIVE=0: the copy beside the sources has nothing that they lack."""
+    """Built with CNM_KERNELS_NATIVE=0, the copy beside the sources has nothing that they lack."""
     (tmp_path / "cnm_kernels").mkdir()
     monkeypatch.setattr(installed_copies, "_HERE", clone / "cnm_kernels")
     monkeypatch.setattr(sys, "path", [str(clone), str(tmp_path)])

@@ -41,7 +41,7 @@ def _attention(op: str, name: str, dtype: torch.dtype, device: str) -> Inputs:
 
 
 def _exact(op: str, inputs: Inputs) -> Inputs:
-    """In float64 with scores of the same ranking, and small enough for its own roundings not to matter."""
+    """Returns float64 inputs whose scores rank alike, small enough for float64's roundings not to matter."""
     wide = in_dtype(inputs, torch.float64)
     d = inputs["query"].size(-1)
     wide["key"] = wide["key"] / inputs["key"].double().abs().max()

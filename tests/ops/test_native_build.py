@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What a build reads, without what an earlier one left."""
+    """The sources that a build reads, without an earlier build's output."""
     copy = tmp_path / "checkout"
     ignored = shutil.ignore_patterns("*.so", "*_skipped.txt", "__pycache__")
     for name in ("cnm", "cnm_kernels", "csrc"):
@@ -34,7 +34,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def build(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """For CPUs only, unless CNM_KERNELS_CUDA is given: nvcc would take its minutes."""
+    """Builds for CPUs only, unless CNM_KERNELS_CUDA is given: nvcc takes minutes."""
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", "built"]
     environment = os.environ | {"CNM_KERNELS_CUDA": "0"} | environment
     return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
@@ -48,7 +48,7 @@ runpy.run_module("cnm_kernels", run_name="__main__", alter_sys=True)
 
 
 def table(checkout: Path) -> str:
-    """What `python -m cnm_kernels` prints in the build; an editable install would lend it the modules it lacks."""
+    """Output of `python -m cnm_kernels` in the build; an editable install would lend it the modules it lacks."""
     environment = os.environ | {"PYTHONPATH": str(checkout / "built")}
     command = [sys.executable, "-c", RUN]
     outcome = subprocess.run(command, cwd=checkout / "built", env=environment, capture_output=True, text=True)

@@ -24,12 +24,12 @@ from cnm_kernels import _C_cpu
 HAS_BF16 = _C_cpu.best_isa() in ("avx512bf16", "amx")
 on_bf16 = pytest.mark.skipif(not HAS_BF16, reason="no instruction that multiplies bfloat16")
 ROUNDING = 2.0**-24  # of float32
-# Of a b: hi + lo leaves out 2^-16 |a| and 2^-16 |b| at most, and lo lo is no more than 2^-16 |a b|.
+# The error of a b: hi + lo leaves out 2^-16 |a| and 2^-16 |b| at most, and lo lo is no more than 2^-16 |a b|.
 OF_A_PRODUCT = 3 * 2.0**-16
 # In the mean square each of the three is 2.5e-6 |a b|, as measured over all significands: 4.4e-6 together.
 MEAN_SQUARE = (4.0e-6, 4.7e-6)
 SMALLEST = 2.0**-126  # normal number: halves and products below it count as 0
-# Of infinities and NaN; beyond bfloat16, which ends at 3.39e38; near the end, where halves reach past it.
+# Infinities and NaN; beyond bfloat16, which ends at 3.39e38; near the end, where halves reach past it.
 UNUSUAL = (float("inf"), -float("inf"), float("nan"), 3.395e38, 3.402e38, -3.4e38, 3.3e38, 0.0, -0.0)
 SMALL = (1e-36, 3e-38, 1e-38, 1e-40, 1e-45)
 
@@ -70,7 +70,7 @@ class Example:
         return Example(self.x.abs(), self.weight.abs(), self.bias.abs(), self.upstream.abs()).exact()
 
     def allowed(self) -> list[Tensor]:
-        """How far each number of split products may be off."""
+        """The bound on the error of each number of split products."""
         (N, K), M = self.x.shape, self.weight.size(0)
         largest = max(t.abs().max().item() for t in (self.x, self.weight, self.upstream) if t.numel())
         tiny = 4 * SMALLEST * max(1.0, largest)
@@ -115,7 +115,7 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
 @on_bf16
 @pytest.mark.usefixtures("split")
 def test_split_products_are_off_as_their_formula_is() -> None:
-    """By less they would be float32's, by more one of the three products would be missing."""
+    """A smaller error would be float32's; a larger one means that one of the three products is missing."""
     example = Example.drawn(700, 200, 160)
     found, exact, sizes = example.results("high"), example.exact(), example.of_sizes()
     example.check("high")

@@ -1,4 +1,4 @@
-"""Which backend runs: the default order, the choice by name, and reasons that a person can read."""
+"""The choice of a backend: the default order, the choice by name, and reasons that a person can read."""
 
 from __future__ import annotations
 

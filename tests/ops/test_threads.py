@@ -13,7 +13,7 @@ from cnm_kernels.threads import POLICY_VARIABLE, SPIN_COUNT, SPIN_VARIABLE
 
 
 def spins(code: str, **variables: str) -> str:
-    """What GNU OpenMP says it took for its spin count in a process that runs ``code``."""
+    """Returns the spin count that GNU OpenMP reports in a process that runs ``code``."""
     environment = {key: value for key, value in os.environ.items() if key not in (SPIN_VARIABLE, POLICY_VARIABLE)}
     environment |= {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": os.pathsep.join(sys.path), **variables}
     outcome = subprocess.run(

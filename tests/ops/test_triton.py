@@ -1,4 +1,4 @@
-"""What is particular to the Triton backend; what it owes like every backend is in ``test_every_op.py``."""
+"""The Triton backend alone; the tests of every backend are in ``test_every_op.py``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ATTENTION = [
 def test_the_blocked_kernels_take_every_size(
     op: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which are otherwise for long sequences."""
+    """By default they run for long sequences alone."""
     from cnm_kernels.triton import attention
 
     nothing = {2: (0, 0), 4: (0, 0)}

@@ -103,7 +103,7 @@ def test_any_shape(
 @on_every_float32
 @pytest.mark.parametrize("together", [True, False], ids=["all-three", "key-and-value"])
 def test_packed_heads_are_the_same_heads(backend: str, device: str, dtype: torch.dtype, together: bool) -> None:
-    """As one projection gives them, with the gradients packed likewise."""
+    """One projection gives packed heads, and takes their gradients packed."""
     draw = Draw("packed", dtype, device)
     B, L, H, d = 3, 11, 2, 7
     packed = draw.normal(B, L, 3, H, d)
@@ -136,7 +136,7 @@ def test_packed_heads_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("size", [1e3, 3e4])
 @pytest.mark.parametrize("d", [20, 64, 100])
 def test_weights_sum_to_one_at_large_scores(backend: str, device: str, dtype: torch.dtype, size: float, d: int) -> None:
-    """In the backward too, whose scores of 1e6 to 1e9 round as the forward's do."""
+    """Scores of 1e6 to 1e9 round alike in forward and backward."""
     inputs = attention(Draw("large scores", dtype, device), 2, 2, 70, 90, d)
     inputs |= {"query": inputs["query"] * size, "key": inputs["key"] * size}
     value = inputs["value"].requires_grad_()

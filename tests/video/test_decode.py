@@ -137,7 +137,7 @@ def test_a_video_without_frames(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.85])
 def test_a_truncated_video_is_refused(tmp_path: Path, part: float) -> None:
-    """With the index at its start, as files for streaming have it, what is missing shows only at the end."""
+    """A file for streaming has its index at its start, so that a missing part shows only at the end."""
     import av
 
     rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ SMALL = {"size": 64, "patch": 32, "width": 128, "hidden": 256, "layers": 2, "emb
 
 
 def small_clip(seed: int = 0) -> VisionTransformer:
-    """Of CLIP's architecture, with random parameters everywhere."""
+    """CLIP's architecture, small, with random parameters everywhere."""
     torch.manual_seed(seed)
     model = VisionTransformer(**SMALL).eval()
     for parameter in model.parameters():
