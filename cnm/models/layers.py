@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import cnm_kernels as kernels
+from cnm_kernels import absorption
+from cnm_kernels.absorption import Attended, Projections
 
 
 @dataclass(frozen=True)
@@ -140,16 +142,12 @@ class MultiheadAttention(nn.Module):
 
         ``minimize_flops`` absorbs projections where that saves products; a source must then have one real row at least.
         """
-        if minimize_flops:
-            D, H, Lq, Lk = x.size(-1), self.num_heads, x.size(1), source.states.size(1)
-            absorbed_scores = 2 * H * Lq * Lk  # against H heads of d = D / H columns; all in products of D numbers
-            costs = {
-                self._project_both: 2 * (Lq + Lk) * D + 2 * Lq * Lk,
-                self._absorb_into_queries: 4 * Lq * D + absorbed_scores,
-                self._absorb_into_keys: 4 * Lk * D + absorbed_scores,
-            }
-            return min(costs, key=costs.__getitem__)(source, x, rows)
-        return self._project_both(source, x, rows)
+        absorb = absorption.cheapest(x.size(-1), self.num_heads, x.size(1), source.states.size(1))
+        if absorb is None or not minimize_flops:
+            return self._project_both(source, x, rows)
+        out = self.out_proj
+        parameters = Projections(self.num_heads, self.in_proj_weight, self.in_proj_bias, out.weight, out.bias)
+        return absorb(parameters, x, Attended(source.states, source.weighting, source.lengths, rows))
 
     def _project_both(self, source: Source, x: Tensor, rows: Tensor | None) -> Tensor:
         D = x.size(-1)
@@ -157,57 +155,8 @@ class MultiheadAttention(nn.Module):
         (W_q, W_kv), (b_q, b_kv) = (whole.split([D, 2 * D]) for whole in (self.in_proj_weight, self.in_proj_bias))
         query = kernels.linear(x, W_q, b_q, lengths=rows)
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, Lq, d]
-        key_value = self._packed_source(source, W_kv, b_kv, None)
+        key_value = kernels.linear(source.states, W_kv, b_kv).unflatten(-1, (2, self.num_heads, -1))
         return self.attend(query, key_value, source.lengths, source.weighting, causal=False, rows=rows)
-
-    def _project_source(self, source: Source, rows: Tensor | None = None) -> Tensor:
-        """key and value, packed: [B, Lk, 2, H, d]."""
-        D = source.states.size(-1)
-        return self._packed_source(source, self.in_proj_weight[D:], self.in_proj_bias[D:], rows)
-
-    def _packed_source(self, source: Source, weight: Tensor, bias: Tensor, rows: Tensor | None) -> Tensor:
-        packed = kernels.linear(source.states, weight, bias, lengths=rows)
-        return packed.unflatten(-1, (2, self.num_heads, -1))
-
-    def _absorb_into_queries(self, source: Source, x: Tensor, rows: Tensor | None) -> Tensor:
-        """q . (W_k y + b_k) = (W_k^T q) . y + q . b_k, constant over keys, which softmax cancels; and
-        P (W_v y + b_v) = W_v (P y) + b_v."""
-        H = self.num_heads
-        W_q, W_k, W_v = self.in_proj_weight.chunk(3)
-        b_q, _, b_v = self.in_proj_bias.chunk(3)
-        query = kernels.linear(x, W_q, b_q, lengths=rows).unflatten(-1, (H, -1))  # [B, Lq, H, d]
-        absorbed = kernels.linear(query, W_k.unflatten(0, (H, -1)).mT, lengths=rows)  # [B, Lq, H, D]
-        out = kernels.absorbed_attention(
-            absorbed.flatten(1, 2),
-            source.states.unsqueeze(1),
-            scale=query.size(-1) ** -0.5,
-            key_weight=source.weighting,
-            query_lengths=None if rows is None else H * rows,
-            key_lengths=source.lengths,
-        )
-        out = out.unflatten(1, (-1, H))  # [B, Lq, H, D]
-        heads = kernels.linear(out, W_v.unflatten(0, (H, -1)), b_v.unflatten(0, (H, -1)), lengths=rows)
-        return apply_linear(self.out_proj, heads.flatten(2), rows)
-
-    def _absorb_into_keys(self, source: Source, x: Tensor, rows: Tensor | None) -> Tensor:
-        """(W_q x + b_q) . k = x . (W_q^T k) + b_q . k; W_o of the heads side by side = sum_h P_h (W_oh v_h)."""
-        H = self.num_heads
-        W_q, b_q = self.in_proj_weight.chunk(3)[0], self.in_proj_bias.chunk(3)[0].unflatten(0, (H, -1))
-        W_o = self.out_proj.weight.unflatten(1, (H, -1)).transpose(0, 1)
-        b_o = self.out_proj.bias / H  # of every key: P's rows add up to 1
-        key, value = self._project_source(source, source.lengths).unbind(2)  # [B, Lk, H, d]
-        absorbed = kernels.linear(key, W_q.unflatten(0, (H, -1)).mT, lengths=source.lengths)  # [B, Lk, H, D]
-        output = kernels.linear(value, W_o, b_o.expand(H, -1), lengths=source.lengths)  # [B, Lk, H, D]
-        return kernels.absorbed_attention(
-            x,
-            absorbed.transpose(1, 2),
-            output.transpose(1, 2),
-            scale=key.size(-1) ** -0.5,
-            key_bias=(key * b_q).sum(-1).transpose(1, 2) * key.size(-1) ** -0.5,
-            key_weight=source.weighting,
-            query_lengths=rows,
-            key_lengths=source.lengths,
-        )
 
 
 class DecoderLayer(nn.Module):

@@ -152,7 +152,7 @@ def restore(target: Any) -> None:
         return
     for module in target.modules():
         if isinstance(module, AcceleratedAttention | AcceleratedLayer):
-            module.__class__ = type(module)._original  # type: ignore[union-attr]
+            module.__class__ = type(module)._original  # type: ignore[assignment]
         elif isinstance(module, DeferredLinear):
             module.__class__ = nn.Linear  # type: ignore[assignment]
 

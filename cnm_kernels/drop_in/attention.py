@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cnm_kernels import ops
+from cnm_kernels import absorption, ops
+from cnm_kernels.absorption import Absorb, Attended, Projections
 from cnm_kernels.autograd.attention import unpack
 from cnm_kernels.constants import KEY_WEIGHT_EPS
 from cnm_kernels.drop_in.deferred import defer
@@ -30,6 +31,7 @@ PADDED_SCORE = -1e30  # of a padded key: what a query without any real key then 
 class AcceleratedAttention:
     """``forward`` of the published interface. Mixed in before the module's own class, whose attributes it reads."""
 
+    _original: ClassVar[type[nn.Module]]  # the module's own class
     num_heads: int
     head_dim: int
     in_proj_weight: Tensor
@@ -92,21 +94,6 @@ class AcceleratedAttention:
 
         ``sources`` [B, L, D]: the source of query, key and value; or query's and that of key and value; or of each.
         """
-        joined, weights = self._attend(sources, key_padding_mask, attn_mask, gauss_weight, need_weights)
-        layer = self.out_proj
-        if is_unmodified(layer, nn.Linear):
-            return ops.linear(joined, layer.weight, layer.bias), weights  # type: ignore[arg-type]
-        return layer(joined.transpose(0, 1).contiguous()).transpose(0, 1), weights
-
-    def _attend(
-        self,
-        sources: tuple[Tensor, ...],
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        gauss_weight: Tensor | None,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``attend`` up to the output projection: (heads joined [B, Lq, D], attention)."""
         Lq, Lk = sources[0].size(1), sources[-1].size(1)
         seen = _seen(attn_mask, Lq, Lk)
         dropout = getattr(self, "dropout", 0.0) if cast(nn.Module, self).training else 0.0
@@ -117,10 +104,14 @@ class AcceleratedAttention:
             elif dropout > 0:
                 _say_once("dropout on the attention is computed by PyTorch, without acceleration")
             out, weights = _plainly(self._project(sources), attn_mask, padding.mask, gauss_weight, dropout)
-            return out.transpose(1, 2).flatten(2), weights if need_weights else None
+            return self._output(out.transpose(1, 2).flatten(2)), weights if need_weights else None
 
         key_weight = _key_weight(gauss_weight, padding, sources[0])
         causal = seen == "past"
+        if not causal and (absorb := self._absorbs(sources)) is not None:
+            attended = Attended(sources[1], key_weight, padding.lengths)
+            out = absorb(self._parameters(), sources[0], attended)
+            return out, self._weights_of(out.dtype, sources[0], attended) if need_weights else None
 
         def compute(*sources: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
             packed = self._project(sources)
@@ -133,9 +124,9 @@ class AcceleratedAttention:
             out, *packed = checkpoint(compute, *sources, use_reentrant=False, preserve_rng_state=False)
         else:
             out, *packed = compute(*sources)
-        joined = out.transpose(1, 2).flatten(2)
+        result = self._output(out.transpose(1, 2).flatten(2))
         if not need_weights:
-            return joined, None
+            return result, None
 
         def averaged(*inputs: Tensor | None) -> Tensor:
             *operands, weight, lengths = inputs
@@ -144,7 +135,47 @@ class AcceleratedAttention:
             return ops.attention_weights(query, key, weight, causal=causal, key_lengths=lengths)
 
         like = torch.empty(out.size(0), Lq, Lk, dtype=out.dtype, device="meta")
-        return joined, defer(averaged, like, *packed, key_weight, padding.lengths)
+        return result, defer(averaged, like, *packed, key_weight, padding.lengths)
+
+    def _output(self, joined: Tensor) -> Tensor:
+        """The output projection of joined heads [B, Lq, D]."""
+        layer = self.out_proj
+        if is_unmodified(layer, nn.Linear):
+            return ops.linear(joined, layer.weight, layer.bias)  # type: ignore[arg-type]
+        return cast(Tensor, layer(joined.transpose(0, 1).contiguous())).transpose(0, 1)
+
+    def _absorbs(self, sources: tuple[Tensor, ...]) -> Absorb | None:
+        """How a cross attention spares products, on a processor that they keep busy; None: not at all."""
+        x, states = sources[0], sources[-1]
+        if len(sources) != 2 or x.device.type != "cpu" or not is_unmodified(self.out_proj, nn.Linear):
+            return None
+        return absorption.cheapest(x.size(2), self.num_heads, x.size(1), states.size(1))
+
+    def _parameters(self) -> Projections:
+        layer = cast(nn.Linear, self.out_proj)
+        return Projections(self.num_heads, self.in_proj_weight, self.in_proj_bias, layer.weight, layer.bias)
+
+    def _weights_of(self, dtype: torch.dtype, x: Tensor, attended: Attended) -> Tensor:
+        """The attention [B, Lq, Lk]; read after an update, it is still that of the parameters before it."""
+        H, bias = self.num_heads, self.in_proj_bias
+
+        def averaged(*inputs: Tensor | None) -> Tensor:
+            x, states, weight, bias, key_weight, lengths = inputs
+            assert x is not None
+            assert states is not None
+            assert weight is not None
+            biases = (None, None) if bias is None else bias.chunk(2)
+            query, key = (
+                ops.linear(side, W, b).unflatten(-1, (H, -1)).transpose(1, 2)
+                for side, W, b in zip((x, states), weight.chunk(2), biases, strict=True)
+            )
+            return ops.attention_weights(query, key, key_weight, key_lengths=lengths).to(dtype)
+
+        states = attended.states
+        like = torch.empty(x.size(0), x.size(1), states.size(1), dtype=dtype, device="meta")
+        D = x.size(2)
+        copies = self.in_proj_weight[: 2 * D].clone(), None if bias is None else bias[: 2 * D].clone()
+        return defer(averaged, like, x, states, *copies, attended.weighting, attended.lengths)
 
     def _project(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The operands of ``weighted_attention``, packed where two or three share a source."""

@@ -8,7 +8,7 @@ would draw.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ def passed_over(layer: nn.Module) -> str | None:
 class AcceleratedLayer:
     """``forward`` of the published interface. Mixed in before the module's own class, whose attributes it reads."""
 
+    _original: ClassVar[type[nn.Module]]  # the layer's own class
     dropout: float
     training: bool
     self_attn: AcceleratedAttention

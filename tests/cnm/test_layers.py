@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from cnm.models.cnm import CNM
 from cnm.models.layers import MultiheadAttention, Source
+from cnm_kernels import absorption
+from cnm_kernels.absorption import Absorb
 
-FORMS = ("_absorb_into_queries", "_absorb_into_keys")
+FORMS = (absorption.into_queries, absorption.into_keys)
 D, H = 24, 3
 
 
@@ -29,10 +31,12 @@ def make(weighted: bool, padded: bool) -> tuple[MultiheadAttention, Source, Tens
     return attention, Source(states, torch.tensor([5, 2, 1, 4]), weight), x, rows
 
 
-def results(form: str, weighted: bool, padded: bool) -> Iterator[tuple[str, Tensor]]:
+def results(form: Absorb | None, weighted: bool, padded: bool) -> Iterator[tuple[str, Tensor]]:
     """The output in rows that count, and every gradient."""
     attention, source, x, rows = make(weighted, padded)
-    out = getattr(attention, form)(source, x, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(absorption, "cheapest", lambda *_: form)
+        out = attention.attend_to(source, x, rows, minimize_flops=True)
     assert out.shape == x.shape
     if rows is not None:
         out = out * (torch.arange(6) < rows[:, None])[..., None]
@@ -47,9 +51,9 @@ def results(form: str, weighted: bool, padded: bool) -> Iterator[tuple[str, Tens
 
 @pytest.mark.parametrize("padded", [False, True], ids=["all-rows", "lengths"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("form", FORMS)
-def test_absorbing_projections_changes_nothing(form: str, weighted: bool, padded: bool) -> None:
-    expected = dict(results("_project_both", weighted, padded))
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_absorbing_projections_changes_nothing(form: Absorb, weighted: bool, padded: bool) -> None:
+    expected = dict(results(None, weighted, padded))
     assert expected["in_proj_bias"].abs().max() > 0.1
     for name, value in results(form, weighted, padded):
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12, msg=name)
@@ -57,20 +61,33 @@ def test_absorbing_projections_changes_nothing(form: str, weighted: bool, padded
 
 @pytest.mark.parametrize(
     ("queries", "keys", "form"),
-    [(200, 14, "_absorb_into_keys"), (13, 50, "_absorb_into_queries"), (1, 200, "_absorb_into_queries")],
+    [(200, 14, "into_keys"), (13, 50, "into_queries"), (1, 200, "into_queries")],
     ids=["frames-ask-words", "words-ask-clips", "last-frame-asks-all"],
 )
 def test_the_cheapest_form_is_taken(queries: int, keys: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attention = MultiheadAttention(256, 4)
     taken: list[str] = []
-    for name in ("_project_both", *FORMS):
-        monkeypatch.setattr(MultiheadAttention, name, lambda self, *_, name=name: taken.append(name))
+
+    def noting(name: str) -> Callable[..., Tensor]:
+        def noted(*_: object) -> Tensor:
+            taken.append(name)
+            return torch.zeros(())
+
+        return noted
+
+    for name in ("into_queries", "into_keys"):
+        monkeypatch.setattr(absorption, name, noting(name))
+    monkeypatch.setattr(MultiheadAttention, "_project_both", noting("both"))
     source = Source(torch.zeros(2, keys, 256), torch.full((2,), keys))
     attention.attend_to(source, torch.zeros(2, queries, 256), minimize_flops=True)
     attention.attend_to(source, torch.zeros(2, queries, 256))
     weighted = Source(source.states, source.lengths, torch.ones(2, keys))
     attention.attend_to(weighted, torch.zeros(2, queries, 256), minimize_flops=True)
-    assert taken == [form, "_project_both", form]
+    assert taken == [form, "both", form]
+
+
+def test_products_of_both_sides_are_the_cheapest_for_wide_sides() -> None:
+    assert absorption.cheapest(256, 4, 200, 200) is None
 
 
 def test_only_the_lean_steps_on_cpus_minimize_flops() -> None:
