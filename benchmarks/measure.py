@@ -38,22 +38,26 @@ def measure(
             record |= {"status": "unavailable", "reason": contender.unavailable}
             continue
         try:
-            call = case.prepare(name)
-            record["error"] = case.verify(name, call)
-            calls[name] = call
+            calls[name] = case.prepare(name)
+            record["error"] = case.verify(name, calls[name])
         except Refused as reason:
             record |= {"status": "refused", "reason": str(reason)}
         except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, or a construct it does not take
             record |= {"status": "unavailable", "reason": _one_line(error)}
         except Exception as error:  # the other rows are still worth having; the run's exit code tells
             record |= {"status": "failed", "reason": _one_line(error)}
+        if record["status"] != "measured":
+            calls.pop(name, None)
     if OURS not in calls:  # no ratio without a correct result of ours
         for name in calls:
             records[name] |= {"status": "skipped", "reason": "nothing of ours to compare with"}
         return list(records.values())
     for name, times in side_by_side(calls, repeats).items():
         records[name] |= times
-    for name in calls:
+    measured = list(calls)
+    calls.clear()
+    memory.give_back_freed()  # or this process and the one that is measured would both hold a contender's peak
+    for name in measured:
         record = records[name] | rates(case, records[name]["milliseconds"]["median"])
         record["memory"] = None
         try:

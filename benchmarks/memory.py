@@ -42,6 +42,13 @@ def _return_freed_memory() -> None:
     _mallopt({M_MMAP_THRESHOLD: LARGE, M_TRIM_THRESHOLD: 0})
 
 
+def give_back_freed() -> None:
+    """Returns this process's freed memory to the system, whatever malloc was told to keep."""
+    gc.collect()
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _mallopt(options: dict[int, int]) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -103,8 +110,7 @@ def _child(sender: Connection, table: str, index: int, contender: str, quick: bo
     call = case.prepare(contender)
     if case.contenders[contender].compiled or case.trains:
         call()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
     before = _status("VmRSS")
     result = call()

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -104,27 +105,22 @@ class AcceleratedAttention:
             elif dropout > 0:
                 _say_once("dropout on the attention is computed by PyTorch, without acceleration")
             out, weights = _plainly(self._project(sources), attn_mask, padding.mask, gauss_weight, dropout)
-            return self._output(out.transpose(1, 2).flatten(2)), weights if need_weights else None
+            return _output(self, out.transpose(1, 2).flatten(2)), weights if need_weights else None
 
         key_weight = _key_weight(gauss_weight, padding, sources[0])
         causal = seen == "past"
-        if not causal and (absorb := self._absorbs(sources)) is not None:
-            attended = Attended(sources[1], key_weight, padding.lengths)
-            out = absorb(self._parameters(), sources[0], attended)
-            return out, self._weights_of(out.dtype, sources[0], attended) if need_weights else None
+        if not causal and (absorb := _absorbs(self, sources)) is not None:
+            attended = partial(Attended, weighting=key_weight, lengths=padding.lengths)
+            (out,) = _computed_again(lambda x, states: (absorb(_projections(self), x, attended(states)),), *sources)
+            return out, _weights_of(self, out.dtype, sources[0], attended(sources[1])) if need_weights else None
 
         def compute(*sources: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
             packed = self._project(sources)
             out = ops.weighted_attention(*packed, key_weight, causal=causal, key_lengths=padding.lengths)
             return out, *packed
 
-        if torch.is_grad_enabled() and sources[0].device.type == "cpu" and not torch.compiler.is_compiling():
-            # Projections are kept for the backward threefold as wide as what they are made from, and made anew faster
-            # than PyTorch's were made once. (On a GPU the launches would cost more than the memory is worth.)
-            out, *packed = checkpoint(compute, *sources, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out, *packed = compute(*sources)
-        result = self._output(out.transpose(1, 2).flatten(2))
+        out, *packed = _computed_again(compute, *sources)
+        result = _output(self, out.transpose(1, 2).flatten(2))
         if not need_weights:
             return result, None
 
@@ -136,46 +132,6 @@ class AcceleratedAttention:
 
         like = torch.empty(out.size(0), Lq, Lk, dtype=out.dtype, device="meta")
         return result, defer(averaged, like, *packed, key_weight, padding.lengths)
-
-    def _output(self, joined: Tensor) -> Tensor:
-        """The output projection of joined heads [B, Lq, D]."""
-        layer = self.out_proj
-        if is_unmodified(layer, nn.Linear):
-            return ops.linear(joined, layer.weight, layer.bias)  # type: ignore[arg-type]
-        return cast(Tensor, layer(joined.transpose(0, 1).contiguous())).transpose(0, 1)
-
-    def _absorbs(self, sources: tuple[Tensor, ...]) -> Absorb | None:
-        """How a cross attention spares products, on a processor that they keep busy; None: not at all."""
-        x, states = sources[0], sources[-1]
-        if len(sources) != 2 or x.device.type != "cpu" or not is_unmodified(self.out_proj, nn.Linear):
-            return None
-        return absorption.cheapest(x.size(2), self.num_heads, x.size(1), states.size(1))
-
-    def _parameters(self) -> Projections:
-        layer = cast(nn.Linear, self.out_proj)
-        return Projections(self.num_heads, self.in_proj_weight, self.in_proj_bias, layer.weight, layer.bias)
-
-    def _weights_of(self, dtype: torch.dtype, x: Tensor, attended: Attended) -> Tensor:
-        """The attention [B, Lq, Lk]; read after an update, it is still that of the parameters before it."""
-        H, bias = self.num_heads, self.in_proj_bias
-
-        def averaged(*inputs: Tensor | None) -> Tensor:
-            x, states, weight, bias, key_weight, lengths = inputs
-            assert x is not None
-            assert states is not None
-            assert weight is not None
-            biases = (None, None) if bias is None else bias.chunk(2)
-            query, key = (
-                ops.linear(side, W, b).unflatten(-1, (H, -1)).transpose(1, 2)
-                for side, W, b in zip((x, states), weight.chunk(2), biases, strict=True)
-            )
-            return ops.attention_weights(query, key, key_weight, key_lengths=lengths).to(dtype)
-
-        states = attended.states
-        like = torch.empty(x.size(0), x.size(1), states.size(1), dtype=dtype, device="meta")
-        D = x.size(2)
-        copies = self.in_proj_weight[: 2 * D].clone(), None if bias is None else bias[: 2 * D].clone()
-        return defer(averaged, like, x, states, *copies, attended.weighting, attended.lengths)
 
     def _project(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The operands of ``weighted_attention``, packed where two or three share a source."""
@@ -194,6 +150,62 @@ class AcceleratedAttention:
         weight = self.in_proj_weight if whole else self.in_proj_weight[start:end]
         bias = self.in_proj_bias if whole or self.in_proj_bias is None else self.in_proj_bias[start:end]
         return ops.linear(x, weight, bias).unflatten(-1, (-1, self.num_heads, self.head_dim))
+
+
+def _computed_again(compute: Callable[..., tuple[Any, ...]], *sources: Tensor) -> tuple[Any, ...]:
+    """``compute(*sources)``, of which on CPUs the backward keeps the sources alone.
+
+    Projections are up to three times as wide as what they are made from, and are made anew faster than PyTorch's were
+    made once. (On a GPU the launches would cost more than the memory is worth.)
+    """
+    if torch.is_grad_enabled() and sources[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        return cast("tuple[Any, ...]", checkpoint(compute, *sources, use_reentrant=False, preserve_rng_state=False))
+    return compute(*sources)
+
+
+def _output(module: AcceleratedAttention, joined: Tensor) -> Tensor:
+    """The output projection of joined heads [B, Lq, D]."""
+    layer = module.out_proj
+    if is_unmodified(layer, nn.Linear):
+        return ops.linear(joined, layer.weight, layer.bias)  # type: ignore[arg-type]
+    return cast(Tensor, layer(joined.transpose(0, 1).contiguous())).transpose(0, 1)
+
+
+def _absorbs(module: AcceleratedAttention, sources: tuple[Tensor, ...]) -> Absorb | None:
+    """How a cross attention spares products, on a processor that they keep busy; None: not at all."""
+    x, states = sources[0], sources[-1]
+    square = is_unmodified(module.out_proj, nn.Linear) and module.out_proj.weight.shape == (x.size(2), x.size(2))
+    if len(sources) != 2 or x.device.type != "cpu" or not square:
+        return None
+    return absorption.cheapest(x.size(2), module.num_heads, x.size(1), states.size(1))
+
+
+def _projections(module: AcceleratedAttention) -> Projections:
+    layer = cast(nn.Linear, module.out_proj)
+    return Projections(module.num_heads, module.in_proj_weight, module.in_proj_bias, layer.weight, layer.bias)
+
+
+def _weights_of(module: AcceleratedAttention, dtype: torch.dtype, x: Tensor, attended: Attended) -> Tensor:
+    """The attention [B, Lq, Lk]; read after an update, it is still that of the parameters before it."""
+    H, bias = module.num_heads, module.in_proj_bias
+
+    def averaged(*inputs: Tensor | None) -> Tensor:
+        x, states, weight, bias, key_weight, lengths = inputs
+        assert x is not None
+        assert states is not None
+        assert weight is not None
+        biases = (None, None) if bias is None else bias.chunk(2)
+        query, key = (
+            ops.linear(side, W, b).unflatten(-1, (H, -1)).transpose(1, 2)
+            for side, W, b in zip((x, states), weight.chunk(2), biases, strict=True)
+        )
+        return ops.attention_weights(query, key, key_weight, key_lengths=lengths).to(dtype)
+
+    states = attended.states
+    like = torch.empty(x.size(0), x.size(1), states.size(1), dtype=dtype, device="meta")
+    D = x.size(2)
+    copies = module.in_proj_weight[: 2 * D].clone(), None if bias is None else bias[: 2 * D].clone()
+    return defer(averaged, like, x, states, *copies, attended.weighting, attended.lengths)
 
 
 def _batch_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

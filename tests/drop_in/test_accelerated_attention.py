@@ -23,6 +23,7 @@ from accelerate_checks import (
 from torch import Tensor
 
 import cnm_kernels
+from cnm_kernels import absorption
 from cnm_kernels.drop_in.attention import AcceleratedAttention
 from examples.research_code.attention import MultiheadAttention
 
@@ -42,6 +43,13 @@ CALLS: dict[str, dict[str, Any]] = {
     "cross": {"sources": 2},
     "cross-prefix-bool-gauss": {"sources": 2, "key_padding_mask": PREFIX.bool(), "gauss": True},
     "cross-scattered-gauss": {"sources": 2, "key_padding_mask": SCATTERED.bool(), "gauss": True},
+    "few-queries": {"sources": 2, "queries": 2},
+    "few-queries-prefix-gauss": {"sources": 2, "queries": 2, "key_padding_mask": PREFIX.byte(), "gauss": True},
+    "few-queries-scattered": {"sources": 2, "queries": 2, "key_padding_mask": SCATTERED.bool()},
+    "few-queries-starving": {"sources": 2, "queries": 2, "key_padding_mask": STARVING.bool()},
+    "few-keys": {"sources": 2, "queries": 40},
+    "few-keys-prefix-gauss": {"sources": 2, "queries": 40, "key_padding_mask": PREFIX.bool(), "gauss": True},
+    "few-keys-scattered-gauss": {"sources": 2, "queries": 40, "key_padding_mask": SCATTERED.byte(), "gauss": True},
     "three-sources-gauss": {"sources": 3, "gauss": True},
 }
 
@@ -55,7 +63,8 @@ def attention_call(
     module = module_in(lambda: MultiheadAttention(D, H, bias=bias), dtype, device)
     if accelerated:
         cnm_kernels.accelerate(module)
-    sources = [draw(5, B, D, seed=i).to(device, dtype).requires_grad_() for i in range(options.pop("sources", 1))]
+    lengths = [options.pop("queries", 5), 5, 5][: options.pop("sources", 1)]
+    sources = [draw(L, B, D, seed=i).to(device, dtype).requires_grad_() for i, L in enumerate(lengths)]
     leaves = [*sources, *module.parameters()]
     if "attn_mask" in options:
         options["attn_mask"] = options["attn_mask"].to(device, dtype)
@@ -132,6 +141,30 @@ def test_step_by_step_decoding_is_the_module_s_own_business() -> None:
     assert module(x, x, x, incremental_state={})[0] == "decoded"
 
 
+@pytest.mark.parametrize(("queries", "form"), [(5, None), (2, "into_queries"), (40, "into_keys")])
+def test_cross_attention_spares_products_on_cpus(
+    queries: int, form: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    for name in ("into_queries", "into_keys"):
+
+        def noting(*arguments: Any, name: str = name, absorb: Any = getattr(absorption, name)) -> Tensor:
+            taken.append(name)
+            return absorb(*arguments)
+
+        monkeypatch.setattr(absorption, name, noting)
+    module = cnm_kernels.accelerate(MultiheadAttention(D, H))
+    taken.clear()
+    x, source = torch.randn(queries, B, D), torch.randn(5, B, D)
+    with torch.no_grad():
+        module(x, source, source)
+    assert taken == ([] if form is None else [form])
+    module.out_proj.register_forward_hook(lambda *_: None)  # a hook must be called
+    with torch.no_grad():
+        module(x, source, source)
+    assert len(taken) == (form is not None)
+
+
 def test_weights_are_computed_only_when_read(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     op = cnm_kernels.ops.attention_weights
@@ -154,12 +187,14 @@ def test_weights_are_computed_only_when_read(monkeypatch: pytest.MonkeyPatch) ->
     assert len(asked) == 1
 
 
-def test_attention_may_be_read_after_the_update() -> None:
+@pytest.mark.parametrize("queries", [5, 2, 40])
+def test_attention_may_be_read_after_the_update(queries: int) -> None:
     """Code that logs an attention map after optimizer.step() gets the map of the forward before it."""
     module = cnm_kernels.accelerate(MultiheadAttention(D, H))
-    x = torch.randn(5, B, D)
-    output, weights = module(x, x, x)
-    expected = module(x, x, x)[1].detach().clone()
+    source = torch.randn(5, B, D)
+    x = source if queries == 5 else torch.randn(queries, B, D)
+    output, weights = module(x, source, source)
+    expected = module(x, source, source)[1].detach().clone()
     output.sum().backward()
     torch.optim.SGD(module.parameters(), 10.0).step()
     torch.testing.assert_close(weights.detach(), expected)
