@@ -87,9 +87,10 @@ def test_attention(name: str, backend: str, device: str, dtype: torch.dtype) -> 
     assert_as_good(found, plain, exact)
 
 
-def test_attention_without_biases() -> None:
-    plain = differentiate(*attention_call("cross", torch.float64, "cpu", accelerated=False, bias=False))
-    found = differentiate(*attention_call("cross", torch.float64, "cpu", accelerated=True, bias=False))
+@pytest.mark.parametrize("name", ["cross", "few-queries", "few-keys"])
+def test_attention_without_biases(name: str) -> None:
+    plain = differentiate(*attention_call(name, torch.float64, "cpu", accelerated=False, bias=False))
+    found = differentiate(*attention_call(name, torch.float64, "cpu", accelerated=True, bias=False))
     assert_as_good(found, plain, plain)
 
 
@@ -146,13 +147,13 @@ def test_cross_attention_spares_products_on_cpus(
     queries: int, form: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[str] = []
-    for name in ("into_queries", "into_keys"):
+    for absorb in (absorption.into_queries, absorption.into_keys):
 
-        def noting(*arguments: Any, name: str = name, absorb: Any = getattr(absorption, name)) -> Tensor:
-            taken.append(name)
+        def noting(*arguments: Any, absorb: absorption.Absorb = absorb) -> Tensor:
+            taken.append(absorb.__name__)
             return absorb(*arguments)
 
-        monkeypatch.setattr(absorption, name, noting)
+        monkeypatch.setattr(absorption, absorb.__name__, noting)
     module = cnm_kernels.accelerate(MultiheadAttention(D, H))
     taken.clear()
     x, source = torch.randn(queries, B, D), torch.randn(5, B, D)
