@@ -187,7 +187,12 @@ def test_a_refusal_ends_in_exit_code_1(
     assert "refused: errs by" in printed.out
 
 
-@pytest.mark.parametrize("table", tables())
+WHOLE_MODELS = ("accelerate", "cpl", "growth")  # whose many contenders take long to check
+
+
+@pytest.mark.parametrize(
+    "table", [pytest.param(name, marks=pytest.mark.slow) if name in WHOLE_MODELS else name for name in tables()]
+)
 def test_every_rival_is_right(table: str) -> None:
     """``torch.compile`` aside, which takes its time here and is checked by every run."""
     for case in tables()[table].cases(True):

@@ -19,6 +19,7 @@ in_place = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @without_gpu
 @in_place
 def test_the_rehearsal_ends_green(tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def test_loops_are_branches_back() -> None:
     assert machine_code.loops(program) == [(0x10, 0x20)]
 
 
+@pytest.mark.slow
 @needs_emulator
 @needs_scipy
 @pytest.mark.skipif(cuda_resources.tool("nvcc") is None, reason="nvcc is not here")
