@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from benchmarks import rivals
 from benchmarks.op_case import Inputs, normal_like, op_case
 from benchmarks.registry import Case, Contender, Table
-from cnm.models.layers import MultiheadAttention, Source
+from cnm.models.layers import MultiheadAttention
+from cnm_kernels.absorption import Source
 from cnm_kernels.constants import KEY_WEIGHT_EPS
 
 PARAMETERS = ("in_proj_weight", "in_proj_bias", "out_weight", "out_bias")

@@ -31,16 +31,17 @@ class Projections:
 
 
 @dataclass(frozen=True)
-class Attended:
-    """The states that a cross attention reads, and the rows that count. Every sample must have one real row."""
+class Source:
+    """The states that a cross attention reads."""
 
     states: Tensor  # [B, Lk, D]
-    weighting: Tensor | None = None  # [B, Lk], weights of the keys
-    lengths: Tensor | None = None  # [B] int64, real rows of states
-    query_lengths: Tensor | None = None  # [B] int64, real rows of the queries
+    lengths: Tensor | None = None  # [B] int64, positions that are real; None: all
+    weighting: Tensor | None = None  # [B, Lk], weights of the positions; None: all alike
 
 
-Absorb = Callable[[Projections, Tensor, Attended], Tensor]
+# (parameters, queries [B, Lq, D], source, number [B] of queries that count or None) -> [B, Lq, D]. Every sample of the
+# source must have one real position.
+Absorb = Callable[[Projections, Tensor, Source, Tensor | None], Tensor]
 
 
 def cheapest(D: int, H: int, Lq: int, Lk: int) -> Absorb | None:
@@ -54,13 +55,13 @@ def cheapest(D: int, H: int, Lq: int, Lk: int) -> Absorb | None:
     return min(costs, key=costs.__getitem__)
 
 
-def into_queries(p: Projections, x: Tensor, source: Attended) -> Tensor:
+def into_queries(p: Projections, x: Tensor, source: Source, rows: Tensor | None) -> Tensor:
     """x [B, Lq, D] -> [B, Lq, D], for few queries.
 
     q . (W_k y + b_k) = (W_k^T q) . y + q . b_k, constant over keys, which softmax cancels; and
     P (W_v y + b_v) = W_v (P y) + b_v.
     """
-    H, rows = p.num_heads, source.query_lengths
+    H = p.num_heads
     (W_q, W_k, W_v), (b_q, _, b_v) = p.of_inputs()
     query = ops.linear(x, W_q, b_q, lengths=rows).unflatten(-1, (H, -1))  # [B, Lq, H, d]
     absorbed = ops.linear(query, W_k.unflatten(0, (H, -1)).mT, lengths=rows)  # [B, Lq, H, D]
@@ -77,7 +78,7 @@ def into_queries(p: Projections, x: Tensor, source: Attended) -> Tensor:
     return ops.linear(heads.flatten(2), p.out_weight, p.out_bias, lengths=rows)
 
 
-def into_keys(p: Projections, x: Tensor, source: Attended) -> Tensor:
+def into_keys(p: Projections, x: Tensor, source: Source, rows: Tensor | None) -> Tensor:
     """x [B, Lq, D] -> [B, Lq, D], for few keys.
 
     (W_q x + b_q) . k = x . (W_q^T k) + b_q . k; W_o of the heads side by side = sum_h P_h (W_oh v_h).
@@ -98,6 +99,6 @@ def into_keys(p: Projections, x: Tensor, source: Attended) -> Tensor:
         scale=scale,
         key_bias=None if b_q is None else (key * b_q).sum(-1).transpose(1, 2) * scale,
         key_weight=source.weighting,
-        query_lengths=source.query_lengths,
+        query_lengths=rows,
         key_lengths=lengths,
     )

@@ -16,7 +16,8 @@ from cnm.config import Config
 from cnm.data.batch import Batch
 from cnm.data.features import pool_batch
 from cnm.errors import InputError
-from cnm.models.layers import DualTransformer, ForwardPass, Source, apply_linear, sinusoidal_positions
+from cnm.models.layers import DualTransformer, ForwardPass, apply_linear, sinusoidal_positions
+from cnm_kernels.absorption import Source
 from cnm_kernels.checks import Arguments
 
 # Matmul-bound devices. GPUs are memory-bound: fewer products would move as many bytes.

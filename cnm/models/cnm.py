@@ -12,7 +12,8 @@ from cnm.config import CNMConfig
 from cnm.data.batch import Batch
 from cnm.masking import sample_masked_words
 from cnm.models.base import Model, Proposals, Scoring, VideoEncoding, downsample, vocabulary_size
-from cnm.models.layers import ForwardPass, Source
+from cnm.models.layers import ForwardPass
+from cnm_kernels.absorption import Source
 from cnm_kernels.constants import MIN_WIDTH
 
 

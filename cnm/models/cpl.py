@@ -13,8 +13,9 @@ from cnm.config import CPLConfig
 from cnm.data.batch import Batch
 from cnm.masking import fixed_masked_words, sample_masked_words
 from cnm.models.base import Model, Proposals, Scoring, VideoEncoding, downsample, vocabulary_size
-from cnm.models.layers import ForwardPass, Source
+from cnm.models.layers import ForwardPass
 from cnm.models.reconstructor import MaskedSentences, WeightedClips
+from cnm_kernels.absorption import Source
 from cnm_kernels.constants import MIN_PROPOSAL_WIDTH
 
 

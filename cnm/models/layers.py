@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,16 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cnm_kernels as kernels
 from cnm_kernels import absorption
-from cnm_kernels.absorption import Attended, Projections
-
-
-@dataclass(frozen=True)
-class Source:
-    """The input that a cross attention reads."""
-
-    states: Tensor  # [B, S, D]
-    lengths: Tensor  # [B] int64, positions that are real
-    weighting: Tensor | None = None  # [B, S], weights of the positions; None: all alike
+from cnm_kernels.absorption import Projections, Source
 
 
 class ForwardPass:
@@ -120,7 +110,7 @@ class MultiheadAttention(nn.Module):
         self,
         query: Tensor,
         key_value: Tensor | None,
-        key_lengths: Tensor,
+        key_lengths: Tensor | None,
         weighting: Tensor | None,
         causal: bool,
         rows: Tensor | None = None,
@@ -147,7 +137,7 @@ class MultiheadAttention(nn.Module):
             return self._project_both(source, x, rows)
         out = self.out_proj
         parameters = Projections(self.num_heads, self.in_proj_weight, self.in_proj_bias, out.weight, out.bias)
-        return absorb(parameters, x, Attended(source.states, source.weighting, source.lengths, rows))
+        return absorb(parameters, x, source, rows)
 
     def _project_both(self, source: Source, x: Tensor, rows: Tensor | None) -> Tensor:
         D = x.size(-1)

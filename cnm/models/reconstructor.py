@@ -10,7 +10,8 @@ from torch import Tensor
 
 import cnm_kernels as kernels
 from cnm.models.base import Model
-from cnm.models.layers import ForwardPass, Source
+from cnm.models.layers import ForwardPass
+from cnm_kernels.absorption import Source
 
 
 class WeightedClips:

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cnm_kernels import absorption, ops
-from cnm_kernels.absorption import Absorb, Attended, Projections
+from cnm_kernels.absorption import Absorb, Projections, Source
 from cnm_kernels.autograd.attention import unpack
 from cnm_kernels.constants import KEY_WEIGHT_EPS
-from cnm_kernels.drop_in.deferred import defer
+from cnm_kernels.drop_in.deferred import defer, versions
 
 PADDED_SCORE = -1e30  # of a padded key: what a query without any real key then sees is uniform
 
@@ -108,18 +107,23 @@ class AcceleratedAttention:
             return _output(self, out.transpose(1, 2).flatten(2)), weights if need_weights else None
 
         key_weight = _key_weight(gauss_weight, padding, sources[0])
+        others = (key_weight, padding.lengths, *cast(nn.Module, self).parameters())
         causal = seen == "past"
         if not causal and (absorb := _absorbs(self, sources)) is not None:
-            attended = partial(Attended, weighting=key_weight, lengths=padding.lengths)
-            (out,) = _computed_again(lambda x, states: (absorb(_projections(self), x, attended(states)),), *sources)
-            return out, _weights_of(self, out.dtype, sources[0], attended(sources[1])) if need_weights else None
+
+            def absorbed(x: Tensor, states: Tensor) -> tuple[Tensor]:
+                return (absorb(_projections(self), x, Source(states, padding.lengths, key_weight), None),)
+
+            (out,) = _computed_again(absorbed, sources, others)
+            source = Source(sources[1], padding.lengths, key_weight)
+            return out, _weights_of(self, out.dtype, sources[0], source) if need_weights else None
 
         def compute(*sources: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
             packed = self._project(sources)
             out = ops.weighted_attention(*packed, key_weight, causal=causal, key_lengths=padding.lengths)
             return out, *packed
 
-        out, *packed = _computed_again(compute, *sources)
+        out, *packed = _computed_again(compute, sources, others)
         result = _output(self, out.transpose(1, 2).flatten(2))
         if not need_weights:
             return result, None
@@ -152,15 +156,27 @@ class AcceleratedAttention:
         return ops.linear(x, weight, bias).unflatten(-1, (-1, self.num_heads, self.head_dim))
 
 
-def _computed_again(compute: Callable[..., tuple[Any, ...]], *sources: Tensor) -> tuple[Any, ...]:
-    """``compute(*sources)``, of which on CPUs the backward keeps the sources alone.
+def _computed_again(
+    compute: Callable[..., tuple[Any, ...]], sources: tuple[Tensor, ...], others: tuple[Tensor | None, ...]
+) -> tuple[Any, ...]:
+    """``compute(*sources)``, of which on CPUs the backward keeps the sources alone; ``others``: what it reads besides.
 
     Projections are up to three times as wide as what they are made from, and are made anew faster than PyTorch's were
     made once. (On a GPU the launches would cost more than the memory is worth.)
     """
-    if torch.is_grad_enabled() and sources[0].device.type == "cpu" and not torch.compiler.is_compiling():
-        return cast("tuple[Any, ...]", checkpoint(compute, *sources, use_reentrant=False, preserve_rng_state=False))
-    return compute(*sources)
+    if not torch.is_grad_enabled() or sources[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return compute(*sources)
+    before = versions(others)
+
+    def unchanged(*sources: Tensor) -> tuple[Any, ...]:
+        if versions(others) != before:  # PyTorch says so of what it keeps; this is not kept
+            raise RuntimeError(
+                "parameters or weights of an accelerated attention were changed in place between forward and backward; "
+                "call backward() before optimizer.step()"
+            )
+        return compute(*sources)
+
+    return cast("tuple[Any, ...]", checkpoint(unchanged, *sources, use_reentrant=False, preserve_rng_state=False))
 
 
 def _output(module: AcceleratedAttention, joined: Tensor) -> Tensor:
@@ -185,7 +201,7 @@ def _projections(module: AcceleratedAttention) -> Projections:
     return Projections(module.num_heads, module.in_proj_weight, module.in_proj_bias, layer.weight, layer.bias)
 
 
-def _weights_of(module: AcceleratedAttention, dtype: torch.dtype, x: Tensor, attended: Attended) -> Tensor:
+def _weights_of(module: AcceleratedAttention, dtype: torch.dtype, x: Tensor, source: Source) -> Tensor:
     """The attention [B, Lq, Lk]; read after an update, it is still that of the parameters before it."""
     H, bias = module.num_heads, module.in_proj_bias
 
@@ -201,11 +217,10 @@ def _weights_of(module: AcceleratedAttention, dtype: torch.dtype, x: Tensor, att
         )
         return ops.attention_weights(query, key, key_weight, key_lengths=lengths).to(dtype)
 
-    states = attended.states
-    like = torch.empty(x.size(0), x.size(1), states.size(1), dtype=dtype, device="meta")
+    like = torch.empty(x.size(0), x.size(1), source.states.size(1), dtype=dtype, device="meta")
     D = x.size(2)
     copies = module.in_proj_weight[: 2 * D].clone(), None if bias is None else bias[: 2 * D].clone()
-    return defer(averaged, like, x, states, *copies, attended.weighting, attended.lengths)
+    return defer(averaged, like, x, source.states, *copies, source.weighting, source.lengths)
 
 
 def _batch_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

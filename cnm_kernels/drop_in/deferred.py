@@ -50,7 +50,7 @@ class Deferred(Tensor):
         Raises:
             RuntimeError: an input was changed in place since: the value it stood for is lost.
         """
-        if self._versions != _versions(self._inputs):
+        if self._versions != versions(self._inputs):
             raise RuntimeError(
                 "a deferred result (logits or attention weights of an accelerated model) was read after the parameters "
                 "it depends on had changed; read it before optimizer.step(), or call cnm_kernels.restore(model)"
@@ -137,7 +137,7 @@ class _Defer(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         result: Any = Tensor._make_wrapper_subclass(Deferred, like.shape, dtype=like.dtype, device=device)
         result._function, result._inputs, result._value = function, inputs, None
-        result._versions = _versions(inputs)
+        result._versions = versions(inputs)
         return result
 
     @staticmethod
@@ -159,5 +159,6 @@ def _read(value: Any) -> Any:
     return value.read() if isinstance(value, Deferred) else value
 
 
-def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+def versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    """Numbers that change when one of the tensors is changed in place."""
     return tuple(tensor._version for tensor in tensors if tensor is not None and not tensor.is_inference())

@@ -10,9 +10,9 @@ from small_runs import synthetic_config
 from torch import Tensor
 
 from cnm.models.cnm import CNM
-from cnm.models.layers import MultiheadAttention, Source
+from cnm.models.layers import MultiheadAttention
 from cnm_kernels import absorption
-from cnm_kernels.absorption import Absorb
+from cnm_kernels.absorption import Absorb, Source
 
 FORMS = (absorption.into_queries, absorption.into_keys)
 D, H = 24, 3

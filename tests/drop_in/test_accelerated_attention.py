@@ -142,6 +142,30 @@ def test_step_by_step_decoding_is_the_module_s_own_business() -> None:
     assert module(x, x, x, incremental_state={})[0] == "decoded"
 
 
+@pytest.mark.parametrize(
+    ("accelerated", "changed"),
+    [
+        (False, "in_proj_weight"),
+        (False, "out_proj.weight"),  # the published code keeps a copy of gauss_weight
+        (True, "in_proj_weight"),
+        (True, "out_proj.weight"),
+        (True, "gauss_weight"),
+    ],
+)
+@pytest.mark.parametrize("queries", [5, 2, 40])
+def test_a_change_in_place_before_the_backward_is_refused(accelerated: bool, queries: int, changed: str) -> None:
+    module = MultiheadAttention(D, H)
+    if accelerated:
+        cnm_kernels.accelerate(module)
+    source, gauss = torch.randn(5, B, D), torch.rand(B, 5)
+    x = (source if queries == 5 else torch.randn(queries, B, D)).requires_grad_()
+    output, _ = module(x, source, source, gauss_weight=gauss)
+    with torch.no_grad():
+        (gauss if changed == "gauss_weight" else module.get_parameter(changed)).mul_(2)
+    with pytest.raises(RuntimeError, match=r"in place|inplace"):
+        output.sum().backward()
+
+
 @pytest.mark.parametrize(("queries", "form"), [(5, None), (2, "into_queries"), (40, "into_keys")])
 def test_cross_attention_spares_products_on_cpus(
     queries: int, form: str | None, monkeypatch: pytest.MonkeyPatch
