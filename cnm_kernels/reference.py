@@ -58,15 +58,20 @@ def _is_far(distance: Tensor, width: Tensor, alpha: float) -> Tensor:
 def normalized_gaussian_mask(
     center: Tensor, width: Tensor, length: int, alpha: float, min_width: float, complement: bool
 ) -> Tensor:
-    """``gaussian_mask`` divided by its largest sample: exp(e - max e), which no narrow Gaussian underflows."""
+    """``gaussian_mask`` divided by its largest sample, at x_n nearest to c, which no narrow Gaussian underflows.
+
+    (x - c)^2 - (x_n - c)^2 is taken as (x - x_n) (x + x_n - 2c), which rounds little where both squares are large.
+    """
     c = _wide(center).unsqueeze(-1)  # [..., 1]
     w = _wide(width).unsqueeze(-1)
-    w = torch.where(w < min_width, min_width, w)
+    least = max(min_width, 1e-15 * alpha**0.5)  # from here on down no number changes, but squares would overflow
+    w = torch.where(w < least, least, w)
     x = torch.linspace(0, 1, length, dtype=c.dtype, device=c.device)
-    exponent = -alpha * ((x - c) / w).square()  # [..., length]
-    if length > 0:
-        exponent = exponent - exponent.max(-1, keepdim=True).values  # one sample is the largest, also where two tie
-    g = torch.exp(exponent)
+    if length == 0:
+        return (x - c).to(center.dtype)
+    nearest = x[(x - c.detach().clamp(0, 1)).abs().argmin(-1, keepdim=True)]  # [..., 1]; one sample, also where two tie
+    exponent = ((x - nearest) / w) * ((x + nearest).sub(c, alpha=2) / w)
+    g = torch.exp(-alpha * exponent)
     return (1 - g if complement else g).to(center.dtype)
 
 
@@ -277,20 +282,35 @@ def dropout_add_layer_norm(
     sample_indices: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x)) over the last dimension; sample i has the mask of sample_indices[i]."""
+    wide, residual = _wide(x), _wide(residual)
+    size = _power_for(torch.maximum(wide.abs(), residual.abs()), 100, 0)  # at which no sum of a row overflows
+    wide = wide * size
     if sample_indices is None or p == 0 or x.numel() == 0:
-        dropped = dropout(_wide(x), p, seed, offset)
+        dropped = dropout(wide, p, seed, offset)
     else:
-        size = x[0].numel()
-        element = sample_indices[:, None] * size + torch.arange(size, device=x.device)  # [B, size]
+        numel = x[0].numel()
+        element = sample_indices[:, None] * numel + torch.arange(numel, device=x.device)  # [B, numel]
         threshold = dropout_threshold(p)
-        words = philox(element // 8, seed.reshape(()), offset)  # [B, size, 4]
+        words = philox(element // 8, seed.reshape(()), offset)  # [B, numel, 4]
         word = words.gather(-1, (element % 8 // 2)[..., None])[..., 0]
         keep = (word >> (element % 2 * 16) & 0xFFFF) >= threshold
         scale = DROPOUT_LEVELS / max(DROPOUT_LEVELS - threshold, 1)
-        dropped = torch.where(keep.view(x.shape), _wide(x) * scale, 0)
-    total = _wide(residual) + dropped
-    normalized = F.layer_norm(total, total.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps)
-    return normalized.to(x.dtype)
+        dropped = torch.where(keep.view(x.shape), wide * scale, 0)
+    total = residual * size + dropped
+    centered = total - total.mean(-1, keepdim=True)
+    again = _power_for(centered.abs().clamp_min(eps**0.5 * size), 4, 100)  # at which no square overflows or vanishes
+    centered, root_eps = centered * again, eps**0.5 * size * again
+    variance = centered.square().mean(-1, keepdim=True)
+    normalized = centered * torch.rsqrt(variance + root_eps.square())
+    return (normalized * weight.to(total.dtype) + bias.to(total.dtype)).to(x.dtype)
+
+
+def _power_for(sizes: Tensor, goal: int, most: int) -> Tensor:
+    """A power of two, [..., 1], that brings the largest of each row to about 2^goal; at most 2^most."""
+    if sizes.numel() == 0:
+        return torch.ones_like(sizes[..., :1])
+    _, exponent = torch.frexp(sizes.detach().amax(-1, keepdim=True))
+    return torch.exp2((goal - exponent).clamp_max(most).to(sizes.dtype))
 
 
 def dropout_threshold(p: float) -> int:
