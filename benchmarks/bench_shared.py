@@ -1,7 +1,8 @@
 """The training step on a machine that one other process uses too: against itself undisturbed, and the published code.
 
-The other process computes without a pause. It is stopped (SIGSTOP) while an undisturbed contender is timed. A fair
-share costs half as much again: a step on 2 threads that meets one more on 2 cores keeps two thirds of the machine.
+The other process computes without a pause, in a session of its own as another user's does. It is stopped (SIGSTOP)
+while an undisturbed contender is timed. A fair share costs half as much again: a step on 2 threads that meets one more
+on 2 cores keeps two thirds of the machine. Linux with sched_autogroup_enabled shares by session instead: half for each.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Busy:
 
     def __init__(self) -> None:
         closed = subprocess.DEVNULL  # it must not keep the parent's pipes open
-        self.process = subprocess.Popen([sys.executable, "-c", COMPUTE], stdin=closed, stdout=closed, stderr=closed)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", COMPUTE], stdin=closed, stdout=closed, stderr=closed, start_new_session=True
+        )
         self._signal(signal.SIGSTOP)
         atexit.register(self.process.kill)
 

@@ -28,6 +28,7 @@ def describe(threads: int, freed_memory_kept: bool) -> dict[str, Any]:
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
         "threads": threads,
         "load_average": _load(),
+        "shared_by_session": _autogroups(),
         "memory_bytes": _memory(),
         "system": platform.platform(),
         "libc": " ".join(platform.libc_ver()),
@@ -60,6 +61,14 @@ def _cpuinfo() -> dict[str, str]:
 def _load() -> float | None:
     try:
         return round(os.getloadavg()[0], 2)
+    except OSError:
+        return None
+
+
+def _autogroups() -> bool | None:
+    """Whether Linux shares the cores among sessions (log-ins, containers) first, and then among a session's threads."""
+    try:
+        return Path("/proc/sys/kernel/sched_autogroup_enabled").read_text().strip() == "1"
     except OSError:
         return None
 
