@@ -75,7 +75,10 @@ def _targets(op: str, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, str,
             for dtype in dtypes:
                 if registry.unavailable(op, backend, device, dtype) is None:
                     name = f"{backend}-{device}-{str(dtype).removeprefix('torch.')}"
-                    yield backend, device, dtype, name, [pytest.mark.gpu] if device == "cuda" else []
+                    marks = [pytest.mark.gpu] if device == "cuda" else []
+                    if (backend, device, dtype) == ("triton", "cpu", torch.float16):  # bfloat16's code, interpreted
+                        marks.append(pytest.mark.slow)
+                    yield backend, device, dtype, name, marks
 
 
 def _missing_devices(arguments: int) -> list[Any]:

@@ -187,7 +187,7 @@ def test_a_refusal_ends_in_exit_code_1(
     assert "refused: errs by" in printed.out
 
 
-WHOLE_MODELS = ("accelerate", "cpl", "growth")  # whose many contenders take long to check
+WHOLE_MODELS = ("accelerate", "cpl", "cpl_growth", "growth", "localize")  # whose many contenders take long to check
 
 
 @pytest.mark.parametrize(

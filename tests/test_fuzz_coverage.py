@@ -24,6 +24,7 @@ fuzz.READERS["array"] = (bytes, ".npy", nested)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vocabulary", fuzz.OP])
 def test_nothing_is_found(kind: str, tmp_path: Path) -> None:
     outcome = fuzz_coverage.run(kind, 500, tmp_path)

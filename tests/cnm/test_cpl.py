@@ -272,6 +272,7 @@ def test_two_processes_compute_one_batchs_gradients() -> None:
     torch.testing.assert_close(norms[0], norms[2], rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_torchrun_trains_as_one_process_does(tmp_path: Path) -> None:
     config = cpl_config(**test_distributed.NO_DROPOUT, dataset__cache_path=str(tmp_path / "cache"))
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))

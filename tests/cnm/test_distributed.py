@@ -135,6 +135,7 @@ def stopped(config_file: Path, run: Path, stop: Callable[[subprocess.Popen[bytes
     return job.returncode, said
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_the_run_resumes(config_file: Path) -> None:
     def kill_one(job: subprocess.Popen[bytes]) -> None:
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True)
