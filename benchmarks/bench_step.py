@@ -284,9 +284,9 @@ class Products(TorchDispatchMode):
         self.shapes.append((groups, rows, M, K))
 
     def linear_backward(
-        self, d_out: Tensor, x: Tensor, weight: Tensor, out: Any, lengths: Tensor | None, split: bool, *needs: bool
+        self, d_out: Tensor, x: Any, weight: Tensor, out: Any, lengths: Tensor | None, split: bool, *needs: bool
     ) -> None:
-        groups, rows, M, K = self._linear(x, weight, lengths)
+        groups, rows, M, K = self._linear(d_out, weight, lengths)
         need_x, need_weight, _ = needs
         self.shapes += [(groups, rows, K, M)] * need_x + [(groups, M, K, rows)] * need_weight
 
@@ -297,9 +297,11 @@ class Products(TorchDispatchMode):
         self.mm(a, b)
 
     def _linear(self, x: Tensor, weight: Tensor, lengths: Tensor | None) -> tuple[int, int, int, int]:
+        """Of x, or of the gradient of its product."""
         M, K = weight.shape[-2:]
         groups = weight.size(0) if weight.dim() == 3 else 1
-        rows = x.numel() // (groups * K) if lengths is None else int(lengths.clamp(max=x.size(1)).sum())
+        width = groups * x.size(-1)
+        rows = x.numel() // width if lengths is None else int(lengths.clamp(max=x.size(1)).sum())
         return groups, rows, M, K
 
     def absorbed_attention(self, query: Tensor, key: Tensor, *others: Any) -> None:

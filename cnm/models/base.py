@@ -177,7 +177,7 @@ class Model(nn.Module, ABC):
         return self._project_frames(frames, ctx), self._project_words(words, word_lengths, ctx)
 
     def _project_frames(self, frames: Tensor, ctx: ForwardPass) -> Tensor:
-        return apply_linear(self.frame_fc, ctx.on_input(self._cast(frames)))
+        return ctx.projected(self.frame_fc, self._cast(frames))
 
     def _project_words(self, words: Tensor, word_lengths: Tensor, ctx: ForwardPass) -> Tensor:
         words = self._cast(words)

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import cnm_kernels as kernels
 from cnm_kernels import absorption
 from cnm_kernels.absorption import Projections, Source
+from cnm_kernels.ops.linear import linear_beside
+
+
+class Kept:
+    """Which results of a recomputed layer are kept all the same: those computed within ``results``."""
+
+    def __init__(self) -> None:
+        self._within = False
+
+    @contextmanager
+    def results(self) -> Iterator[None]:
+        """Results of every op called within are kept."""
+        self._within = True
+        try:
+            yield
+        finally:
+            self._within = False
+
+    def policy(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        """What PyTorch's selective checkpoint asks of every op."""
+        return CheckpointPolicy.MUST_SAVE if self._within else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class ForwardPass:
@@ -22,7 +45,7 @@ class ForwardPass:
         input_p: probability of dropping an input feature; 0 draws nothing.
         p: the same for the residual branches.
         seed: int64 [] on the device of the activations.
-        recompute: of each layer only the input is kept for the backward, which computes the rest again.
+        recompute: of each layer the backward computes again what takes much memory for the time that it costs.
         minimize_flops: for matmul-bound processors: cross attentions absorb projections into the side that has fewer
             rows, and padding is left out. Results are the same but for rounding.
     """
@@ -37,6 +60,7 @@ class ForwardPass:
         self.minimize_flops = minimize_flops
         self.offset = 0
         self.rows: Tensor | None = None
+        self.kept = Kept()
 
     def of_rows(self, rows: Tensor | None) -> ForwardPass:
         """This pass from here on for a choice of samples, which drop what they would among all: row i of a residual
@@ -62,17 +86,36 @@ class ForwardPass:
             sample_indices=self.rows if self.p > 0 else None,
         )
 
+    def projected(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """The layer on x after input dropout, whose result is large and soon drawn again: it is not kept."""
+
+        def compute(ctx: ForwardPass) -> Tensor:
+            dropped = ctx.on_input(x)
+            with ctx.kept.results():
+                return apply_linear(layer, dropped)
+
+        return compute(self) if self.input_p == 0 else self._recomputed(compute)
+
     def layer(self, compute: Callable[[ForwardPass], Tensor]) -> Tensor:
         """``compute(ctx)``, with the same masks whenever it is computed."""
-        if not (self.recompute and torch.is_grad_enabled()):
+        return self._recomputed(compute) if self.recompute else compute(self)
+
+    def _recomputed(self, compute: Callable[[ForwardPass], Tensor]) -> Tensor:
+        if not torch.is_grad_enabled():
             return compute(self)
         start = copy.copy(self)
+        start.kept = Kept()
 
         def compute_again() -> tuple[Tensor, int]:
             ctx = copy.copy(start)
             return compute(ctx), ctx.offset
 
-        result, self.offset = checkpoint(compute_again, use_reentrant=False, preserve_rng_state=False)
+        result, self.offset = checkpoint(
+            compute_again,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=partial(create_selective_checkpoint_contexts, start.kept.policy),
+        )
         return cast(Tensor, result)
 
     def _next_offset(self) -> int:
@@ -105,6 +148,11 @@ class MultiheadAttention(nn.Module):
         """query, key and value of self-attention over x [B, L, D], packed: [B, L, 3, H, d]."""
         packed = kernels.linear(x, self.in_proj_weight, self.in_proj_bias, lengths=rows)
         return packed.unflatten(-1, (3, self.num_heads, -1))
+
+    def project_beside(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``project``, and x for the residual branch."""
+        packed, x = linear_beside(x, self.in_proj_weight, self.in_proj_bias, lengths=rows)
+        return packed.unflatten(-1, (3, self.num_heads, -1)), x
 
     def attend(
         self,
@@ -176,17 +224,28 @@ class DecoderLayer(nn.Module):
         source: Source | None = None,
         *,
         last_only: bool = False,
+        shared: bool = False,
     ) -> Tensor:
-        """x [B, L, D] -> [B, L, D]; with ``last_only`` just the last position's state, [B, 1, D]."""
+        """x [B, L, D] -> [B, L, D]; with ``last_only`` just the last position's state, [B, 1, D].
+
+        ``shared``: others may read x too; all its gradients are then added up in the order in which they come.
+        """
 
         def compute(ctx: ForwardPass) -> Tensor:
-            attended = self.self_attention(x, lengths, ctx, weighting, last_only=last_only)
+            attended = self.self_attention(x, lengths, ctx, weighting, last_only=last_only, shared=shared)
             return self.after_self_attention(attended, lengths, ctx, source)
 
         return ctx.layer(compute)
 
     def self_attention(
-        self, x: Tensor, lengths: Tensor, ctx: ForwardPass, weighting: Tensor | None = None, *, last_only: bool = False
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        ctx: ForwardPass,
+        weighting: Tensor | None = None,
+        *,
+        last_only: bool = False,
+        shared: bool = False,
     ) -> Tensor:
         """The layer's first sublayer."""
         attention, rows = self.self_attn, self.rows(lengths, ctx)
@@ -195,7 +254,9 @@ class DecoderLayer(nn.Module):
             source, x = Source(x, lengths, weighting), x[:, -1:]
             attended = attention.attend_to(source, x, minimize_flops=ctx.minimize_flops)
         else:
-            attended = attention.attend(attention.project(x, rows), None, lengths, weighting, causal=True, rows=rows)
+            packed, x = (attention.project(x, rows), x) if shared else attention.project_beside(x, rows)
+            with ctx.kept.results():
+                attended = attention.attend(packed, None, lengths, weighting, causal=True, rows=rows)
         return ctx.add_and_norm(attended, x, self.self_attn_layer_norm)
 
     def after_self_attention(self, x: Tensor, lengths: Tensor, ctx: ForwardPass, source: Source | None) -> Tensor:
@@ -204,8 +265,9 @@ class DecoderLayer(nn.Module):
         if source is not None:
             attended = self.encoder_attn.attend_to(source, x, rows, minimize_flops=ctx.minimize_flops)
             x = ctx.add_and_norm(attended, x, self.encoder_attn_layer_norm)
-        hidden = apply_linear(self.fc1, x, rows, relu=True)
-        return ctx.add_and_norm(apply_linear(self.fc2, hidden, rows), x, self.final_layer_norm)
+        hidden, x = linear_beside(x, self.fc1.weight, self.fc1.bias, relu=True, lengths=rows)
+        with ctx.kept.results():
+            return ctx.add_and_norm(apply_linear(self.fc2, hidden, rows), x, self.final_layer_norm)
 
     def rows(self, lengths: Tensor, ctx: ForwardPass) -> Tensor | None:
         """Number of rows of each sample that products need to compute; None: all."""
@@ -230,10 +292,10 @@ class Decoder(nn.Module):
         last_only: bool = False,
     ) -> Tensor:
         """[B, L, D]; with ``last_only`` the last position's state [B, 1, D], the last layer computing nothing else."""
-        layers = self.layers
-        for layer in layers[:-1]:
-            x = layer(x, lengths, ctx, weighting, source)
-        return layers[-1](x, lengths, ctx, weighting, source, last_only=last_only)
+        *others, last = self.layers
+        for i, layer in enumerate(others):
+            x = layer(x, lengths, ctx, weighting, source, shared=i == 0)
+        return last(x, lengths, ctx, weighting, source, last_only=last_only, shared=not others)
 
     def last_of_encoded(self, x: Tensor, lengths: Tensor, ctx: ForwardPass, source: Source) -> Tensor:
         """``forward`` with ``last_only`` from where the first of at least two layers has done its self-attention."""

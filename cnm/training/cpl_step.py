@@ -152,7 +152,7 @@ class LeanStep(TrainingStep):
 
 
 class RecomputingStep(LeanStep):
-    """The lean step, bit for bit, in less memory: layers are computed again in the backward instead of kept."""
+    """The lean step, bit for bit, in less memory: much of every layer is computed again in the backward."""
 
     recompute = True
 

@@ -134,7 +134,7 @@ class LeanStep(TrainingStep):
         return nll[0].mean() + nll[1].mean()
 
     def contrastive_loss(self, batch: Batch, masked_words: Tensor) -> tuple[Tensor, Tensor]:
-        branches = _Branches(self.model, batch, masked_words, recompute=self.recompute)
+        branches = _Branches(self.model, batch, masked_words)
         positive, easy = branches.nll(branches.gaussian, 1 - branches.gaussian)
         with torch.no_grad():
             (hard,) = branches.nll(torch.ones_like(branches.gaussian))
@@ -151,7 +151,7 @@ class _Branches:
         gaussian: [B, P], the positive branch's key weights.
     """
 
-    def __init__(self, model: CNM, batch: Batch, masked_words: Tensor, *, recompute: bool) -> None:
+    def __init__(self, model: CNM, batch: Batch, masked_words: Tensor, *, recompute: bool = False) -> None:
         self.ctx = model.forward_pass(recompute=recompute, minimize_flops=True)
         frames, words = model.project_inputs(batch.frames, batch.words, batch.word_lengths, self.ctx)
         center, width = model.generate(frames, batch.frame_lengths, words, batch.word_lengths, self.ctx, last_only=True)
@@ -165,7 +165,12 @@ class _Branches:
 
 
 class RecomputingStep(LeanStep):
-    """The lean step, bit for bit, in half its memory: layers are computed again in the backward instead of kept."""
+    """The lean step, bit for bit, in less than half its memory.
+
+    Of every layer its input and the results of self-attention and of feed-forward are kept, the rest is computed again
+    in the backward: it fills the most memory for the time that it takes. The contrastive loss trains one small layer
+    and keeps less than that as it is.
+    """
 
     recompute = True
 

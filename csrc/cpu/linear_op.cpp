@@ -110,16 +110,26 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const Tensor& x, const Tensor& weight,
-                                            const std::optional<Tensor>& out, const std::optional<Tensor>& lengths,
-                                            bool split, bool need_x, bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& given_x,
+                                            const Tensor& weight, const std::optional<Tensor>& out,
+                                            const std::optional<Tensor>& lengths,
+                                            const std::optional<Tensor>& d_x_added, bool split, bool need_x,
+                                            bool need_weight, bool need_bias) {
+    STD_TORCH_CHECK(given_x.has_value() || !need_weight, "linear: the gradient of the weight needs x");
+    std::vector<int64_t> sizes(d_out.sizes().begin(), d_out.sizes().end());
+    sizes.back() = weight.size(weight.dim() - 1);
+    Tensor d_x = need_x || !given_x.has_value()
+                     ? empty(sizes.data(), static_cast<int64_t>(sizes.size()), d_out.scalar_type())
+                     : empty({0}, d_out.scalar_type());
+    const Tensor& x = given_x.has_value() ? *given_x : d_x;  // of which only the sizes are read
     const Arguments arguments(x, weight, lengths);
     auto p = arguments.params<LinearBackwardParams>(x, split);
     const bool grouped = weight.dim() == 3;
     const RowsOf upstream(grouped ? Arguments::columns_together(d_out, arguments.weight) : d_out, p.G * p.M);
-    const std::optional<Tensor> y = packed(out);
+    const std::optional<Tensor> y = packed(out), added = packed(d_x_added);
+    STD_TORCH_CHECK(!added.has_value() || (added->numel() == x.numel() && added->scalar_type() == x.scalar_type()),
+                    "linear: what is to be added does not fit the gradient");
     const ScalarType type = weight.scalar_type();
-    const Tensor d_x = need_x ? empty_as(x, x.scalar_type()) : empty({0}, x.scalar_type());
     const Tensor d_weight = need_weight ? empty_as(weight, type) : empty({0}, type);
     const Tensor d_bias = !need_bias ? empty({0}, ScalarType::Float)
                           : grouped  ? empty({p.G, p.M}, ScalarType::Float)
@@ -128,6 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const Tensor& x
     p.d_out_ld = upstream.ld;
     p.out = y.has_value() ? y->const_data_ptr() : nullptr;
     p.d_x = need_x ? d_x.mutable_data_ptr() : nullptr;
+    p.d_x_added = added.has_value() ? added->const_data_ptr() : nullptr;
     p.d_weight = need_weight ? d_weight.mutable_data_ptr() : nullptr;
     p.d_bias = need_bias ? d_bias.mutable_data_ptr<float>() : nullptr;
     linear_backward(p);
@@ -140,8 +151,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const Tensor& x
 CNM_SCHEMAS(m) {
     m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? lengths, bool split) -> Tensor");
     m.def(
-        "linear_backward(Tensor d_out, Tensor x, Tensor weight, Tensor? out, Tensor? lengths, bool split, "
-        "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+        "linear_backward(Tensor d_out, Tensor? x, Tensor weight, Tensor? out, Tensor? lengths, "
+        "Tensor? d_x_added, bool split, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) {

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from kept_memory import kept_bytes
 from small_runs import synthetic_config
-from step_checks import B, L, V, make_batch, make_model
+from step_checks import B, L, T, V, make_batch, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cnm import CNM
@@ -65,7 +68,7 @@ def test_the_batch_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS.values(), ids=PRECISIONS)
-def test_recomputing_changes_no_bit_and_keeps_less(dtype: torch.dtype | None) -> None:
+def test_recomputing_changes_no_bit_and_keeps_less(dtype: torch.dtype | None, tmp_path: Path) -> None:
     """Same parameters after three steps with dropout, which must be drawn the same again."""
     parameters, kept = [], []
     for step_class in (LeanStep, RecomputingStep):
@@ -75,21 +78,25 @@ def test_recomputing_changes_no_bit_and_keeps_less(dtype: torch.dtype | None) ->
         torch.manual_seed(1)
         for _ in range(3):
             step(batch)
-        sizes: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = step.reconstruction_loss(batch, torch.zeros(B, L + 1, dtype=torch.bool))
-        kept.append(sum(size for place, size in sizes.items() if place not in own))
+        masked = torch.zeros(B, L + 1, dtype=torch.bool)
+        kept.append(kept_bytes(partial(step.reconstruction_loss, batch, masked), tmp_path))
         parameters.append([parameter.detach() for parameter in model.parameters()])
-        del loss
     for lean, recomputed in zip(*parameters, strict=True):
         assert torch.equal(lean, recomputed)
     assert kept[1] < 0.6 * kept[0]
+
+
+def test_dropped_frames_are_not_kept(tmp_path: Path) -> None:
+    """Wider frames leave no more memory in use."""
+    kept = []
+    for width in (12, 512):
+        model = CNM(synthetic_config(dataset__vocab_size=V, dataset__frame_dim=width)).train()
+        assert model.input_dropout > 0
+        batch = dataclasses.replace(make_batch(), frames=torch.ones(B, T, width))
+        step = LeanStep(model, model.config)
+        masked = torch.zeros(B, L + 1, dtype=torch.bool)
+        kept.append(kept_bytes(partial(step.reconstruction_loss, batch, masked), tmp_path))
+    assert kept[1] < kept[0] + B * T * 512
 
 
 def test_bf16_follows_float32() -> None:
