@@ -101,8 +101,8 @@ def _branched_attention_backward(d_out: Tensor, *others: Any) -> int:
 
 def _linear_nll_backward(*arguments: Any) -> int:
     need_hidden, need_weight, need_bias = arguments[-3:]
-    of_words = 2 + need_weight + need_bias if need_weight or need_bias else 0  # tokens listed, products, parts summed
-    return 2 * bool(need_hidden) + of_words  # column sums, gradients
+    of_words = bool(need_weight or need_bias)
+    return of_words + 2 * bool(need_hidden or of_words)  # products; what comes before and after them
 
 
 OURS: dict[str, Callable[..., int]] = {

@@ -30,8 +30,8 @@ from benchmarks.report import markdown
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = [
     "threads", "shared_bytes", "blocks", "memory", "blocks_run", "products", "tf32_products", "matrix_loads",
-    "matrix_wavefronts", "copy_wavefronts", "bytes", "block_bytes", "distinct_bytes", "loads", "stores", "copies",
-    "exponentials", "shuffles", "barriers",
+    "matrix_wavefronts", "copy_wavefronts", "group_products", "group_columns", "group_bytes", "bytes", "block_bytes",
+    "distinct_bytes", "loads", "stores", "copies", "exponentials", "shuffles", "barriers",
 ]  # as tests/cuda_emulation/counts.h gives them  # fmt: skip
 PER_LAUNCH = ("threads", "shared_bytes", "blocks", "memory", "blocks_run")
 
@@ -39,19 +39,24 @@ PER_LAUNCH = ("threads", "shared_bytes", "blocks", "memory", "blocks_run")
 PROCESSORS, CLOCK = 132, 1.755e9
 MEMORY = 3.35e12 * 0.92  # bytes a second that copies reach
 L2 = 5.5e12
-PRODUCT_CYCLES = {"products": 1.5, "tf32_products": 1.5}  # a processor's, of mma.sync at two thirds of the peak
+PRODUCT_CYCLES = {
+    "products": 1.5, "tf32_products": 1.5,  # a processor's, of mma.sync at two thirds of the peak
+    "group_columns": 1 / 8,  # of wgmma at the peak: a warp's 16 x n x 16 take n / 8
+}  # fmt: skip
+SHARED_BYTES = 128  # a cycle, which wgmma reads its operands by
 ISSUED = 4.0  # instructions a cycle and processor
 CYCLES_PER_INSTRUCTION = 2.5  # between two of one warp, where others cannot fill the gap
 SPECIAL_CYCLES = 2.0  # 16 lanes a cycle
 FIRST_LAUNCH, NEXT_LAUNCH = 2.0e-6, 1.2e-6  # of a graph's first kernel, of each after it
 
 ASSUMPTIONS = " ".join(
-    """132 processors at 1.755 GHz; 92% of 3.35 TB/s, cold L2; L2 5.5 TB/s; mma.sync at two thirds of the tensor peak; 4
-    instructions a cycle, one warp at most every 2.5 cycles; one shared wavefront a cycle (plain loads and stores: one
-    each); 16 special functions a cycle; 2 us for the first launch, 1.2 us for each next; half a block's time of tail.
-    Guessed: 92%, two thirds, 2.5 cycles, launches, tail. Counted from three places along the grid's x, four along y and
-    all along z, times all blocks over those run; kernels with little shared memory and at most 2,000 blocks whole.
-    Branches without a counted instruction count as not taken.""".split()
+    """132 processors at 1.755 GHz; 92% of 3.35 TB/s, cold L2; L2 5.5 TB/s; mma.sync at two thirds of the tensor
+    peak, wgmma at all of it; 4 instructions a cycle, one warp at most every 2.5 cycles; one shared wavefront a
+    cycle (plain loads and stores: one each, wgmma's operands 128 bytes); 16 special functions a cycle; 2 us for the
+    first launch, 1.2 us for each next; half a block's time of tail. Guessed: 92%, two thirds, 2.5 cycles, launches,
+    tail. Counted from three places along the grid's x, four along y and all along z, times all blocks over those
+    run; kernels with little shared memory and at most 2,000 blocks whole. Branches without a counted instruction
+    count as not taken.""".split()
 )
 
 
@@ -195,7 +200,7 @@ class Model:
             "tensor": sum(per_block[kind] * taken for kind, taken in PRODUCT_CYCLES.items()),
             "issue": did.instructions * warps / rate,
             "shared": per_block["matrix_wavefronts"] + per_block["copy_wavefronts"] + per_block["shuffles"]
-            + did.shared * warps,
+            + did.shared * warps + per_block["group_bytes"] / SHARED_BYTES,
             "special": did.special * warps * SPECIAL_CYCLES,
         }  # fmt: skip
         distinct = min(counts["distinct_bytes"] / counts["blocks_run"] * blocks, counts["memory"])

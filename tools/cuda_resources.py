@@ -57,6 +57,11 @@ class Kernel:
         return [argument.strip() for argument in self.name.partition("<")[2].rstrip(">").split(",") if argument]
 
     @property
+    def groups(self) -> bool:
+        """Whether its products are wgmma, where the architecture has that; else the kernel is empty."""
+        return self.op in ("linear_nll_kernel", "linear_nll_word_gradient_kernel") and self.arguments[-1] == "true"
+
+    @property
     def threads(self) -> int:
         """Shared memory of a block at the published sizes, as the host code launches it."""
         if self.op in ("linear_nll_kernel", "linear_nll_word_gradient_kernel"):
@@ -68,6 +73,8 @@ class Kernel:
     @property
     def shared(self) -> int:
         """Bytes of a block, as the host code asks for them, with 200 keys or 256 columns."""
+        if self.groups and self.architecture != "sm_90a":
+            return 0
         if ("attention" not in self.op and not self.op.startswith("linear_nll")) or len(self.arguments) < 2:
             return 0
         size, width = BYTES[self.arguments[0]], int(self.arguments[1])
@@ -79,6 +86,8 @@ class Kernel:
             return 2 * 64 * row + 256
         if self.op == "attention_backward_kernel":
             return 4 * 64 * row + 5 * 256
+        if self.groups:  # 128 rows and four tiles of 64 keys, and what is noted of a key
+            return 1024 + (128 + 4 * 64) * size * width + 4 * 128 + 4 * 64 * 16
         keys, rows = 32 if size == 4 or width > 128 else 64, self.threads // 32 * 16
         both = (rows + 2 * keys) * row + 4 * rows + 12 * keys
         return both if both <= SHARED_BYTES[self.architecture] else both - keys * row
@@ -185,7 +194,7 @@ def read(file: Path) -> Iterator[Kernel]:
         key = (architecture, name)
         code = codes.get(key, Counter())
         inside = [at for at in divisions.get(key, []) if any(a <= at <= b for a, b in loops.get(key, []))]
-        products = sum(often for one, often in code.items() if one.startswith("HMMA"))
+        products = sum(often for one, often in code.items() if one.startswith(("HMMA", "HGMMA")))
         yield Kernel(names[name], architecture, registers, stack, products, code, len(inside))
 
 

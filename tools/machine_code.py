@@ -21,6 +21,7 @@ INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z0-9_.]
 COUNTED = {
     "products": r"HMMA\.16816",
     "tf32_products": r"HMMA\.1688\.F32\.TF32",
+    "group_products": r"HGMMA",
     "matrix_loads": r"LDSM",
     "copies": r"LDGSTS",
     "shuffles": r"SHFL",

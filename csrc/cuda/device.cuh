@@ -48,6 +48,7 @@ inline void sync_block() { emulator::sync_block(); }
 inline void sync_warp() { emulator::sync_warp(); }
 inline void keep_order() {}
 inline float shuffle_xor(float value, int mask) { return emulator::shuffle_xor(value, mask); }
+inline bool any_lane(bool value) { return emulator::any_lane(value); }
 
 // Global memory.
 template <class T>
@@ -136,6 +137,7 @@ __device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
 __device__ __forceinline__ float shuffle_xor(float value, int mask) {
     return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
+__device__ __forceinline__ bool any_lane(bool value) { return __any_sync(0xFFFFFFFFu, value) != 0; }
 
 template <class T>
 __device__ __forceinline__ T load(const T* from) {

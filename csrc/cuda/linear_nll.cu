@@ -8,7 +8,8 @@
 // Backward: dh = g (O - (1 - e) W[y] - e mean W) needs no logits. For dW = dz^T h with
 // dz = g (softmax(z) - (1 - e) 1_y - e / V), a block has a tile of words and one part of the tokens; the parts are
 // summed in order. Rows wider than a tile are loaded in chunks; a block computes the columns of its last chunk.
-#include "linear_nll.cuh"
+// Both run on mma.sync, and on wgmma where that is (GPUs of 9.0; 129 to 256 columns of 16 bits, aligned).
+#include "linear_nll_groups.cuh"
 
 namespace cnm {
 namespace cuda {
@@ -18,16 +19,8 @@ namespace {
 constexpr float LOWEST = -0x1.fffffep127f;
 
 // One block per row.
-__global__ void __launch_bounds__(SUM_THREADS)
-    list_tokens_kernel(LinearNllInputs p, const float* d_nll, int* tokens, int* count) {
-    if (p.M == 0) {
-        if (thread() == 0) store(count, 0);
-        return;
-    }
-    const int64_t m = blockIdx.x, before = tokens_before(p, d_nll, m, dynamic_shared<float>());
-    const int64_t length = valid_length(p, d_nll, m);
-    for (int64_t i = thread(); i < length; i += threads()) store(tokens + before + i, static_cast<int>(m * p.L + i));
-    if (m == p.M - 1 && thread() == 0) store(count, static_cast<int>(before + length));
+__global__ void __launch_bounds__(SUM_THREADS) list_tokens_kernel(LinearNllInputs p, ActiveTokens active) {
+    list_tokens(p, nullptr, nullptr, active);
 }
 
 struct ForwardScratch {
@@ -37,120 +30,165 @@ struct ForwardScratch {
     float* expected;  // [parts, M L, D], before the division by the sum; or null
 };
 
-template <class T, int D>
+template <class T, int D, bool GROUPS>
 __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
     linear_nll_kernel(LinearNllInputs p, ForwardScratch scratch, int words_per_part, int stages, bool aligned) {
-    const int warps = threads() / WARP, first = static_cast<int>(blockIdx.x) * warps * 16, count = load(scratch.count);
-    if (first >= count) return;
-    const Products<T, D, false> products(p.D, stages, aligned);
-    int* const tokens = reinterpret_cast<int*>(products.rest);  // [warps * 16]
-    float* const bias = reinterpret_cast<float*>(tokens + warps * 16);
-    for (int i = thread(); i < warps * 16; i += threads()) {
-        tokens[i] = first + i < count ? load(scratch.tokens + first + i) : -1;
-    }
-    sync_block();
-    const int first_word = static_cast<int>(blockIdx.y) * words_per_part;
-    const int vocabulary = static_cast<int>(p.V);
-    const int end = first_word + words_per_part < vocabulary ? first_word + words_per_part : vocabulary;
-    constexpr int N = KEYS<T, D> / 8;
-    int target[2];
-    float highest[2] = {LOWEST, LOWEST}, total[2] = {0, 0}, below[2] = {0, 0}, z_target[2] = {0, 0};
-    int best[2] = {0, 0};
-    float expected[D / 8][4];
-    clear(expected);
-    for (int r = 0; r < 2; ++r) {
-        const int token = tokens[warp() * 16 + row_of(2 * r)];
-        target[r] = token < 0 ? -1 : static_cast<int>(load(p.target + token));
-    }
-    products.walk(
-        (end - first_word + KEYS<T, D> - 1) / KEYS<T, D>,
-        [&](int r) -> const T* { return tokens[r] < 0 ? nullptr : static_cast<const T*>(p.hidden) + tokens[r] * p.D; },
-        [&](int tile, int r) -> const T* {
-            const int word = first_word + tile * KEYS<T, D> + r;
-            return word < end ? static_cast<const T*>(p.weight) + word * p.D : nullptr;
-        },
-        [&](int tile) {
-            for (int i = thread(); i < KEYS<T, D>; i += threads()) {
-                const int word = first_word + tile * KEYS<T, D> + i;
-                bias[i] = word < end ? to_float(load(static_cast<const T*>(p.bias) + word)) : 0.0f;
-            }
-        },
-        [&](int tile, float(&z)[N][4], const T* words) {
-            float here[2] = {-INFINITY, -INFINITY}, shrink[2], sum[2] = {0, 0};
-            int at[2] = {0, 0};
+    if constexpr (COMPILED<GROUPS>) {
+        using Tiles = ProductsOf<T, D, false, GROUPS>;
+        constexpr int KEYS = Tiles::KEYS, N = Tiles::N;
+        const int warps = threads() / WARP, first = static_cast<int>(blockIdx.x) * warps * 16;
+        const int count = load(scratch.count);
+        if (first >= count) return;
+        const Tiles products(p.D, stages, aligned);
+        int* const tokens = reinterpret_cast<int*>(products.rest);  // [warps * 16]
+        float* const bias = reinterpret_cast<float*>(tokens + warps * 16);
+        for (int i = thread(); i < warps * 16; i += threads()) {
+            tokens[i] = first + i < count ? load(scratch.tokens + first + i) : -1;
+        }
+        sync_block();
+        const int first_word = static_cast<int>(blockIdx.y) * words_per_part;
+        const int vocabulary = static_cast<int>(p.V);
+        const int end = first_word + words_per_part < vocabulary ? first_word + words_per_part : vocabulary;
+        int target[2];
+        float highest[2] = {LOWEST, LOWEST}, total[2] = {0, 0}, below[2] = {0, 0}, z_target[2] = {0, 0};
+        float shrink[2];
+        int best[2] = {0, 0};
+        float expected[D / 8][4];
+        clear(expected);
+        for (int r = 0; r < 2; ++r) {
+            const int token = tokens[warp() * 16 + row_of(2 * r)];
+            target[r] = token < 0 ? -1 : static_cast<int>(load(p.target + token));
+        }
+        products.walk((end - first_word + KEYS - 1) / KEYS, p.hidden, [&](int r) { return tokens[r]; }, p.weight,
+                      [&](int tile, int r) {
+                          const int word = first_word + tile * KEYS + r;
+                          return word < end ? word : -1;
+                      },
+                      [&](int tile) {
+                          const int word = first_word + tile * KEYS + thread();
+                          const bool inside = thread() < KEYS && word < end;
+                          return inside ? to_float(load(static_cast<const T*>(p.bias) + word)) : 0.0f;
+                      },
+                      [&](float of_word, int slot) {
+                          if (thread() < KEYS) bias[slot * KEYS + thread()] = of_word;
+                      },
+                      [&](int tile, int slot, float(&z)[N][4]) {
+                          const int tile_word = first_word + tile * KEYS + column_of(0);  // this lane's first
+                          const bool whole = first_word + (tile + 1) * KEYS <= end;
+                          float here[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+                          int at[2] = {0, 0};
 #pragma unroll
-            for (int n = 0; n < N; ++n) {
+                          for (int n = 0; n < N; ++n) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int column = 8 * n + column_of(i), word = first_word + tile * KEYS<T, D> + column;
-                    z[n][i] += bias[column];
-                    if (word == target[i / 2]) z_target[i / 2] += z[n][i];
-                    z[n][i] = word < end ? z[n][i] : -INFINITY;
-                    if (z[n][i] > here[i / 2]) at[i / 2] = word;
-                    here[i / 2] = fmaxf(here[i / 2], z[n][i]);
-                }
-            }
+                              for (int i = 0; i < 4; ++i) z[n][i] += bias[slot * KEYS + 8 * n + column_of(i)];
+                          }
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
+                          for (int r = 0; r < 2; ++r) {
+                              const int place = target[r] - tile_word;  // among this lane's words, if even and the next
+                              if (place < 0 || place >= KEYS || target[r] >= end) continue;
 #pragma unroll
-                for (int mask = 1; mask < 4; mask *= 2) {  // the most likely word; of equals the first
-                    const float other = shuffle_xor(here[r], mask);
-                    const int other_at =
-                        static_cast<int>(bits_of(shuffle_xor(float_of(static_cast<uint32_t>(at[r])), mask)));
-                    if (other > here[r] || (other == here[r] && other_at < at[r])) at[r] = other_at;
-                    here[r] = fmaxf(here[r], other);
-                }
-                if (here[r] > highest[r]) best[r] = at[r];
-                const float higher = fmaxf(highest[r], here[r]);
-                shrink[r] = exponential(highest[r] - higher);
-                // from this lane's words of earlier tiles
-                if (tile > 0) below[r] += (highest[r] - higher) * static_cast<float>(tile * (KEYS<T, D> / 4));
-                highest[r] = higher;
-            }
+                              for (int n = 0; n < N; ++n) {
+                                  if (place == 8 * n) z_target[r] += z[n][2 * r];
+                                  if (place == 8 * n + 1) z_target[r] += z[n][2 * r + 1];
+                              }
+                          }
+                          if (!whole) {
 #pragma unroll
-            for (int n = 0; n < N; ++n) {
+                              for (int n = 0; n < N; ++n) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    z[n][i] -= highest[i / 2];
-                    if (first_word + tile * KEYS<T, D> + 8 * n + column_of(i) < end) below[i / 2] += z[n][i];
-                    z[n][i] = exponential(z[n][i]);
-                    sum[i / 2] += z[n][i];
-                }
-            }
+                                  for (int i = 0; i < 4; ++i) {
+                                      if (tile_word + 8 * n + i % 2 >= end) z[n][i] = -INFINITY;
+                                  }
+                              }
+                          }
 #pragma unroll
-            for (int r = 0; r < 2; ++r) total[r] = total[r] * shrink[r] + sum[r];
-            if (scratch.expected == nullptr) return;
+                          for (int n = 0; n < N; ++n) {
 #pragma unroll
-            for (int d = 0; d < D / 8; ++d) {
+                              for (int i = 0; i < 4; ++i) here[i / 2] = fmaxf(here[i / 2], z[n][i]);
+                          }
+                          if (scratch.likeliest != nullptr) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) expected[d][i] *= shrink[i / 2];
-            }
-            add_weighted<T>(expected, z, words, tile_stride<T>(D));
-        });
-    const int64_t N_TOKENS = p.M * p.L, part = blockIdx.y;
+                              for (int n = N - 1; n >= 0; --n) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int row = warp() * 16 + row_of(2 * r);
-        total[r] = sum_over_lanes<4>(total[r]);
-        below[r] = sum_over_lanes<4>(below[r]);
-        z_target[r] = sum_over_lanes<4>(z_target[r]);
-        if (blockIdx.z != 0 || lane() % 4 != 0 || tokens[row] < 0) continue;
-        float* const partial = scratch.partial + part * 4 * N_TOKENS + first + row;
-        store(partial, highest[r]);
-        store(partial + N_TOKENS, total[r]);
-        store(partial + 2 * N_TOKENS, below[r]);
-        store(partial + 3 * N_TOKENS, z_target[r]);
-        if (scratch.likeliest != nullptr) store(scratch.likeliest + part * N_TOKENS + first + row, best[r]);
-    }
-    if (scratch.expected == nullptr) return;
-    const int first_column = products.own_chunk * D;
+                                  for (int i = 3; i >= 0; --i) {
+                                      if (z[n][i] == here[i / 2]) at[i / 2] = tile_word + 8 * n + i % 2;
+                                  }
+                              }
+                          }
 #pragma unroll
-    for (int d = 0; d < D / 8; ++d) {
+                          for (int r = 0; r < 2; ++r) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int row = warp() * 16 + row_of(i), column = first_column + 8 * d + column_of(i);
-            if (tokens[row] < 0 || column >= p.D) continue;
-            store(scratch.expected + (part * N_TOKENS + first + row) * p.D + column, expected[d][i]);
+                              for (int mask = 1; mask < 4; mask *= 2) {  // the most likely word; of equals the first
+                                  const float other = shuffle_xor(here[r], mask);
+                                  if (scratch.likeliest != nullptr) {
+                                      const int other_at = static_cast<int>(
+                                          bits_of(shuffle_xor(float_of(static_cast<uint32_t>(at[r])), mask)));
+                                      if (other > here[r] || (other == here[r] && other_at < at[r])) at[r] = other_at;
+                                  }
+                                  here[r] = fmaxf(here[r], other);
+                              }
+                              if (here[r] > highest[r]) best[r] = at[r];
+                              const float higher = fmaxf(highest[r], here[r]);
+                              shrink[r] = exponential(highest[r] - higher);
+                              // from this lane's words of earlier tiles
+                              if (tile > 0) below[r] += (highest[r] - higher) * static_cast<float>(tile * (KEYS / 4));
+                              highest[r] = higher;
+                          }
+#pragma unroll
+                          for (int n = 0; n < N; ++n) {
+#pragma unroll
+                              for (int i = 0; i < 4; ++i) z[n][i] -= highest[i / 2];
+                          }
+#pragma unroll
+                          for (int n = 0; n < N; ++n) {
+#pragma unroll
+                              for (int i = 0; i < 4; ++i) {
+                                  if (whole || tile_word + 8 * n + i % 2 < end) below[i / 2] += z[n][i];
+                              }
+                          }
+#pragma unroll
+                          for (int n = 0; n < N; ++n) {
+#pragma unroll
+                              for (int i = 0; i < 4; ++i) {
+                                  z[n][i] = exponential(z[n][i]);
+                                  sum[i / 2] += z[n][i];
+                              }
+                          }
+#pragma unroll
+                          for (int r = 0; r < 2; ++r) total[r] = total[r] * shrink[r] + sum[r];
+                          return shrink[0] != 1.0f || shrink[1] != 1.0f;
+                      },
+                      scratch.expected != nullptr,
+                      [&] {
+#pragma unroll
+                          for (int d = 0; d < D / 8; ++d) {
+#pragma unroll
+                              for (int i = 0; i < 4; ++i) expected[d][i] *= shrink[i / 2];
+                          }
+                      },
+                      expected);
+        const int64_t N_TOKENS = p.M * p.L, part = blockIdx.y;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = warp() * 16 + row_of(2 * r);
+            total[r] = sum_over_lanes<4>(total[r]);
+            below[r] = sum_over_lanes<4>(below[r]);
+            z_target[r] = sum_over_lanes<4>(z_target[r]);
+            if (blockIdx.z != 0 || lane() % 4 != 0 || tokens[row] < 0) continue;
+            float* const partial = scratch.partial + part * 4 * N_TOKENS + first + row;
+            store(partial, highest[r]);
+            store(partial + N_TOKENS, total[r]);
+            store(partial + 2 * N_TOKENS, below[r]);
+            store(partial + 3 * N_TOKENS, z_target[r]);
+            if (scratch.likeliest != nullptr) store(scratch.likeliest + part * N_TOKENS + first + row, best[r]);
+        }
+        if (scratch.expected == nullptr) return;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = warp() * 16 + row_of(2 * r);
+            if (tokens[row] < 0) continue;
+            store_accumulators<D>(expected, r, scratch.expected + (part * N_TOKENS + first + row) * p.D,
+                                  products.own_chunk * D, p.D);
         }
     }
 }
@@ -159,7 +197,10 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
 // time.
 __global__ void __launch_bounds__(SUM_THREADS)
     combine_kernel(LinearNllParams p, ForwardScratch scratch, int parts, int words_per_part) {
+    constexpr int EACH = 4;  // columns of a lane
+    const bool whole = p.D % EACH == 0;
     float* const shared = dynamic_shared<float>();
+    float* const shares = shared + SUM_THREADS / WARP + warp() * parts;  // of each part in O
     const int64_t m = blockIdx.x, N = p.M * p.L, before = tokens_before(p, nullptr, m, shared);
     const int64_t length = valid_length(p, nullptr, m);
     const float count = static_cast<float>(p.V), smoothing = p.label_smoothing;
@@ -198,13 +239,22 @@ __global__ void __launch_bounds__(SUM_THREADS)
         if (lane() == 0) store(p.stats + token, highest);
         if (lane() == 0) store(p.stats + N + token, log_total);
         if (p.expected == nullptr) continue;
-        for (int64_t c = lane(); c < p.D; c += WARP) {
-            float expected = 0;
+        sync_warp();  // whoever still reads the shares of a token before this one
+        for (int part = lane(); part < parts; part += WARP) {
+            shares[part] = exponential(load(partial + part * 4 * N) - highest) / total;
+        }
+        sync_warp();
+        for (int64_t c = EACH * lane(); c < p.D; c += EACH * WARP) {
+            const int numbers = p.D - c < EACH ? static_cast<int>(p.D - c) : EACH;
+            float expected[EACH] = {0};
+#pragma unroll 2  // as far as registers go
             for (int part = 0; part < parts; ++part) {
-                const float share = exponential(load(partial + part * 4 * N) - highest) / total;
-                expected += share * load(scratch.expected + (part * N + before + i) * p.D + c);
+                float here[EACH];
+                load_numbers(here, scratch.expected + (part * N + before + i) * p.D + c, numbers, whole);
+#pragma unroll
+                for (int k = 0; k < EACH; ++k) expected[k] += shares[part] * here[k];
             }
-            store(p.expected + token * p.D + c, expected);
+            store_numbers(p.expected + token * p.D + c, expected, numbers, whole);
         }
     }
     const float size = static_cast<float>(length > 0 ? length : 1);
@@ -217,10 +267,6 @@ __global__ void __launch_bounds__(SUM_THREADS)
 
 }  // namespace
 
-void list_tokens(const LinearNllInputs& p, const float* d_nll, int* tokens, int* count) {
-    launch(list_tokens_kernel, {std::max<int64_t>(p.M, 1)}, SUM_THREADS, SCRATCH_BYTES, p, d_nll, tokens, count);
-}
-
 }  // namespace cuda
 
 void linear_nll(const LinearNllParams& p) {
@@ -228,31 +274,35 @@ void linear_nll(const LinearNllParams& p) {
     const int64_t N = p.M * p.L;
     if (p.M == 0) return;
     const Scratch list((N + 1) * int64_t{sizeof(int)});
-    int *const count = list.as<int>(), *const tokens = count + 1;
-    list_tokens(p, nullptr, tokens, count);
+    const ActiveTokens active{list.as<int>() + 1, list.as<int>(), nullptr};
+    launch(list_tokens_kernel, {p.M}, SUM_THREADS, SCRATCH_BYTES, static_cast<const LinearNllInputs&>(p), active);
     dispatch(p.dtype, p.D, [&](auto* type, auto size) {
         using T = std::remove_pointer_t<decltype(type)>;
         constexpr int D = size();
+        const bool aligned =
+            p.D * sizeof(T) % sizeof(Vec16B) == 0 && aligned_to_vec16b(p.hidden) && aligned_to_vec16b(p.weight);
+        const auto groups_kernel = kernel_of_groups<T, D>(p.D, aligned && p.expected != nullptr, [](auto in_groups) {
+            return linear_nll_kernel<T, D, decltype(in_groups)::value>;
+        });
         // float32 operands take twice the registers, so a block has only four warps
-        const Plan chosen =
-            plan<T, D>(sizeof(T) == 4 ? MAX_WARPS / 2 : MAX_WARPS, p.D, sizeof(int), sizeof(float) * KEYS<T, D>);
-        const int64_t tiles = ceil_div(N, chosen.warps * 16), word_tiles = ceil_div(p.V, KEYS<T, D>);
-        const int64_t per_part = ceil_div(word_tiles, parts_to_fill(tiles, ceil_div(word_tiles, 4))) * KEYS<T, D>;
+        const Plan chosen = plan<T, D>(sizeof(T) == 4 ? MAX_WARPS / 2 : MAX_WARPS, groups_kernel != nullptr, p.D,
+                                       sizeof(int), sizeof(float));
+        const int64_t tiles = ceil_div(N, chosen.warps * 16), word_tiles = ceil_div(p.V, chosen.keys);
+        const int64_t per_part = ceil_div(word_tiles, chosen.parts(tiles, ceil_div(word_tiles, 4))) * chosen.keys;
         const int64_t parts = std::max<int64_t>(ceil_div(p.V, std::max<int64_t>(per_part, 1)), 1);
         const Scratch partial(parts * 4 * N * int64_t{sizeof(float)});
         const Scratch likeliest(p.accuracy ? parts * N * int64_t{sizeof(int)} : 0);
         const Scratch expected(p.expected ? parts * N * p.D * int64_t{sizeof(float)} : 0);
-        const ForwardScratch scratch{tokens, count, partial.as<float>(), p.accuracy ? likeliest.as<int>() : nullptr,
+        const ForwardScratch scratch{active.tokens, active.count, partial.as<float>(),
+                                     p.accuracy ? likeliest.as<int>() : nullptr,
                                      p.expected ? expected.as<float>() : nullptr};
-        const bool aligned =
-            p.D * sizeof(T) % sizeof(Vec16B) == 0 && aligned_to_vec16b(p.hidden) && aligned_to_vec16b(p.weight);
         if (tiles > 0 && p.V > 0) {
-            launch(linear_nll_kernel<T, D>, {tiles, parts, p.expected ? ceil_div(p.D, D) : 1}, chosen.warps * WARP,
-                   chosen.bytes, static_cast<const LinearNllInputs&>(p), scratch, static_cast<int>(per_part),
-                   chosen.stages, aligned);
+            launch(groups_kernel ? groups_kernel : linear_nll_kernel<T, D, false>,
+                   {tiles, parts, p.expected ? ceil_div(p.D, D) : 1}, chosen.warps * WARP, chosen.bytes,
+                   static_cast<const LinearNllInputs&>(p), scratch, static_cast<int>(per_part), chosen.stages, aligned);
         }
-        launch(combine_kernel, {p.M}, SUM_THREADS, SCRATCH_BYTES, p, scratch, static_cast<int>(parts),
-               static_cast<int>(per_part));
+        launch(combine_kernel, {p.M}, SUM_THREADS, SCRATCH_BYTES * static_cast<size_t>(1 + parts), p, scratch,
+               static_cast<int>(parts), static_cast<int>(per_part));
     });
 }
 

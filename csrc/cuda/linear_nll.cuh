@@ -9,9 +9,14 @@
 
 namespace cnm::cuda {
 
-constexpr int64_t BLOCKS = 256;   // fill any GPU; a constant, so that all GPUs give the same bits
+// Constants, so that all GPUs that run a kernel give the same bits.
+constexpr int64_t BLOCKS = 256;   // fill any GPU
 constexpr int64_t MAX_PARTS = 8;  // parts of the vocabulary, or of the tokens
 constexpr int SUM_THREADS = 256, MAX_WARPS = 8;
+
+struct alignas(8) Pair {
+    float first, second;
+};
 
 // Keys (words; in the backward tokens) of a tile with D columns; registers limit the number.
 template <class T, int D>
@@ -38,8 +43,36 @@ __device__ __forceinline__ int64_t tokens_before(const LinearNllInputs& p, const
            (static_cast<int64_t>(sum_over_block(high, scratch)) << 12);
 }
 
-// Writes the indices of the active tokens to tokens [M L], in order, and their number to count [].
-void list_tokens(const LinearNllInputs& p, const float* d_nll, int* tokens, int* count);
+// What the backward wants to know of an active token.
+struct alignas(16) TokenNote {
+    float highest, log_total, d_nll;
+    int target;
+};
+// The tokens that take part, in order.
+struct ActiveTokens {
+    int *tokens, *count;  // [M L]: their indices, and []: how many
+    TokenNote* notes;     // [M L], or null in the forward
+};
+
+// Lists the tokens of one row; the block's index is the row, and 0 where there are none.
+__device__ __forceinline__ void list_tokens(const LinearNllInputs& p, const float* d_nll, const float* stats,
+                                            const ActiveTokens& active) {
+    if (p.M == 0) {
+        if (thread() == 0) store(active.count, 0);
+        return;
+    }
+    const int64_t m = blockIdx.x, before = tokens_before(p, d_nll, m, dynamic_shared<float>());
+    const int64_t length = valid_length(p, d_nll, m);
+    for (int64_t i = thread(); i < length; i += threads()) {
+        const int64_t token = m * p.L + i;
+        store(active.tokens + before + i, static_cast<int>(token));
+        if (active.notes == nullptr) continue;
+        store(active.notes + before + i,
+              TokenNote{load(stats + token), load(stats + p.M * p.L + token),
+                        load(d_nll + m) / static_cast<float>(length), static_cast<int>(load(p.target + token))});
+    }
+    if (m == p.M - 1 && thread() == 0) store(active.count, static_cast<int>(before + length));
+}
 
 // ------------------------------------------------------------------------------------------------ the two products
 
@@ -47,7 +80,7 @@ void list_tokens(const LinearNllInputs& p, const float* d_nll, int* tokens, int*
 // two vectors have the same product, to the bit, whichever of them is the row, if `KEYS_FIRST` says where it is not.
 template <class T, int D, bool KEYS_FIRST>
 struct Products {
-    static constexpr int STRIDE = tile_stride<T>(D), N = KEYS<T, D> / 8;
+    static constexpr int STRIDE = tile_stride<T>(D), KEYS = cuda::KEYS<T, D>, N = KEYS / 8;
 
     int columns, chunks, own_chunk, stages;
     bool aligned;
@@ -62,12 +95,12 @@ struct Products {
           aligned(aligned) {
         rows = dynamic_shared<T>();
         keys = rows + (chunks > 1 ? stages : 1) * row_tile();
-        rest = reinterpret_cast<char*>(keys + stages * KEYS<T, D> * STRIDE);
+        rest = reinterpret_cast<char*>(keys + stages * KEYS * STRIDE);
     }
 
     static size_t bytes(int warps, int64_t columns, int stages) {
         const int row_stages = columns > D ? stages : 1;
-        return sizeof(T) * STRIDE * static_cast<size_t>(row_stages * warps * 16 + stages * KEYS<T, D>);
+        return sizeof(T) * STRIDE * static_cast<size_t>(row_stages * warps * 16 + stages * KEYS);
     }
 
     __device__ int row_tile() const { return threads() / WARP * 16 * STRIDE; }
@@ -77,31 +110,33 @@ struct Products {
     __device__ void copy(int step, RowAt row_at, KeyAt key_at) const {
         const int tile = step / chunks, first = (own_chunk + 1 + step % chunks) % chunks * D;
         const int width = columns - first < D ? columns - first : D;
+        const auto from = [&](const T* row) { return row == nullptr ? nullptr : row + first; };
         if (chunks > 1 || step == 0) {
             T* const to = rows + (chunks > 1 ? step % stages : 0) * row_tile();
-            const auto at = [&](int r) -> const T* {
-                const T* const row = row_at(r);
-                return row == nullptr ? nullptr : row + first;
-            };
+            const auto at = [&](int r) { return from(row_at(r)); };
             if (threads() == MAX_WARPS * WARP) {
                 copy_tile<MAX_WARPS * 16, D>(to, width, aligned, at, STRIDE);
             } else {
                 copy_tile<MAX_WARPS / 2 * 16, D>(to, width, aligned, at, STRIDE);
             }
         }
-        copy_tile<KEYS<T, D>, D>(
-            keys + step % stages * KEYS<T, D> * STRIDE, width, aligned,
-            [&](int r) -> const T* {
-                const T* const key = key_at(tile, r);
-                return key == nullptr ? nullptr : key + first;
-            },
-            STRIDE);
+        copy_tile<KEYS, D>(
+            keys + step % stages * KEYS * STRIDE, width, aligned, [&](int r) { return from(key_at(tile, r)); }, STRIDE);
     }
 
-    // Calls before(tile) before a barrier, and use(tile, z, v): z [16, KEYS] are the products of this warp's rows, and
-    // v is the tile of keys at the block's columns.
-    template <class RowAt, class KeyAt, class Before, class Use>
-    __device__ void walk(int tiles, RowAt row_at, KeyAt key_at, Before before, Use use) const {
+    // Rows and keys are rows row_index(r) and key_index(tile, r) of memory, zeros where these are below 0. Calls
+    // keep(fetch(tile), slot) before a barrier, and use(tile, slot, z) after it: z [16, KEYS] are the products of this
+    // warp's rows; it returns whether rescale() would change `out` now. Then, if `weighted`, rescale(), and out += z V,
+    // where V is the tile of keys at the block's columns.
+    template <class RowIndex, class KeyIndex, class Fetch, class Keep, class Use, class Rescale>
+    __device__ void walk(int tiles, const void* rows_from, RowIndex row_index, const void* keys_from,
+                         KeyIndex key_index, Fetch fetch, Keep keep, Use use, bool weighted, Rescale rescale,
+                         float (&out)[D / 8][4]) const {
+        const auto at = [&](const void* from, int index) -> const T* {
+            return index < 0 ? nullptr : static_cast<const T*>(from) + int64_t{index} * columns;
+        };
+        const auto row_at = [&](int r) { return at(rows_from, row_index(r)); };
+        const auto key_at = [&](int tile, int r) { return at(keys_from, key_index(tile, r)); };
         const int steps = tiles * chunks;
         float z[N][4];
         copy(0, row_at, key_at);
@@ -112,14 +147,20 @@ struct Products {
             const int tile = step / chunks, chunk = step % chunks;
             if (chunk == 0) {
                 clear(z);
-                before(tile);
+                keep(fetch(tile), 0);
             }
             stages == 2 ? wait_async<1>() : wait_async<0>();
             sync_block();
             const T* const own = rows + (chunks > 1 ? step % stages : 0) * row_tile() + warp() * 16 * STRIDE;
-            const T* const tile_keys = keys + step % stages * KEYS<T, D> * STRIDE;
+            const T* const tile_keys = keys + step % stages * KEYS * STRIDE;
             add_products<D, KEYS_FIRST>(z, own, tile_keys, STRIDE);
-            if (chunk + 1 == chunks) use(tile, z, tile_keys);
+            if (chunk + 1 == chunks) {
+                use(tile, 0, z);
+                if (weighted) {
+                    rescale();
+                    add_weighted<T>(out, z, tile_keys, STRIDE);
+                }
+            }
             sync_block();
             if (stages == 1 && step + 1 < steps) {
                 copy(step + 1, row_at, key_at);
@@ -128,6 +169,64 @@ struct Products {
         }
     }
 };
+
+// Up to PER numbers from memory, all of them sixteen bytes at a time where `whole`.
+template <int PER, class T>
+__device__ __forceinline__ void load_numbers(float (&out)[PER], const T* from, int numbers, bool whole) {
+    constexpr int IN_VEC16B = PER_VEC16B<T>;
+    if (!whole) {
+#pragma unroll
+        for (int k = 0; k < PER; ++k) out[k] = k < numbers ? to_float(load(from + k)) : 0.0f;
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < PER; k += IN_VEC16B) {
+        float few[IN_VEC16B];
+        unpack(load(reinterpret_cast<const Vec16B*>(from + k)), few, T());
+#pragma unroll
+        for (int i = 0; i < IN_VEC16B; ++i) out[k + i] = few[i];
+    }
+}
+
+// The way back, rounded to T.
+template <int PER, class T>
+__device__ __forceinline__ void store_numbers(T* to, const float (&numbers)[PER], int count, bool whole) {
+    constexpr int IN_VEC16B = PER_VEC16B<T>;
+    if (!whole) {
+#pragma unroll
+        for (int k = 0; k < PER; ++k) {
+            if (k >= count) continue;
+            T rounded;
+            from_float(&rounded, numbers[k]);
+            store(to + k, rounded);
+        }
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < PER; k += IN_VEC16B) {
+        float few[IN_VEC16B];
+#pragma unroll
+        for (int i = 0; i < IN_VEC16B; ++i) few[i] = numbers[k + i];
+        store(reinterpret_cast<Vec16B*>(to + k), pack_vec16b<T>(few));
+    }
+}
+
+// Writes row r (0 or 1) of a lane's accumulators, a tile's columns `first` and on, to a row of `columns` numbers.
+template <int D>
+__device__ __forceinline__ void store_accumulators(const float (&c)[D / 8][4], int r, float* row, int first,
+                                                   int64_t columns) {
+    const bool pairs = columns % 2 == 0;
+#pragma unroll
+    for (int d = 0; d < D / 8; ++d) {
+        const int column = first + 8 * d + column_of(0);
+        if (pairs && column < columns) {
+            store(reinterpret_cast<Pair*>(row + column), Pair{c[d][2 * r], c[d][2 * r + 1]});
+        } else if (column < columns) {
+            store(row + column, c[d][2 * r]);
+            if (column + 1 < columns) store(row + column + 1, c[d][2 * r + 1]);
+        }
+    }
+}
 
 // ------------------------------------------------------------------------------------------------ on the host
 
@@ -141,28 +240,6 @@ void dispatch(Dtype dtype, int64_t columns, Body body) {
         if (columns <= 128) return body(type, std::integral_constant<int, 128>());
         return body(type, std::integral_constant<int, 256>());
     });
-}
-
-// Launch settings of a kernel that loops over keys: as many warps and stages as shared memory allows.
-struct Plan {
-    int warps, stages;
-    size_t bytes;
-};
-template <class T, int D>
-Plan plan(int most_warps, int64_t columns, size_t rest_per_row, size_t rest) {
-    const size_t limit = static_cast<size_t>(most_shared_bytes());
-    Plan found{};
-    for (const auto& [warps, stages] :
-         {std::pair{MAX_WARPS, 2}, {MAX_WARPS, 1}, {MAX_WARPS / 2, 2}, {MAX_WARPS / 2, 1}}) {
-        const size_t tiles = Products<T, D, false>::bytes(warps, columns, stages);
-        found = {warps, stages, tiles + rest + rest_per_row * static_cast<size_t>(warps * 16)};
-        if (warps <= most_warps && found.bytes <= limit) return found;
-    }
-    return found;  // too large: the launch reports the error
-}
-
-constexpr int64_t parts_to_fill(int64_t tiles, int64_t most) {
-    return std::max<int64_t>(1, std::min({BLOCKS / std::max<int64_t>(tiles, 1), MAX_PARTS, most}));
 }
 
 }  // namespace cnm::cuda

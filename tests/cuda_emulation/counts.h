@@ -50,6 +50,7 @@ struct LaunchCounts {
     int64_t blocks, memory;  // memory: bytes of all tensors that the launch knows
     int64_t blocks_run = 0, products = 0, tf32_products = 0, matrix_loads = 0, matrix_wavefronts = 0;
     int64_t copy_wavefronts = 0, bytes = 0, block_sectors = 0;
+    int64_t group_products = 0, group_columns = 0, group_bytes = 0;  // of wgmma, once for each of a group's warps
     LaneCounts warps;  // summed over warps
     std::unordered_set<int64_t> sectors, of_block;
     std::map<std::pair<int, int64_t>, std::vector<int64_t>> copies;  // of a warp's n-th cp.async: where to
@@ -99,6 +100,9 @@ struct LaunchCounts {
                                matrix_loads,
                                matrix_wavefronts,
                                copy_wavefronts,
+                               group_products,
+                               group_columns,
+                               group_bytes,
                                bytes,
                                block_sectors * SECTOR,
                                static_cast<int64_t>(sectors.size()) * SECTOR,

@@ -24,6 +24,7 @@ else:
     machine = ctypes.CDLL(str(library))
     machine.emulator_set_seed.argtypes = [ctypes.c_uint64]
     machine.emulator_set_shared_bytes.argtypes = [ctypes.c_int64]
+    machine.emulator_set_groups.argtypes = [ctypes.c_int32]
     _options = {"linear_nll": {"keeps_expected": lambda *_: True}}
     globals().update(autograd.register(NAMESPACE, library=False, options=_options))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,15 +49,24 @@ def compile_object(source: Path, target: Path) -> None:
         raise RuntimeError(f"{source.name} does not compile against the emulator:\n{outcome.stderr[-4000:]}")
 
 
+def with_headers(source: Path) -> list[Path]:
+    """The source and what it includes of ours, whoever includes it."""
+    found, left = [source], [source]
+    while left:
+        names = re.findall(r'^#include "([^"]+)"', left.pop().read_text(encoding="utf-8"), re.MULTILINE)
+        for path in (folder / name for name in names for folder in (CSRC, CSRC / "cuda", HERE)):
+            if path.exists() and path not in found:
+                found.append(path)
+                left.append(path)
+    return [source, *sorted(found[1:], key=lambda path: path.name)]
+
+
 def build() -> Path:
     """The library that registers ``cnm_kernels_emulated::<op>``."""
     sources = sorted(
         [*CSRC.glob("*.cpp"), *(CSRC / "cuda").glob("*_op.cpp"), *(CSRC / "cuda").glob("*.cu"), HERE / "runtime.cpp"]
     )
-    headers = sorted(path for folder in (CSRC, CSRC / "cuda", HERE) for path in folder.glob("*.*h"))
     common = hashlib.sha256(repr((FLAGS, torch.__version__, sys.version)).encode())
-    for path in headers:
-        common.update(path.read_bytes())
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -76,7 +86,7 @@ def build() -> Path:
         return path
 
     def object_of(source: Path) -> Path:
-        path = folder / f"{source.stem}-{key(source.read_bytes())}.o"
+        path = folder / f"{source.stem}-{key(*(path.read_bytes() for path in with_headers(source)))}.o"
         return made(path, lambda target: compile_object(source, target))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -69,6 +69,15 @@ inline void check_global(const void* address, size_t bytes, const char* what) {
 struct Copy {  // asynchronous: what will land where
     void* to;
     const void* from;  // null: zeros
+    bool landed = false;
+};
+
+// Sixteen bytes of shared memory, as wgmma sees what cp.async wrote there.
+enum class PieceState { UNKNOWN, ARRIVED, FENCED, VISIBLE };
+struct Piece {
+    PieceState state = PieceState::UNKNOWN;
+    int reading = 0;                // products in flight
+    int64_t readers_wait[8] = {0};  // of each group: the barrier behind which others may write
 };
 
 struct Fiber {
@@ -78,6 +87,7 @@ struct Fiber {
     int index = 0;  // in the block
     Index thread;
     std::vector<std::vector<Copy>> copies;  // committed groups, oldest first; the last is still open
+    std::vector<size_t> arrived_pieces, fenced_pieces;  // of shared memory, that this thread copied
     LaneCounts counts;
 };
 
@@ -94,12 +104,17 @@ struct Machine {
     std::vector<std::vector<int>> runnable;  // of each warp
     int runnable_count = 0;
     std::vector<char> shared;
+    std::vector<Piece> pieces;
+    int64_t barriers_passed = 0;
+    std::function<void()> block_starts = [] {};
+    std::function<std::string()> block_ends = [] { return std::string(); };
     std::vector<std::pair<char*, size_t>> static_shared;
     jmp_buf scheduler;
     Fiber* current = nullptr;
     std::function<void()> kernel;
     Index block, grid, threads;
     size_t shared_bytes = 0, most_shared_bytes = 227 << 10;
+    bool has_groups = true;  // wgmma, as GPUs of 9.0 have
     int count = 0, at_barrier = 0;
     uint64_t random = 1;
     std::string error;
@@ -192,6 +207,9 @@ inline void run_block() {
     Machine& m = machine();
     std::memset(m.shared.data(), POISON, m.shared.size());
     for (auto [data, bytes] : m.static_shared) std::memset(data, POISON, bytes);
+    m.pieces.assign(m.shared.size() / 16 + 1, Piece{});
+    m.barriers_passed = 0;
+    m.block_starts();
     m.at_barrier = 0;
     m.warps.assign(static_cast<size_t>((m.count + WARP - 1) / WARP), Warp{});
     m.runnable.assign(m.warps.size(), {});
@@ -202,6 +220,8 @@ inline void run_block() {
         const unsigned x = static_cast<unsigned>(i);
         f.thread = {x % m.threads.x, x / m.threads.x % m.threads.y, x / m.threads.x / m.threads.y};
         f.copies.assign(1, {});
+        f.arrived_pieces.clear();
+        f.fenced_pieces.clear();
         f.counts = {};
         wake(i);
     }
@@ -249,6 +269,7 @@ inline void run_block() {
     for (size_t i = m.shared_bytes; i < m.shared.size(); ++i) {
         if (static_cast<unsigned char>(m.shared[i]) != POISON) m.error = "a write behind the block's shared memory";
     }
+    if (m.error.empty()) m.error = m.block_ends();
     ++m.blocks_run;
     if (LaunchCounts* const counts = counting()) {
         std::vector<LaneCounts*> lanes;
@@ -292,7 +313,12 @@ inline void sync_block() {
     if (counting() != nullptr) ++m.current->counts.barriers;
     if (++m.at_barrier == m.count) {
         m.at_barrier = 0;
+        ++m.barriers_passed;
         for (int i = 0; i < m.count; ++i) {
+            for (const size_t piece : fiber(i).fenced_pieces) {
+                if (m.pieces[piece].state == PieceState::FENCED) m.pieces[piece].state = PieceState::VISIBLE;
+            }
+            fiber(i).fenced_pieces.clear();
             if (i != m.current->index) wake(i);
         }
         pause();
@@ -345,6 +371,13 @@ inline float shuffle_xor(float value, int mask) {
     });
 }
 
+inline bool any_lane(bool value) {
+    return warp_instruction<bool, bool>("__any_sync", value, [](const bool** in, bool** out) {
+        const bool any = std::any_of(in, in + WARP, [](const bool* one) { return *one; });
+        for (int lane = 0; lane < WARP; ++lane) *out[lane] = any;
+    });
+}
+
 inline void check_shared(const void* address, size_t bytes, const char* what) {
     Machine& m = machine();
     const char* const first = static_cast<const char*>(address);
@@ -353,6 +386,10 @@ inline void check_shared(const void* address, size_t bytes, const char* what) {
     if (reinterpret_cast<uintptr_t>(first) % bytes != 0) {
         throw std::runtime_error(std::string("misaligned shared ") + what);
     }
+}
+
+inline size_t piece_of(const void* shared) {
+    return static_cast<size_t>(static_cast<const char*>(shared) - machine().shared.data()) / 16;
 }
 
 inline void land(const Copy& copy) {
@@ -371,18 +408,32 @@ inline void copy_async(void* to, const void* from, bool inside) {
         self.counts.copies += inside ? 0 : 1;  // the others were noted above
         counting()->copy_to(self.index, self.counts.copies, static_cast<const char*>(to) - machine().shared.data());
     }
-    const Copy copy{to, inside ? from : nullptr};
-    if (machine().draw(2) == 0) {
-        land(copy);
-    } else {
-        machine().current->copies.back().push_back(copy);
+    Machine& m = machine();
+    Piece& piece = m.pieces[piece_of(to)];
+    if (piece.reading > 0) throw std::runtime_error("cp.async over what wgmma still reads");
+    const int own_group = m.current->index / (4 * WARP);
+    for (int group = 0; group < 8; ++group) {
+        if (group != own_group && m.barriers_passed < piece.readers_wait[group]) {
+            throw std::runtime_error("cp.async over what wgmma of another group may still read: no barrier since");
+        }
     }
+    piece.state = PieceState::UNKNOWN;
+    Copy copy{to, inside ? from : nullptr};
+    if (m.draw(2) == 0) {
+        land(copy);
+        copy.landed = true;
+    }
+    m.current->copies.back().push_back(copy);
 }
 inline void commit_async() { machine().current->copies.emplace_back(); }
 inline void wait_async(size_t pending) {
     auto& groups = machine().current->copies;
     while (groups.size() > pending + 1) {  // the open one is not committed
-        for (const Copy& copy : groups.front()) land(copy);
+        for (const Copy& copy : groups.front()) {
+            if (!copy.landed) land(copy);
+            machine().pieces[piece_of(copy.to)].state = PieceState::ARRIVED;
+            machine().current->arrived_pieces.push_back(piece_of(copy.to));
+        }
         groups.erase(groups.begin());
     }
 }

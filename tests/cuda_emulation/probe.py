@@ -1,6 +1,6 @@
 """Runs kernels on the emulator and says in its exit code whether anything was wrong with them.
 
-    python probe.py <op>:<sample> ...
+    python probe.py <op>:<sample>[:<dtype>] ...
 
 Prints what was caught first: an access that the emulator refused, other bits in another order of the threads, or
 numbers that are not those of the torch backend. CNM_EMULATION_CSRC names other sources than the project's.
@@ -22,21 +22,23 @@ registry.add(emulated_backend.NAME, emulated_backend)
 torch.set_num_threads(1)
 
 
-def everything(op: str, name: str, backend: str) -> list[torch.Tensor]:
-    inputs = sample(op, name, torch.float32, "cpu")
+def everything(op: str, name: str, backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    inputs = sample(op, name, dtype, "cpu")
     outputs = list(run(op, inputs, backend))
     return outputs + list(gradients_of(lambda **inputs: run(op, inputs, backend), inputs, DIFFERENTIABLE[op]).values())
 
 
 def main() -> int:
     for case in sys.argv[1:]:
-        op, _, name = case.partition(":")
-        expected = everything(op, name, "torch")
+        op, name, *rest = case.split(":")
+        dtype = getattr(torch, rest[0]) if rest else torch.float32
+        rtol, atol = (1e-3, 1e-4) if dtype == torch.float32 else (5e-2, 1e-2)
+        expected = everything(op, name, "torch", dtype)
         first = None
         for seed in range(4):
             emulated_backend.seed(seed)
             try:
-                actual = everything(op, name, emulated_backend.NAME)
+                actual = everything(op, name, emulated_backend.NAME, dtype)
             except RuntimeError as error:
                 print(f"caught: {str(error).splitlines()[0]}")
                 return 1
@@ -45,7 +47,7 @@ def main() -> int:
                 return 1
             first = actual
             for tensor, wanted in zip(actual, expected, strict=True):
-                if not torch.allclose(tensor, wanted, rtol=1e-3, atol=1e-4):
+                if not torch.allclose(tensor, wanted, rtol=rtol, atol=atol):
                     print(f"caught: {case} is not what the torch backend gives")
                     return 1
     return 0

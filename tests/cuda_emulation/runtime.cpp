@@ -25,6 +25,10 @@ __attribute__((visibility("default"))) void emulator_set_seed(uint64_t seed) { e
 __attribute__((visibility("default"))) void emulator_set_shared_bytes(int64_t bytes) {
     emulator::machine().most_shared_bytes = static_cast<size_t>(bytes);
 }
+// Whether there is wgmma, as on GPUs of 9.0.
+__attribute__((visibility("default"))) void emulator_set_groups(int32_t on) {
+    emulator::machine().has_groups = on != 0;
+}
 // Counts of the launches from here on, from few of their blocks; 0 stops.
 __attribute__((visibility("default"))) void emulator_count(int32_t on) {
     emulator::machine().ledger.on = on != 0;

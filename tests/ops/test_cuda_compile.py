@@ -12,22 +12,21 @@ OPS = {
     "attention_backward_kernel",
     "attention_kernel",
     "attention_weights_kernel",
-    "column_sums_kernel",
     "combine_kernel",
     "dropout_add_layer_norm_backward_kernel",
     "dropout_add_layer_norm_kernel",
     "dropout_kernel",
+    "finish_kernel",
     "gaussian_mask_backward_kernel",
     "gaussian_mask_kernel",
     "intra_video_contrastive_loss_backward_kernel",
     "intra_video_contrastive_loss_kernel",
     "key_weight_gradient_kernel",
     "layer_norm_parameters_kernel",
-    "linear_nll_hidden_gradient_kernel",
     "linear_nll_kernel",
     "linear_nll_word_gradient_kernel",
     "list_tokens_kernel",
-    "sum_parts_kernel",
+    "prepare_kernel",
 }
 WITH_PRODUCTS = (
     "attention_kernel",
@@ -64,7 +63,36 @@ def test_nothing_is_spilled(kernels: list[Kernel]) -> None:
 
 def test_products_run_on_tensor_cores(kernels: list[Kernel]) -> None:
     for kernel in kernels:
-        assert (kernel.tensor_instructions >= 16) == (kernel.op in WITH_PRODUCTS), kernel
+        assert (kernel.tensor_instructions >= 16) == (kernel.op in WITH_PRODUCTS and not is_empty(kernel)), kernel
+
+
+def is_empty(kernel: Kernel) -> bool:
+    """With wgmma, on GPUs that have none."""
+    return kernel.groups and kernel.architecture != "sm_90a"
+
+
+def test_groups_are_compiled_for_90a_alone(kernels: list[Kernel]) -> None:
+    """The host tells by the registers (has_groups in linear_nll_groups.cuh): an empty kernel takes next to none."""
+    ops = {"linear_nll_kernel", "linear_nll_word_gradient_kernel"}
+    assert {kernel.op for kernel in kernels if kernel.groups} == ops
+    for kernel in kernels:
+        if kernel.groups:
+            assert (kernel.registers >= 160) == (not is_empty(kernel)), kernel
+            assert kernel.registers >= 160 or kernel.registers <= 32, kernel
+            assert kernel.count("HMMA|LDSM") == 0, kernel
+
+
+def test_products_of_groups_stay_in_flight(kernels: list[Kernel]) -> None:
+    """Where the compiler does not follow, it waits after each of them."""
+    waits = {"linear_nll_kernel": 5, "linear_nll_word_gradient_kernel": 3}  # two more where sums change their scale
+    barriers = {"linear_nll_kernel": 3, "linear_nll_word_gradient_kernel": 2}
+    for kernel in kernels:
+        if kernel.groups and not is_empty(kernel):
+            assert kernel.count("HGMMA") == 2 * 16 + 2 * 4, kernel  # of the first and of other tiles, of the last
+            assert kernel.count(r"WARPGROUP\.ARRIVE") == 4, kernel
+            assert kernel.count(r"WARPGROUP\.DEPBAR") == waits[kernel.op], kernel
+            assert kernel.count("BAR") == barriers[kernel.op], kernel
+            assert kernel.count(r"FENCE\.VIEW\.ASYNC") == 2, kernel
 
 
 def test_shared_memory_is_what_a_block_can_have(kernels: list[Kernel]) -> None:
@@ -95,7 +123,7 @@ def test_nothing_lies_in_local_memory(kernels: list[Kernel]) -> None:
 def test_tiles_move_sixteen_bytes_at_a_time(kernels: list[Kernel]) -> None:
     """Into shared memory by asynchronous copies past L1, out of it by wide stores, and rows of LayerNorm both ways."""
     for kernel in kernels:
-        if kernel.op in WITH_PRODUCTS:
+        if kernel.op in WITH_PRODUCTS and not is_empty(kernel):
             assert kernel.count(r"LDGSTS.*BYPASS.*128") >= 2, kernel
         if kernel.op in ("attention_kernel", "attention_backward_kernel"):
             # Rows may be nowhere: of the address between a row's and null the compiler need not know that it is global.
