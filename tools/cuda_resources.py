@@ -66,6 +66,8 @@ class Kernel:
         """Shared memory of a block at the published sizes, as the host code launches it."""
         if self.op in ("linear_nll_kernel", "linear_nll_word_gradient_kernel"):
             return 128 if self.arguments[0] == "float" else 256
+        if self.op == "attention_backward_short_kernel":
+            return 13 * 32
         if self.op.startswith(("attention", "key_weight", "gaussian_mask", "dropout_add", "layer_norm")):
             return 128
         return 256
@@ -75,6 +77,8 @@ class Kernel:
         """Bytes of a block, as the host code asks for them, with 200 keys or 256 columns."""
         if self.groups and self.architecture != "sm_90a":
             return 0
+        if self.op == "attention_short_kernel":
+            return 208 * (2 * 64 * 2 + 4)
         if ("attention" not in self.op and not self.op.startswith("linear_nll")) or len(self.arguments) < 2:
             return 0
         size, width = BYTES[self.arguments[0]], int(self.arguments[1])
@@ -86,6 +90,10 @@ class Kernel:
             return 2 * 64 * row + 256
         if self.op == "attention_backward_kernel":
             return 4 * 64 * row + 5 * 256
+        if self.op == "attention_backward_short_kernel":
+            warps, queries = 13, 16
+            of_warp = 32 * row + 16 * (size * queries + 16) + 4 * (2 * queries + 32)
+            return 4 * queries * row + 4 * 4 * queries + warps * of_warp
         if self.groups:  # 128 rows and four tiles of 64 keys, and what is noted of a key
             return 1024 + (128 + 4 * 64) * size * width + 4 * 128 + 4 * 64 * 16
         keys, rows = 32 if size == 4 or width > 128 else 64, self.threads // 32 * 16

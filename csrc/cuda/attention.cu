@@ -204,6 +204,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_weights_kernel
 
 void branched_attention(const BranchedAttentionParams& p) {
     if (p.B * p.H * p.Lq == 0 || p.branches.n == 0) return;
+    const bool done = p.branches.n == 1 && cuda::attention_short(p);
     const bool aligned = cuda::rows_aligned(p.dtype, p.d, {p.query, p.key, p.value, p.out});
     const int64_t rows = cuda::ceil_div(p.Lq, cuda::TILE), keys = cuda::ceil_div(p.Lk, cuda::TILE);
     const int64_t apart = keys > 1 ? p.branches.n : 1;  // with several tiles, each branch has its own blocks
@@ -214,8 +215,10 @@ void branched_attention(const BranchedAttentionParams& p) {
         const size_t weights = sizeof(float) * static_cast<size_t>(cuda::TILE * (p.branches.n / apart));
         const auto bytes = [&](int stages) { return tile * static_cast<size_t>(1 + 2 * stages) + weights; };
         const int stages = keys > 1 && bytes(2) <= static_cast<size_t>(cuda::most_shared_bytes()) ? 2 : 1;
-        cuda::launch(cuda::attention_kernel<T, D>, {p.B * p.H, rows, apart}, cuda::ATTENTION_THREADS, bytes(stages), p,
-                     stages, aligned);
+        if (!done) {
+            cuda::launch(cuda::attention_kernel<T, D>, {p.B * p.H, rows, apart}, cuda::ATTENTION_THREADS, bytes(stages),
+                         p, stages, aligned);
+        }
         if (p.weights != nullptr && keys > 0) {
             cuda::launch(cuda::attention_weights_kernel<T, D>, {p.B, rows, keys}, cuda::ATTENTION_THREADS,
                          2 * tile + sizeof(float) * cuda::TILE, static_cast<const AttentionParams&>(p), aligned);

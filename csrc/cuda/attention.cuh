@@ -47,21 +47,63 @@ __device__ __forceinline__ int64_t real_keys(const AttentionInputs& p, int64_t b
     return length < 0 ? 0 : length < p.Lk ? length : p.Lk;
 }
 
-// m + eps of a tile of keys, for each of `branches`, to weights [branches, TILE]; 1 behind the `limit` real keys: what
-// lies there may be anything.
+// m + eps of key j in a branch; 1 behind the `limit` real keys: what lies there may be anything.
+__device__ __forceinline__ float key_weight_of(const AttentionInputs& p, const Branches& branches, int64_t b,
+                                               int64_t branch, int64_t j, int64_t limit) {
+    if (j < limit && p.key_weight != nullptr)
+        return load(p.key_weight + branch * branches.weights + b * p.Lk + j) + KEY_WEIGHT_EPS;
+    if (p.center == nullptr) return 1.0f;
+    const Gaussian gaussian(load(p.center + b), load(p.width + b), p.alpha, p.min_width, p.complement);
+    return gaussian.value(position(j, p.Lk)) + KEY_WEIGHT_EPS;
+}
+
+// The same of a tile of keys, for each of `count` branches, to weights [count, TILE].
 __device__ __forceinline__ void load_key_weights(const AttentionInputs& p, const Branches& branches, int64_t b,
                                                  int64_t first_branch, int64_t count, int64_t first_key, int64_t limit,
                                                  float* weights) {
-    for (int64_t i = thread(); i < count * TILE; i += threads()) {
-        const int64_t j = first_key + i % TILE;
-        float m = 1.0f;
-        if (j < limit && p.key_weight != nullptr) {
-            m = load(p.key_weight + (first_branch + i / TILE) * branches.weights + b * p.Lk + j) + KEY_WEIGHT_EPS;
-        } else if (p.center != nullptr) {
-            const Gaussian gaussian(load(p.center + b), load(p.width + b), p.alpha, p.min_width, p.complement);
-            m = gaussian.value(position(j, p.Lk)) + KEY_WEIGHT_EPS;
+    for (int64_t i = thread(); i < count * TILE; i += threads())
+        weights[i] = key_weight_of(p, branches, b, first_branch + i / TILE, first_key + i % TILE, limit);
+}
+
+// Swaps the one's `low` for the `high` of the other lane.
+__device__ __forceinline__ void swap(uint32_t& low, uint32_t& high, int mask) {
+    const bool upper = (lane() & mask) != 0;
+    const uint32_t got = bits_of(shuffle_xor(float_of(upper ? low : high), mask));
+    (upper ? low : high) = got;
+}
+
+// Writes sixteen columns of a warp's 16 rows, times `scale`. The four lanes of a row exchange what they hold, so that
+// each writes sixteen bytes. row_at(r) points to the first of the columns, or is null.
+template <class T, class RowAt>
+__device__ __forceinline__ void store_columns(const float (&first)[4], const float (&second)[4], float scale,
+                                              int columns, bool aligned, RowAt row_at) {
+    if (aligned) {
+        uint32_t words[4];  // of columns 0 to 7 and the others of row g, and of row g + 8
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            words[2 * half] = pack<T>(first[2 * half] * scale, first[2 * half + 1] * scale);
+            words[2 * half + 1] = pack<T>(second[2 * half] * scale, second[2 * half + 1] * scale);
         }
-        weights[i] = m;
+        swap(words[0], words[1], 1);
+        swap(words[2], words[3], 1);
+        swap(words[0], words[2], 2);
+        swap(words[1], words[3], 2);
+        const int column = lane() % 2 * 8;
+        T* const row = row_at(lane() / 4 + lane() % 4 / 2 * 8);
+        if (row != nullptr && column < columns) {
+            store(reinterpret_cast<Vec16B*>(row + column), Vec16B{{words[0], words[1], words[2], words[3]}});
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        T* const row = row_at(row_of(i));
+        if (row == nullptr) continue;
+        T rounded;
+        from_float(&rounded, first[i] * scale);
+        if (column_of(i) < columns) store(row + column_of(i), rounded);
+        from_float(&rounded, second[i] * scale);
+        if (column_of(i) + 8 < columns) store(row + column_of(i) + 8, rounded);
     }
 }
 
@@ -72,6 +114,11 @@ inline bool rows_aligned(Dtype dtype, int64_t d, std::initializer_list<Heads> te
                return aligned_to_vec16b(heads.data) && whole(heads.batch) && whole(heads.head) && whole(heads.row);
            });
 }
+
+constexpr int64_t ENOUGH_BLOCKS = 264;  // fill any GPU; a constant, so that all GPUs launch the same blocks
+
+// The forward where one block holds all keys of a head; false: it does not take these.
+bool attention_short(const AttentionParams& p);
 
 // Calls body(T, D) with the element type and the padded head dimension.
 template <class Body>

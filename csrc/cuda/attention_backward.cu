@@ -9,7 +9,7 @@
 // fixed. If a head is one tile of queries and keys, its data stays in shared memory between the phases. If there are
 // too few heads to fill a GPU, the phases are two launches with a block for each tile. A last kernel sums dm over the
 // heads in order and derives the gradients of center and width.
-#include "attention.cuh"
+#include "attention_backward.cuh"
 
 namespace cnm {
 namespace cuda {
@@ -18,7 +18,6 @@ namespace {
 enum Phases { QUERIES = 1, KEYS = 2 };
 
 constexpr int N = TILE / 8;
-constexpr int64_t ENOUGH_BLOCKS = 264;  // fill any GPU; a constant, so that all GPUs launch the same blocks
 
 // AVERAGED: the returned weights have a gradient too. This is rare and needs registers, so it is a separate kernel.
 template <class T, int D, bool AVERAGED>
@@ -298,26 +297,11 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 __global__ void __launch_bounds__(ATTENTION_THREADS)
     key_weight_gradient_kernel(BranchedAttentionBackwardParams p, const float* d_weight_parts) {
     const int64_t b = blockIdx.x, branch = blockIdx.y;
-    float d_center = 0, d_width = 0;
-    const bool moment = p.d_center != nullptr;
-    const Gaussian gaussian(moment ? load(p.center + b) : 0.0f, moment ? load(p.width + b) : 1.0f, p.alpha, p.min_width,
-                            p.complement);
-    for (int64_t j = thread(); j < p.Lk; j += threads()) {
+    finish_key_weights(p, b, branch, dynamic_shared<float>(), [&](int64_t j) {
         float sum = 0;
         for (int64_t h = 0; h < p.H; ++h) sum += load(d_weight_parts + ((branch * p.B + b) * p.H + h) * p.Lk + j);
-        if (moment) {
-            gaussian.add_gradient(position(j, p.Lk), sum, d_center, d_width);
-        } else {
-            store(p.d_key_weight + branch * p.branches.weights + b * p.Lk + j, sum);
-        }
-    }
-    if (!moment) return;
-    float* const scratch = dynamic_shared<float>();
-    d_center = sum_over_block(d_center, scratch);
-    d_width = sum_over_block(d_width, scratch);
-    if (thread() != 0) return;
-    store(p.d_center + b, d_center);
-    store(p.d_width + b, gaussian.width_passes ? d_width : 0.0f);
+        return sum;
+    });
 }
 
 }  // namespace
@@ -328,12 +312,15 @@ void branched_attention_backward(const BranchedAttentionBackwardParams& p) {
     const int64_t n = p.branches.n, heads = p.B * p.H;
     if (p.B == 0 || n == 0) return;
     const bool need_weights = p.d_key_weight != nullptr || p.d_center != nullptr;
-    const Scratch delta(n * heads * p.Lq * int64_t{sizeof(float)});
-    const Scratch parts(need_weights ? n * heads * p.Lk * int64_t{sizeof(float)} : 0);
-    float* const d_weight_parts = need_weights ? parts.as<float>() : nullptr;
+    const ShortBackward fits = short_backward(p);
+    const Scratch delta(fits.possible ? 0 : n * heads * p.Lq * int64_t{sizeof(float)});
+    const Scratch parts(need_weights && !fits.sees_all_heads ? n * heads * p.Lk * int64_t{sizeof(float)} : 0);
+    float* const d_weight_parts = need_weights && !fits.sees_all_heads ? parts.as<float>() : nullptr;
     const bool aligned = rows_aligned(p.dtype, p.d, {p.query, p.key, p.value, p.d_out, p.d_query, p.d_key, p.d_value});
     const int64_t rows = ceil_div(p.Lq, TILE), keys = ceil_div(p.Lk, TILE);
-    if (heads > 0) {
+    if (fits.possible) {
+        attention_backward_short(p, d_weight_parts);
+    } else if (heads > 0) {
         with_head_size(p.dtype, p.d, [&](auto* type, auto size) {
             using T = std::remove_pointer_t<decltype(type)>;
             const auto run = [&](int phases, int64_t blocks) {
@@ -351,7 +338,7 @@ void branched_attention_backward(const BranchedAttentionBackwardParams& p) {
             }
         });
     }
-    if (need_weights) {
+    if (need_weights && !fits.sees_all_heads) {
         launch(key_weight_gradient_kernel, {p.B, n}, ATTENTION_THREADS, sizeof(float) * ATTENTION_THREADS / WARP, p,
                static_cast<const float*>(d_weight_parts));
     }

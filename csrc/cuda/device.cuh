@@ -47,6 +47,7 @@ T* dynamic_shared() {
 inline void sync_block() { emulator::sync_block(); }
 inline void sync_warp() { emulator::sync_warp(); }
 inline void keep_order() {}
+inline void renew(int&) {}
 inline float shuffle_xor(float value, int mask) { return emulator::shuffle_xor(value, mask); }
 inline bool any_lane(bool value) { return emulator::any_lane(value); }
 
@@ -62,7 +63,12 @@ void store(T* to, T value) {
     *to = value;
 }
 
-inline void copy_async(void* shared, const void* global, bool inside) { emulator::copy_async(shared, global, inside); }
+inline void copy_async(void* shared, const void* global, bool inside) {
+    emulator::copy_async(shared, global, inside, 16);
+}
+inline void copy_pair_async(float* shared, const float* global, bool inside) {
+    emulator::copy_async(shared, global, inside, 8);
+}
 inline void commit_async() { emulator::commit_async(); }
 template <int PENDING>
 void wait_async() {
@@ -114,6 +120,13 @@ inline void from_float(f16* to, float x) {
     const _Float16 half = static_cast<_Float16>(x);
     std::memcpy(to, &half, 2);
 }
+template <class T>
+uint32_t pack(float low, float high) {
+    T parts[2];
+    from_float(&parts[0], low);
+    from_float(&parts[1], high);
+    return parts[0].bits | static_cast<uint32_t>(parts[1].bits) << 16;
+}
 inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulator::multiply<8>("mma.tf32", c, a, b, [](uint32_t word, int) { return float_of(word & 0xFFFFE000); });
 }
@@ -134,6 +147,9 @@ __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 // Tells the compiler not to fetch from memory what comes later, where registers are scarce.
 __device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
+// Makes x a new number to the compiler, which then derives others from it again and not before a loop, where they would
+// hold registers.
+__device__ __forceinline__ void renew(int& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ float shuffle_xor(float value, int mask) {
     return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
@@ -153,6 +169,12 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
     const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     const int bytes = inside ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+// The same of two floats.
+__device__ __forceinline__ void copy_pair_async(float* shared, const float* global, bool inside) {
+    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    const int bytes = inside ? 8 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
@@ -201,6 +223,21 @@ __device__ __forceinline__ void from_float(bf16* to, float x) {
 __device__ __forceinline__ void from_float(f16* to, float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
 }
+// Two numbers rounded and packed, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
+    uint32_t both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+template <>
+__device__ __forceinline__ uint32_t pack<f16>(float low, float high) {
+    uint32_t both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -230,15 +267,6 @@ __device__ __forceinline__ void mma<f16>(float (&c)[4], const uint32_t (&a)[4], 
 #endif
 
 // ------------------------------------------------------------------------------------------------ built from them
-
-// Two numbers rounded and packed, the first in the low half.
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    T parts[2];
-    from_float(&parts[0], low);
-    from_float(&parts[1], high);
-    return parts[0].bits | static_cast<uint32_t>(parts[1].bits) << 16;
-}
 
 template <class T>
 constexpr int PER_VEC16B = 16 / static_cast<int>(sizeof(T));  // numbers in sixteen bytes

@@ -69,6 +69,7 @@ inline void check_global(const void* address, size_t bytes, const char* what) {
 struct Copy {  // asynchronous: what will land where
     void* to;
     const void* from;  // null: zeros
+    size_t bytes;
     bool landed = false;
 };
 
@@ -394,15 +395,15 @@ inline size_t piece_of(const void* shared) {
 
 inline void land(const Copy& copy) {
     if (copy.from) {
-        std::memcpy(copy.to, copy.from, 16);
+        std::memcpy(copy.to, copy.from, copy.bytes);
     } else {
-        std::memset(copy.to, 0, 16);
+        std::memset(copy.to, 0, copy.bytes);
     }
 }
 
-inline void copy_async(void* to, const void* from, bool inside) {
-    check_shared(to, 16, "cp.async");
-    if (inside) check_global(from, 16, "cp.async");
+inline void copy_async(void* to, const void* from, bool inside, size_t bytes) {
+    check_shared(to, bytes, "cp.async");
+    if (inside) check_global(from, bytes, "cp.async");
     if (counting() != nullptr) {
         Fiber& self = *machine().current;
         self.counts.copies += inside ? 0 : 1;  // the others were noted above
@@ -418,7 +419,7 @@ inline void copy_async(void* to, const void* from, bool inside) {
         }
     }
     piece.state = PieceState::UNKNOWN;
-    Copy copy{to, inside ? from : nullptr};
+    Copy copy{to, inside ? from : nullptr, bytes};
     if (m.draw(2) == 0) {
         land(copy);
         copy.landed = true;

@@ -22,7 +22,10 @@ registry.add(emulated_backend.NAME, emulated_backend)
 torch.set_num_threads(1)
 
 
-def everything(op: str, name: str, backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+CLOSE = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (5e-2, 1e-2)}  # relative and absolute
+
+
+def everything(op: str, name: str, dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
     inputs = sample(op, name, dtype, "cpu")
     outputs = list(run(op, inputs, backend))
     return outputs + list(gradients_of(lambda **inputs: run(op, inputs, backend), inputs, DIFFERENTIABLE[op]).values())
@@ -30,15 +33,14 @@ def everything(op: str, name: str, backend: str, dtype: torch.dtype) -> list[tor
 
 def main() -> int:
     for case in sys.argv[1:]:
-        op, name, *rest = case.split(":")
-        dtype = getattr(torch, rest[0]) if rest else torch.float32
-        rtol, atol = (1e-3, 1e-4) if dtype == torch.float32 else (5e-2, 1e-2)
-        expected = everything(op, name, "torch", dtype)
+        op, name, *of_dtype = case.split(":")
+        dtype = getattr(torch, of_dtype[0]) if of_dtype else torch.float32
+        expected = everything(op, name, dtype, "torch")
         first = None
         for seed in range(4):
             emulated_backend.seed(seed)
             try:
-                actual = everything(op, name, emulated_backend.NAME, dtype)
+                actual = everything(op, name, dtype, emulated_backend.NAME)
             except RuntimeError as error:
                 print(f"caught: {str(error).splitlines()[0]}")
                 return 1
@@ -47,7 +49,8 @@ def main() -> int:
                 return 1
             first = actual
             for tensor, wanted in zip(actual, expected, strict=True):
-                if not torch.allclose(tensor, wanted, rtol=rtol, atol=atol):
+                relative, absolute = CLOSE[dtype]
+                if not torch.allclose(tensor, wanted, rtol=relative, atol=absolute):
                     print(f"caught: {case} is not what the torch backend gives")
                     return 1
     return 0

@@ -10,7 +10,9 @@ REASON = cuda_resources.why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 OPS = {
     "attention_backward_kernel",
+    "attention_backward_short_kernel",
     "attention_kernel",
+    "attention_short_kernel",
     "attention_weights_kernel",
     "combine_kernel",
     "dropout_add_layer_norm_backward_kernel",
@@ -30,8 +32,10 @@ OPS = {
 }
 WITH_PRODUCTS = (
     "attention_kernel",
+    "attention_short_kernel",
     "attention_weights_kernel",
     "attention_backward_kernel",
+    "attention_backward_short_kernel",
     "linear_nll_kernel",
     "linear_nll_word_gradient_kernel",
 )
@@ -125,7 +129,7 @@ def test_tiles_move_sixteen_bytes_at_a_time(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         if kernel.op in WITH_PRODUCTS and not is_empty(kernel):
             assert kernel.count(r"LDGSTS.*BYPASS.*128") >= 2, kernel
-        if kernel.op in ("attention_kernel", "attention_backward_kernel"):
+        if kernel.op.startswith("attention") and kernel.op != "attention_weights_kernel":
             # Rows may be nowhere: of the address between a row's and null the compiler need not know that it is global.
             assert kernel.count(r"\bSTG?\.E.*128") >= 1, kernel
         if kernel.op in ("dropout_add_layer_norm_kernel", "dropout_kernel"):

@@ -91,6 +91,21 @@ def test_attention_over_many_tiles(name: str, dtype: torch.dtype, shared_memory:
     check_gradients(op, inputs, NAME)
 
 
+@pytest.mark.parametrize("name", ["causal", "lengths", "two-heads"])
+def test_keys_that_a_block_cannot_hold(name: str) -> None:
+    """16-bit heads for whose keys a block has too little shared memory pass through it in tiles."""
+    import emulated_backend
+
+    inputs = MANY_TILES[name](Draw(name, torch.bfloat16, "cpu"))
+    op = "gaussian_attention" if "center" in inputs else "weighted_attention"
+    emulated_backend.machine.emulator_set_shared_bytes(40 << 10)
+    try:
+        check_values(op, inputs, NAME)
+        check_gradients(op, inputs, NAME)
+    finally:
+        emulated_backend.machine.emulator_set_shared_bytes(227 << 10)
+
+
 @on_dtypes
 def test_branches_over_many_tiles(dtype: torch.dtype) -> None:
     inputs = branched(Draw("branches", dtype, "cpu"), 3, 2, 1, 70, 130, 16, causal=True)
@@ -205,6 +220,48 @@ MISTAKES = {
         "        arrive();  // also where no key was\n",
         "",
         "gaussian_attention:frames-200",
+    ),
+    "no barrier once all keys have arrived": (
+        "attention_short.cu",
+        "    wait_async<0>();\n    sync_block();\n",
+        "    wait_async<0>();\n",
+        "gaussian_attention:clips-50:bfloat16",
+    ),
+    "a row's pieces not where they are read": (
+        "attention_short.cu",
+        "T* const to = tile + r * D + (c ^ (r % 8)) * PER;",
+        "T* const to = tile + r * D + c * PER;",
+        "gaussian_attention:clips-50:bfloat16",
+    ),
+    "no barrier before delta is summed": (
+        "attention_backward_short.cu",
+        "        sync_block();\n        if (own >= last) continue;\n",
+        "        if (own >= last) continue;\n",
+        "gaussian_attention:clips-50:bfloat16",
+    ),
+    "no barrier before the queries are overwritten": (
+        "attention_backward_short.cu",
+        "        wait_async<0>();\n        sync_block();\n",
+        "        wait_async<0>();\n",
+        "gaussian_attention:frames-200:bfloat16",
+    ),
+    "no barrier before the last dQ": (
+        "attention_backward_short.cu",
+        "    sync_block();\n    store_d_query",
+        "    store_d_query",
+        "gaussian_attention:clips-50:bfloat16",
+    ),
+    "no barrier before the heads are summed": (
+        "attention_backward_short.cu",
+        "    if (!merged) return;\n    sync_block();\n",
+        "    if (!merged) return;\n",
+        "gaussian_attention:clips-50:bfloat16",
+    ),
+    "one row of a gradient too many": (
+        "attention_backward_short.cu",
+        "return row + r < Lq ? row_of_head<T>(p.d_query",
+        "return row + r <= Lq ? row_of_head<T>(p.d_query",
+        "gaussian_attention:clips-50:bfloat16",
     ),
     "one row too many": (
         "attention.cu",
