@@ -58,20 +58,16 @@ def _is_far(distance: Tensor, width: Tensor, alpha: float) -> Tensor:
 def normalized_gaussian_mask(
     center: Tensor, width: Tensor, length: int, alpha: float, min_width: float, complement: bool
 ) -> Tensor:
-    """``gaussian_mask`` divided by its largest sample, at x_n nearest to c, which no narrow Gaussian underflows.
-
-    (x - c)^2 - (x_n - c)^2 is taken as (x - x_n) (x + x_n - 2c), which rounds little where both squares are large.
-    """
+    """``gaussian_mask`` divided by its largest sample: exp(e - max e), which no narrow Gaussian underflows."""
     c = _wide(center).unsqueeze(-1)  # [..., 1]
     w = _wide(width).unsqueeze(-1)
     least = max(min_width, 1e-15 * alpha**0.5)  # from here on down no number changes, but squares would overflow
     w = torch.where(w < least, least, w)
     x = torch.linspace(0, 1, length, dtype=c.dtype, device=c.device)
-    if length == 0:
-        return (x - c).to(center.dtype)
-    nearest = x[(x - c.detach().clamp(0, 1)).abs().argmin(-1, keepdim=True)]  # [..., 1]; one sample, also where two tie
-    exponent = ((x - nearest) / w) * ((x + nearest).sub(c, alpha=2) / w)
-    g = torch.exp(-alpha * exponent)
+    exponent = -alpha * ((x - c) / w).square()  # [..., length]
+    if length > 0:
+        exponent = exponent - exponent.max(-1, keepdim=True).values  # one sample is the largest, also where two tie
+    g = torch.exp(exponent)
     return (1 - g if complement else g).to(center.dtype)
 
 
