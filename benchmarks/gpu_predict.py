@@ -146,23 +146,23 @@ def symbols(library: str) -> dict[int, str]:
     return {place: names[name] for place, name in places.items()}
 
 
-def machine_code() -> list[Path]:
-    """The cubins for sm_90a, compiled once per content of a source and the headers."""
+def compiled(architecture: str, kind: str) -> list[Path]:
+    """nvcc's results, ``cubin`` or ``ptx``, per source, compiled once per content of the source and the headers."""
     from cuda_resources import CUDA, tool
 
     headers = sorted([*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *CUDA.parent.glob("*.h")])
     common = b"".join(path.read_bytes() for path in headers)
     content = {path: hashlib.sha256(common + path.read_bytes()).hexdigest()[:16] for path in sorted(CUDA.glob("*.cu"))}
-    folder = Path(tempfile.gettempdir()) / f"cnm_kernels_cubins_{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f"cnm_kernels_compiled_{os.getuid()}"
     folder.mkdir(exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        target = folder / f"{source.stem}-{content[source]}-90a.cubin"
+        target = folder / f"{source.stem}-{content[source]}-{architecture}.{kind}"
         if target.exists():
             return target
         unfinished = target.with_suffix(".part")
         command = [str(tool("nvcc")), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DCNM_CUDA", f"-I{CUDA.parent}",
-                   f"-I{CUDA}", "-arch=sm_90a", "-cubin", str(source), "-o", str(unfinished)]  # fmt: skip
+                   f"-I{CUDA}", f"-arch={architecture}", f"-{kind}", str(source), "-o", str(unfinished)]  # fmt: skip
         subprocess.run(command, check=True)
         return unfinished.replace(target)
 
@@ -179,7 +179,7 @@ class Model:
 
         self.code: dict[str, list[Any]] = {}
         self.registers: dict[str, int] = {}
-        for file in machine_code():
+        for file in compiled("sm_90a", "cubin"):
             self.code |= reader.kernels(file)
             self.registers |= {kernel.name: kernel.registers for kernel in cuda_resources.read(file)}
         self.execute = reader.execute

@@ -14,6 +14,7 @@ __device__ __forceinline__ void finish_key_weights(const BranchedAttentionBackwa
     const bool moment = p.d_center != nullptr;
     const Gaussian gaussian(moment ? load(p.center + b) : 0.0f, moment ? load(p.width + b) : 1.0f, p.alpha, p.min_width,
                             p.complement);
+#pragma unroll 1  // few turns: counting them ahead takes a division
     for (int64_t j = thread(); j < p.Lk; j += threads()) {
         const float sum = sum_of(j);
         if (moment) {

@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <map>
+#include <string>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 namespace emulator {
@@ -45,6 +47,9 @@ struct LaneCounts {
 
 struct LaunchCounts {
     const void* kernel;
+    unsigned grid[3];
+    std::vector<std::string> arguments;  // as they lie in memory
+    std::vector<uint64_t> pointers;      // words of them that point into global memory
     int threads;
     size_t shared_bytes;
     int64_t blocks, memory;  // memory: bytes of all tensors that the launch knows
@@ -55,8 +60,16 @@ struct LaunchCounts {
     std::unordered_set<int64_t> sectors, of_block;
     std::map<std::pair<int, int64_t>, std::vector<int64_t>> copies;  // of a warp's n-th cp.async: where to
 
-    LaunchCounts(const void* kernel, int threads, size_t shared_bytes, int64_t blocks, int64_t memory)
-        : kernel(kernel), threads(threads), shared_bytes(shared_bytes), blocks(blocks), memory(memory) {}
+    template <class Index>
+    LaunchCounts(const void* kernel, Index grid, std::vector<std::string> arguments, int threads, size_t shared_bytes,
+                 int64_t memory)
+        : kernel(kernel),
+          grid{grid.x, grid.y, grid.z},
+          arguments(std::move(arguments)),
+          threads(threads),
+          shared_bytes(shared_bytes),
+          blocks(int64_t{grid.x} * grid.y * grid.z),
+          memory(memory) {}
 
     void touch(const void* address, size_t size) {
         bytes += static_cast<int64_t>(size);

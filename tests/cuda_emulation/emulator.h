@@ -20,6 +20,8 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "counts.h"
@@ -279,7 +281,33 @@ inline void run_block() {
     }
 }
 
-inline void launch(const void* address, Index grid, Index threads, size_t shared_bytes, std::function<void()> kernel) {
+template <class... T>
+std::vector<std::string> bytes_of(const std::tuple<T...>& values) {
+    return std::apply(
+        [](const auto&... value) {
+            return std::vector<std::string>{std::string(reinterpret_cast<const char*>(&value), sizeof(value))...};
+        },
+        values);
+}
+
+// The words of the arguments that are addresses in what is known.
+inline std::vector<uint64_t> pointers_among(const std::vector<std::string>& arguments) {
+    std::vector<uint64_t> found;
+    for (const std::string& argument : arguments) {
+        for (size_t at = 0; at + sizeof(uint64_t) <= argument.size(); at += sizeof(uint64_t)) {
+            uint64_t word;
+            std::memcpy(&word, argument.data() + at, sizeof(word));
+            const auto holds = [&](const Memory& one) {
+                return reinterpret_cast<uintptr_t>(one.begin) <= word && word < reinterpret_cast<uintptr_t>(one.end);
+            };
+            if (std::any_of(known.begin(), known.end(), holds)) found.push_back(word);
+        }
+    }
+    return found;
+}
+
+inline void launch(const void* address, Index grid, Index threads, size_t shared_bytes,
+                   std::vector<std::string> arguments, std::function<void()> kernel) {
     Machine& m = machine();
     if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("a grid's y and z go up to 65535");
     if (shared_bytes > m.most_shared_bytes) throw std::runtime_error("more shared memory than a block can have");
@@ -297,7 +325,9 @@ inline void launch(const void* address, Index grid, Index threads, size_t shared
         blocks = m.ledger.sample(grid, shared_bytes);
         int64_t memory = 0;
         for (const Memory& one : known) memory += one.end - one.begin;
-        m.ledger.launches.emplace_back(address, m.count, shared_bytes, int64_t{grid.x} * grid.y * grid.z, memory);
+        m.ledger.launches.emplace_back(address, grid, std::move(arguments), m.count, shared_bytes, memory);
+        LaunchCounts& added = m.ledger.launches.back();
+        added.pointers = pointers_among(added.arguments);
     }
     for (size_t i = blocks.size(); i > 1; --i) std::swap(blocks[i - 1], blocks[m.draw(static_cast<uint32_t>(i))]);
     for (const uint32_t block : blocks) {

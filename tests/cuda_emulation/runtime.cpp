@@ -1,7 +1,9 @@
 // The emulator's stand-in for csrc/cuda/runtime.cpp, and its handles for tests.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <string>
 
 #include "emulator.h"
 #include "runtime.h"
@@ -44,5 +46,24 @@ __attribute__((visibility("default"))) int64_t emulator_counts(int64_t launch, d
     Dl_info info;
     if (dladdr(counts.kernel, &info) == 0) return 0;
     return static_cast<const char*>(counts.kernel) - static_cast<const char*>(info.dli_fbase);
+}
+// How many arguments the launch had; fills its grid [3].
+__attribute__((visibility("default"))) int64_t emulator_arguments(int64_t launch, int64_t* grid) {
+    const auto& counts = emulator::machine().ledger.launches.at(static_cast<size_t>(launch));
+    std::copy(counts.grid, counts.grid + 3, grid);
+    return static_cast<int64_t>(counts.arguments.size());
+}
+// The argument's size; copies it unless `out` is null.
+__attribute__((visibility("default"))) int64_t emulator_argument(int64_t launch, int64_t place, char* out) {
+    const auto& counts = emulator::machine().ledger.launches.at(static_cast<size_t>(launch));
+    const std::string& argument = counts.arguments.at(static_cast<size_t>(place));
+    if (out != nullptr) argument.copy(out, argument.size());
+    return static_cast<int64_t>(argument.size());
+}
+// How many words of its arguments point into tensors or scratch; copies them unless `out` is null.
+__attribute__((visibility("default"))) int64_t emulator_pointers(int64_t launch, uint64_t* out) {
+    const auto& pointers = emulator::machine().ledger.launches.at(static_cast<size_t>(launch)).pointers;
+    if (out != nullptr) std::copy(pointers.begin(), pointers.end(), out);
+    return static_cast<int64_t>(pointers.size());
 }
 }

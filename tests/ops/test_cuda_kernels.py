@@ -259,8 +259,8 @@ MISTAKES = {
     ),
     "one row of a gradient too many": (
         "attention_backward_short.cu",
-        "return row + r < Lq ? row_of_head<T>(p.d_query",
-        "return row + r <= Lq ? row_of_head<T>(p.d_query",
+        "return first_row + r < Lq ? row_of_head<T>(p.d_query",
+        "return first_row + r <= Lq ? row_of_head<T>(p.d_query",
         "gaussian_attention:clips-50:bfloat16",
     ),
     "one row too many": (

@@ -1,0 +1,59 @@
+"""Kernels proven free of races by a verifier that reads their PTX; a barrier or a wait left out is found by it."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+
+import verify_races
+from verify_races import Launch
+
+REASON = verify_races.why_not()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+SHORT = (
+    "dropout_kernel<float>",
+    "gaussian_mask_kernel<float>",
+    "gaussian_mask_backward_kernel<float>",
+    "intra_video_contrastive_loss_kernel<float>",
+    "intra_video_contrastive_loss_backward_kernel<float>",
+    "layer_norm_parameters_kernel",
+)
+ATTENTION = "attention_kernel<bf16, 64>"
+
+
+@cache
+def launches() -> dict[str, Launch]:
+    """Of each kernel the first launch."""
+    return {launch.kernel: launch for launch in reversed(verify_races.launches())}
+
+
+@cache
+def code() -> dict[str, str]:
+    return verify_races.modules()
+
+
+@pytest.mark.parametrize("kernel", [*SHORT, ATTENTION])
+def test_no_order_of_threads_races(kernel: str) -> None:
+    assert verify_races.verdict(launches()[kernel], code()[kernel]) == "race_free"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "instruction", "needless"),
+    [
+        ("gaussian_mask_backward_kernel<float>", "bar.sync", 0),
+        ("intra_video_contrastive_loss_kernel<float>", "bar.sync", 1),  # before the first of two sums
+        (ATTENTION, "bar.sync", 0),
+        (ATTENTION, "cp.async.wait", 2),  # within a loop that these 70 keys leave early
+    ],
+)
+def test_each_left_out_is_a_race(kernel: str, instruction: str, needless: int) -> None:
+    said = [
+        verify_races.verdict(launches()[kernel], ptx) for _, ptx in verify_races.without(code()[kernel], instruction)
+    ]
+    assert len(said) > needless
+    assert said.count("potential_race") == len(said) - needless, said
