@@ -23,7 +23,7 @@ SHORT = (
     "intra_video_contrastive_loss_backward_kernel<float>",
     "layer_norm_parameters_kernel",
 )
-ATTENTION = "attention_kernel<bf16, 64>"
+ATTENTION = "attention_kernel<float, 64>"
 
 
 @cache
