@@ -15,7 +15,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import cnm_kernels as kernels
 from cnm_kernels import absorption
 from cnm_kernels.absorption import Projections, Source
-from cnm_kernels.ops.linear import linear_beside
 
 
 class Kept:
@@ -149,11 +148,6 @@ class MultiheadAttention(nn.Module):
         packed = kernels.linear(x, self.in_proj_weight, self.in_proj_bias, lengths=rows)
         return packed.unflatten(-1, (3, self.num_heads, -1))
 
-    def project_beside(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``project``, and x for the residual branch."""
-        packed, x = linear_beside(x, self.in_proj_weight, self.in_proj_bias, lengths=rows)
-        return packed.unflatten(-1, (3, self.num_heads, -1)), x
-
     def attend(
         self,
         query: Tensor,
@@ -224,28 +218,17 @@ class DecoderLayer(nn.Module):
         source: Source | None = None,
         *,
         last_only: bool = False,
-        shared: bool = False,
     ) -> Tensor:
-        """x [B, L, D] -> [B, L, D]; with ``last_only`` just the last position's state, [B, 1, D].
-
-        ``shared``: others may read x too; all its gradients are then added up in the order in which they come.
-        """
+        """x [B, L, D] -> [B, L, D]; with ``last_only`` just the last position's state, [B, 1, D]."""
 
         def compute(ctx: ForwardPass) -> Tensor:
-            attended = self.self_attention(x, lengths, ctx, weighting, last_only=last_only, shared=shared)
+            attended = self.self_attention(x, lengths, ctx, weighting, last_only=last_only)
             return self.after_self_attention(attended, lengths, ctx, source)
 
         return ctx.layer(compute)
 
     def self_attention(
-        self,
-        x: Tensor,
-        lengths: Tensor,
-        ctx: ForwardPass,
-        weighting: Tensor | None = None,
-        *,
-        last_only: bool = False,
-        shared: bool = False,
+        self, x: Tensor, lengths: Tensor, ctx: ForwardPass, weighting: Tensor | None = None, *, last_only: bool = False
     ) -> Tensor:
         """The layer's first sublayer."""
         attention, rows = self.self_attn, self.rows(lengths, ctx)
@@ -254,7 +237,7 @@ class DecoderLayer(nn.Module):
             source, x = Source(x, lengths, weighting), x[:, -1:]
             attended = attention.attend_to(source, x, minimize_flops=ctx.minimize_flops)
         else:
-            packed, x = (attention.project(x, rows), x) if shared else attention.project_beside(x, rows)
+            packed = attention.project(x, rows)
             with ctx.kept.results():
                 attended = attention.attend(packed, None, lengths, weighting, causal=True, rows=rows)
         return ctx.add_and_norm(attended, x, self.self_attn_layer_norm)
@@ -265,7 +248,7 @@ class DecoderLayer(nn.Module):
         if source is not None:
             attended = self.encoder_attn.attend_to(source, x, rows, minimize_flops=ctx.minimize_flops)
             x = ctx.add_and_norm(attended, x, self.encoder_attn_layer_norm)
-        hidden, x = linear_beside(x, self.fc1.weight, self.fc1.bias, relu=True, lengths=rows)
+        hidden = apply_linear(self.fc1, x, rows, relu=True)
         with ctx.kept.results():
             return ctx.add_and_norm(apply_linear(self.fc2, hidden, rows), x, self.final_layer_norm)
 
@@ -292,10 +275,10 @@ class Decoder(nn.Module):
         last_only: bool = False,
     ) -> Tensor:
         """[B, L, D]; with ``last_only`` the last position's state [B, 1, D], the last layer computing nothing else."""
-        *others, last = self.layers
-        for i, layer in enumerate(others):
-            x = layer(x, lengths, ctx, weighting, source, shared=i == 0)
-        return last(x, lengths, ctx, weighting, source, last_only=last_only, shared=not others)
+        layers = self.layers
+        for layer in layers[:-1]:
+            x = layer(x, lengths, ctx, weighting, source)
+        return layers[-1](x, lengths, ctx, weighting, source, last_only=last_only)
 
     def last_of_encoded(self, x: Tensor, lengths: Tensor, ctx: ForwardPass, source: Source) -> Tensor:
         """``forward`` with ``last_only`` from where the first of at least two layers has done its self-attention."""

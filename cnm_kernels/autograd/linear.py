@@ -1,11 +1,10 @@
-"""linear, and linear beside others that read its input."""
+"""linear."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cnm_kernels import products, reference
@@ -22,7 +21,6 @@ def _fake_backward(
     weight: Tensor,
     out: Tensor | None,
     lengths: Tensor | None,
-    d_x_added: Tensor | None,
     split: bool,
     need_x: bool,
     need_weight: bool,
@@ -49,37 +47,13 @@ def register(namespace: str) -> Callable[..., Any]:
             return reference.linear(x, weight, bias, relu, lengths)
         return operator.forward(x, weight, bias, relu, lengths, products.split(x))
 
-    def backward(ctx: Any, d_out: Tensor | None, d_x: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_out is None:
-            return (d_x, *(None,) * 5)
+            return (None,) * 6
         needs = ctx.needs_input_grad[:3]
-        gradients = operator.backward(d_out, *ctx.saved_tensors, d_x, ctx.split, *needs)
+        gradients = operator.backward(d_out, *ctx.saved_tensors, ctx.split, *needs)
         return (*(d if needed else None for d, needed in zip(gradients, needs, strict=True)), None, None, None)
-
-    class Beside(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-            out = operator.forward(*inputs)
-            ctx.set_materialize_grads(False)
-            setup_context(ctx, inputs, out)
-            return out, inputs[0]
-
-        @staticmethod
-        def backward(ctx: Any, d_out: Tensor | None, d_x: Tensor | None) -> tuple[Tensor | None, ...]:
-            return backward(ctx, d_out, d_x)
-
-    def beside(
-        x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """``linear``, and x for its other readers: the product that makes x's gradient adds theirs."""
-        plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        differentiated = torch.is_grad_enabled() and x.requires_grad
-        if plain or not differentiated or products.by_library(x, weight, lengths):
-            return linear(x, weight, bias, relu, lengths), x
-        out, passed = Beside.apply(x, weight, bias, relu, lengths, products.split(x))
-        return out, passed
 
     operator.register_fake(_fake, _fake_backward)
     operator.register_autograd(setup_context, backward)
-    linear.beside = beside  # type: ignore[attr-defined]
     return linear

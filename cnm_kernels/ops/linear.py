@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from cnm_kernels import registry
 from cnm_kernels.checks import Arguments
-from cnm_kernels.ops._call import autocast, outside_autocast, run
+from cnm_kernels.ops._call import autocast, run
 
 
 def linear(
@@ -32,28 +29,6 @@ def linear(
     Returns:
         [..., M] or [..., G, M] in the dtype of x.
     """
-    x, *others = _checked(x, weight, bias, relu, lengths)
-    return run("linear", x, x, *others)
-
-
-def linear_beside(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False, lengths: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``linear`` of x, and x itself for those that read it besides.
-
-    Who reads the second result instead of x spares a pass over the gradients: a backend that can adds theirs to its own
-    in the product that makes it, with the same result.
-    """
-    own, *others = _checked(x, weight, bias, relu, lengths)
-    beside = getattr(registry.implementation("linear", own), "beside", None)
-    if beside is None or own is not x:
-        return run("linear", own, own, *others), x
-    out, passed = outside_autocast(beside, x, x, *others)
-    return out, passed
-
-
-def _checked(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths: Tensor | None) -> list[Any]:
-    """The arguments, as backends take them."""
     check = Arguments("linear")
     (x,) = autocast(x)
     grouped = isinstance(weight, Tensor) and weight.dim() == 3
@@ -68,4 +43,4 @@ def _checked(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths
         check.floating("bias", bias, f"{group}M", own_dtype=True)
         if bias.dtype != weight.dtype:
             bias = bias.to(weight.dtype)
-    return [x, weight, bias, check.flag("relu", relu), lengths]
+    return run("linear", x, x, weight, bias, check.flag("relu", relu), lengths)

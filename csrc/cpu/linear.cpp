@@ -213,11 +213,11 @@ struct RightOperands {
     Buffer buffer_;
 };
 
-// out[N, G, columns] = x[N, G, depth] b[G][depth, columns] + bias + added: y from W^T, d_x from W. Says whether all
-// products of split operands are finite, without which `out` is not right.
+// out[N, G, columns] = x[N, G, depth] b[G][depth, columns] + bias: y from W^T, d_x from W. Says whether all products of
+// split operands are finite, without which `out` is not right.
 template <class T, class S, class E>
 bool rows_times(int64_t G, int64_t depth, int64_t columns, const Rows<T>& x, const RightOperands<E, S>& b,
-                const float* bias, T* out, bool relu, const T* added = nullptr) {
+                const float* bias, T* out, bool relu) {
     constexpr bool SPLIT = std::is_same_v<E, split2>, WRITES = DIRECT<T> && !SPLIT;  // as products are computed
     Finite finite;
     const int64_t all_columns = G * columns;
@@ -225,7 +225,6 @@ bool rows_times(int64_t G, int64_t depth, int64_t columns, const Rows<T>& x, con
     const int64_t wide = round_up(columns, W) + PAD, deep = row_of<E>(round_up(depth, W) + PAD);
     const int64_t copy_ld = round_up(x.width, W) + PAD, result_ld = round_up(all_columns, W) + PAD;
     const int64_t threads = thread_count();
-    const bool apart = added != nullptr || (WRITES && x.index != nullptr);  // a block's results, before they go to out
     struct Scratch {
         float* sums;
         T *copy, *result;
@@ -233,20 +232,19 @@ bool rows_times(int64_t G, int64_t depth, int64_t columns, const Rows<T>& x, con
         const char** lines;
         size_t bytes;
 
-        Scratch(void* memory, const Rows<T>& x, int64_t wide, int64_t deep, int64_t copy_ld, int64_t result_ld,
-                bool apart) {
+        Scratch(void* memory, const Rows<T>& x, int64_t wide, int64_t deep, int64_t copy_ld, int64_t result_ld) {
             Arena arena(memory);
             sums = arena.alloc<float>(WRITES ? 0 : ROWS * wide);
             copy = arena.alloc<T>(x.in_place() ? 0 : ROWS * copy_ld);
-            result = arena.alloc<T>(apart ? ROWS * result_ld : 0);
+            result = arena.alloc<T>(WRITES && x.index != nullptr ? ROWS * result_ld : 0);
             packed = arena.alloc<E>(std::is_same_v<T, E> ? 0 : ROWS * deep);
             lines = arena.alloc<const char*>(x.line_capacity(ROWS));
             bytes = arena.bytes();
         }
     };
-    const size_t bytes = Scratch(nullptr, x, wide, deep, copy_ld, result_ld, apart).bytes;
+    const size_t bytes = Scratch(nullptr, x, wide, deep, copy_ld, result_ld).bytes;
     parallel_for(ceil_div(x.count, ROWS), [&](int64_t block) {
-        const Scratch scratch(thread_scratch(bytes), x, wide, deep, copy_ld, result_ld, apart);
+        const Scratch scratch(thread_scratch(bytes), x, wide, deep, copy_ld, result_ld);
         const int64_t begin = block * ROWS, rows = std::min(ROWS, x.count - begin);
         const T* source = x.row(begin);
         int64_t source_ld = x.ld;
@@ -264,9 +262,9 @@ bool rows_times(int64_t G, int64_t depth, int64_t columns, const Rows<T>& x, con
             const E* right = b.data + g * b.group;
             const float* group_bias = bias == nullptr ? nullptr : bias + g * columns;
             if constexpr (WRITES) {
-                T* to = apart ? scratch.result : out + begin * all_columns;
-                const int64_t ld = apart ? result_ld : all_columns;
-                const bool streams = !apart && write.streams();
+                T* to = x.index == nullptr ? out + begin * all_columns : scratch.result;
+                const int64_t ld = x.index == nullptr ? all_columns : result_ld;
+                const bool streams = x.index == nullptr && write.streams();
                 const ResultOf<T> result{to + g * columns, ld, group_bias, 0, nullptr, 0, streams, &prefetch, relu};
                 gemm(rows, columns, elements_of<E>(depth), a, lda, 1, right, b.ld, result);
             } else {
@@ -274,48 +272,34 @@ bool rows_times(int64_t G, int64_t depth, int64_t columns, const Rows<T>& x, con
                 gemm(rows, columns, elements_of<E>(depth), a, lda, 1, right, b.ld, sums, wide, false, &prefetch);
                 Finite::Check check(finite);
                 for (int64_t r = 0; r < rows; ++r) {
-                    T* to =
-                        (apart ? scratch.result + r * result_ld : out + x.at(begin + r) * all_columns) + g * columns;
+                    T* to = out + x.at(begin + r) * all_columns + g * columns;
                     for (int64_t j = 0; j < columns; j += W) {
                         const int64_t n = columns - j;
                         Vec v = load_tail(sums + r * wide + j, n);
                         if (SPLIT) check(v);
                         if (bias != nullptr) v = v + load_tail(group_bias + j, n);
                         if (relu) v = vmax(set1(0), v);
-                        apart ? store_tail(to + j, v, n) : write(to + j, v, n);
+                        write(to + j, v, n);
                     }
                 }
             }
         }
-        for (int64_t r = 0; apart && r < rows; ++r) {
-            const int64_t at = x.at(begin + r) * all_columns;
-            const T* from = scratch.result + r * result_ld;
-            if (added == nullptr) {
-                std::memcpy(out + at, from, static_cast<size_t>(all_columns) * sizeof(T));
-                continue;
-            }
-            for (int64_t j = 0; j < all_columns; j += W) {
-                const int64_t n = all_columns - j;
-                write(out + at + j, load_tail(from + j, n) + load_tail(added + at + j, n), n);
-            }
+        for (int64_t r = 0; WRITES && x.index != nullptr && r < rows; ++r) {
+            std::memcpy(out + x.index[begin + r] * all_columns, scratch.result + r * result_ld,
+                        static_cast<size_t>(all_columns) * sizeof(T));
         }
         write.finish();
     });
     return static_cast<bool>(finite);
 }
 
-// Zeros in the rows that do not count, or what is added to them.
+// Zeros in the rows that do not count.
 template <class T>
-void clear_padding(const LinearInputs& p, T* out, int64_t width, const T* added = nullptr) {
+void clear_padding(const LinearInputs& p, T* out, int64_t width) {
     if (p.lengths == nullptr || p.sample_rows == 0) return;
     parallel_for(p.N / p.sample_rows, [&](int64_t b) {
         const int64_t length = std::clamp<int64_t>(p.lengths[b], 0, p.sample_rows);
-        const int64_t begin = (b * p.sample_rows + length) * width, end = (b + 1) * p.sample_rows * width;
-        if (added == nullptr) {
-            std::fill(out + begin, out + end, T{});
-        } else {
-            std::copy(added + begin, added + end, out + begin);
-        }
+        std::fill(out + (b * p.sample_rows + length) * width, out + (b + 1) * p.sample_rows * width, T{});
     });
 }
 
@@ -466,14 +450,13 @@ void backward(const LinearBackwardParams& p) {
                     rows.index(),
                     rows.count};
     if (p.d_x != nullptr) {
-        const T* added = static_cast<const T*>(p.d_x_added);
         in_operands<T>(p.split, [&](auto* element) {
             using E = std::remove_pointer_t<decltype(element)>;
             const RightOperands<E, S> weight(p.G, p.M, p.K, static_cast<const S*>(p.weight), p.weight_group,
                                              p.weight_row, p.weight_column);
-            return rows_times(p.G, p.M, p.K, g, weight, nullptr, static_cast<T*>(p.d_x), false, added);
+            return rows_times(p.G, p.M, p.K, g, weight, nullptr, static_cast<T*>(p.d_x), false);
         });
-        clear_padding(p, static_cast<T*>(p.d_x), p.G * p.K, added);
+        clear_padding(p, static_cast<T*>(p.d_x), p.G * p.K);
     }
     if (p.d_weight != nullptr || p.d_bias != nullptr) {
         in_operands<T>(p.split, [&](auto* element) {

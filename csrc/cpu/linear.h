@@ -33,11 +33,10 @@ struct LinearParams : LinearInputs {
 struct LinearBackwardParams : LinearInputs {
     const void* d_out;  // [N, G, M], rows `d_out_ld` elements apart
     int64_t d_out_ld;
-    const void* out;        // [N, G, M] where `relu` was on, else null
-    void* d_x;              // [N, G, K] or null: not wanted
-    const void* d_x_added;  // [N, G, K], to add to d_x, padding included, or null
-    void* d_weight;         // [G, M, K] or null
-    float* d_bias;          // [G, M] or null
+    const void* out;  // [N, G, M] where `relu` was on, else null
+    void* d_x;        // [N, G, K] or null: not wanted
+    void* d_weight;   // [G, M, K] or null
+    float* d_bias;    // [G, M] or null
 };
 
 CNM_MATRIX_KERNEL(linear, LinearParams)

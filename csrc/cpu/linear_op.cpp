@@ -112,8 +112,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& given_x,
                                             const Tensor& weight, const std::optional<Tensor>& out,
-                                            const std::optional<Tensor>& lengths,
-                                            const std::optional<Tensor>& d_x_added, bool split, bool need_x,
+                                            const std::optional<Tensor>& lengths, bool split, bool need_x,
                                             bool need_weight, bool need_bias) {
     STD_TORCH_CHECK(given_x.has_value() || !need_weight, "linear: the gradient of the weight needs x");
     std::vector<int64_t> sizes(d_out.sizes().begin(), d_out.sizes().end());
@@ -126,9 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const std::opti
     auto p = arguments.params<LinearBackwardParams>(x, split);
     const bool grouped = weight.dim() == 3;
     const RowsOf upstream(grouped ? Arguments::columns_together(d_out, arguments.weight) : d_out, p.G * p.M);
-    const std::optional<Tensor> y = packed(out), added = packed(d_x_added);
-    STD_TORCH_CHECK(!added.has_value() || (added->numel() == x.numel() && added->scalar_type() == x.scalar_type()),
-                    "linear: what is to be added does not fit the gradient");
+    const std::optional<Tensor> y = packed(out);
     const ScalarType type = weight.scalar_type();
     const Tensor d_weight = need_weight ? empty_as(weight, type) : empty({0}, type);
     const Tensor d_bias = !need_bias ? empty({0}, ScalarType::Float)
@@ -138,7 +135,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const std::opti
     p.d_out_ld = upstream.ld;
     p.out = y.has_value() ? y->const_data_ptr() : nullptr;
     p.d_x = need_x ? d_x.mutable_data_ptr() : nullptr;
-    p.d_x_added = added.has_value() ? added->const_data_ptr() : nullptr;
     p.d_weight = need_weight ? d_weight.mutable_data_ptr() : nullptr;
     p.d_bias = need_bias ? d_bias.mutable_data_ptr<float>() : nullptr;
     linear_backward(p);
@@ -151,8 +147,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const std::opti
 CNM_SCHEMAS(m) {
     m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? lengths, bool split) -> Tensor");
     m.def(
-        "linear_backward(Tensor d_out, Tensor? x, Tensor weight, Tensor? out, Tensor? lengths, "
-        "Tensor? d_x_added, bool split, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+        "linear_backward(Tensor d_out, Tensor? x, Tensor weight, Tensor? out, Tensor? lengths, bool split, "
+        "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(CNM_LIBRARY, CNM_DEVICE, m) {

@@ -106,13 +106,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
                     sum[i / 2] += weighted[n][i];
                 }
             }
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float before = tile == 0 ? 0.0f : total[r] * shrink[r];
-                total[r] = before + sum_over_lanes<4>(sum[r]);
-                inverse[r] = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
-                shrink[r] = before * inverse[r];
-            }
+            add_to_totals(tile == 0, sum, total, shrink, inverse);
 #pragma unroll
             for (int d = 0; d < D / 8; ++d) {
 #pragma unroll

@@ -132,4 +132,17 @@ void with_head_size(Dtype dtype, int64_t d, Body body) {
     });
 }
 
+// Adds a tile's sums to those of a thread's two rows. `shrink` comes in as exp of how far the maximum rose, and goes out
+// as the factor of results that were divided by the sums so far; `inverse` is 1 / total.
+__device__ __forceinline__ void add_to_totals(bool first, const float (&sum)[2], float (&total)[2], float (&shrink)[2],
+                                              float (&inverse)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float before = first ? 0.0f : total[r] * shrink[r];
+        total[r] = before + sum_over_lanes<4>(sum[r]);
+        inverse[r] = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
+        shrink[r] = before * inverse[r];
+    }
+}
+
 }  // namespace cnm::cuda

@@ -147,13 +147,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 4) attention_short_kernel(A
                     }
                 }
             }
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float old = step == 0 ? 0.0f : total[r] * shrink[r];
-                total[r] = old + sum_over_lanes<4>(sum[r]);
-                inverse[r] = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
-                shrink[r] = old * inverse[r];
-            }
+            add_to_totals(step == 0, sum, total, shrink, inverse);
             if (step > 0) {
 #pragma unroll
                 for (int n = 0; n < D / 8; ++n) {

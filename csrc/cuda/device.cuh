@@ -341,8 +341,8 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_byt
     const std::tuple<Params...> given(arguments...);
     emulator::launch(reinterpret_cast<const void*>(kernel),
                      {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
-                     {static_cast<unsigned>(threads), 1, 1}, shared_bytes, emulator::bytes_of(given),
-                     [&] { std::apply(kernel, given); });
+                     {static_cast<unsigned>(threads), 1, 1}, shared_bytes, [&] { std::apply(kernel, given); },
+                     emulator::bytes_of(given));
 }
 
 #else

@@ -49,6 +49,17 @@ def compile_object(source: Path, target: Path) -> None:
         raise RuntimeError(f"{source.name} does not compile against the emulator:\n{outcome.stderr[-4000:]}")
 
 
+def run_program(folder: Path, content: str, told: str = "") -> list[list[str]]:
+    """Words of the lines that a C++ program on the emulator prints, compiled in this folder and told this."""
+    source, program = folder / "program.cpp", folder / "program"
+    source.write_text(content, encoding="utf-8")
+    flags = [flag for flag in FLAGS if flag != "-fPIC"]
+    headers = [f"-I{path}" for path in (CSRC, CSRC / "cuda", HERE)]
+    subprocess.run([str(COMPILER), *flags, *headers, str(source), "-o", str(program)], check=True)
+    outcome = subprocess.run([str(program)], input=told, capture_output=True, text=True, check=True)
+    return [line.split() for line in outcome.stdout.splitlines()]
+
+
 def with_headers(source: Path) -> list[Path]:
     """The source and what it includes of ours, whoever includes it."""
     found, left = [source], [source]

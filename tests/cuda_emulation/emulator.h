@@ -306,8 +306,8 @@ inline std::vector<uint64_t> pointers_among(const std::vector<std::string>& argu
     return found;
 }
 
-inline void launch(const void* address, Index grid, Index threads, size_t shared_bytes,
-                   std::vector<std::string> arguments, std::function<void()> kernel) {
+inline void launch(const void* address, Index grid, Index threads, size_t shared_bytes, std::function<void()> kernel,
+                   std::vector<std::string> arguments = {}) {
     Machine& m = machine();
     if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("a grid's y and z go up to 65535");
     if (shared_bytes > m.most_shared_bytes) throw std::runtime_error("more shared memory than a block can have");

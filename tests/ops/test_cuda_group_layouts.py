@@ -9,11 +9,9 @@ and "Matrix descriptor format". What the kernels and the emulator make of them i
 from __future__ import annotations
 
 import random
-import subprocess
-from pathlib import Path
 
 import pytest
-from emulation_build import COMPILER, CSRC, FLAGS, HERE
+from emulation_build import COMPILER, run_program
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler for the emulator")
 ROWS = KEYS = 64  # of the program's tiles
@@ -153,15 +151,8 @@ def cases() -> dict[tuple[int, int, int, int], tuple[int, int] | None]:
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    folder = tmp_path_factory.mktemp("layouts")
-    source, program = folder / "layouts.cpp", folder / "layouts"
-    source.write_text(PROGRAM, encoding="utf-8")
-    includes = [f"-I{path}" for path in (CSRC, CSRC / "cuda", HERE)]
-    flags = [flag for flag in FLAGS if flag != "-fPIC"]
-    subprocess.run([str(COMPILER), *flags, *includes, str(source), "-o", str(program)], check=True)
     told = "\n".join(" ".join(map(str, case)) for case in cases())
-    outcome = subprocess.run([str(Path(program))], input=told, capture_output=True, text=True, check=True)
-    return [line.split() for line in outcome.stdout.splitlines()]
+    return run_program(tmp_path_factory.mktemp("layouts"), PROGRAM, told)
 
 
 def test_products_are_of_the_documented_places(said: list[list[str]]) -> None:

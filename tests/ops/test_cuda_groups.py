@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_probe import probe
+from cuda_probe import CSRC, probe, probe_with_mistake
 from emulated_backend import LOAD_ERRORS, NAME, seed
 from op_checks import check_gradients, check_values, gradients_of
 from op_records import DIFFERENTIABLE
@@ -18,7 +17,6 @@ from samples import run
 
 from benchmarks import gpu_predict
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(bool(LOAD_ERRORS), reason="no C++ compiler for the emulator")
 on_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
@@ -180,16 +178,11 @@ PROBED = "linear_nll:published-13x256x1112:bfloat16"
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_caught(mistake: str, tmp_path: Path) -> None:
     file, right, wrong, how = MISTAKES[mistake]
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    source = tmp_path / "csrc" / "cuda" / file
-    text = source.read_text(encoding="utf-8")
-    assert text.count(right) == 1, f"{file} no longer holds what this test takes away"
-    source.write_text(text.replace(right, wrong), encoding="utf-8")
-    outcome = probe(tmp_path / "csrc", PROBED)
+    outcome = probe_with_mistake(tmp_path, file, right, wrong, PROBED)
     assert outcome.returncode == 1, outcome.stdout + outcome.stderr
     assert any(word in outcome.stdout for word in how.split("|")), outcome.stdout
 
 
 def test_without_a_mistake_nothing_is_caught() -> None:
-    outcome = probe(ROOT / "csrc", PROBED)
+    outcome = probe(CSRC, PROBED)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr

@@ -5,13 +5,12 @@ The tests of every backend are in ``test_every_op.py``.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_probe import probe
+from cuda_probe import CSRC, probe, probe_with_mistake
 from emulated_backend import LOAD_ERRORS, NAME, seed
 from op_checks import check_gradients, check_values, gradients_of
 from op_records import DIFFERENTIABLE
@@ -25,8 +24,6 @@ from samples import run, sample, with_slow
 from step_checks import assert_trains_as_torch
 
 from cnm.training.step import STEPS
-
-ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(bool(LOAD_ERRORS), reason="no C++ compiler for the emulator")
 on_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -306,16 +303,11 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_caught(mistake: str, tmp_path: Path) -> None:
     file, right, wrong, cases = MISTAKES[mistake]
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    source = tmp_path / "csrc" / "cuda" / file
-    text = source.read_text(encoding="utf-8")
-    assert text.count(right) == 1, f"{file} no longer holds what this test takes away"
-    source.write_text(text.replace(right, wrong), encoding="utf-8")
-    outcome = probe(tmp_path / "csrc", cases)
+    outcome = probe_with_mistake(tmp_path, file, right, wrong, cases)
     assert outcome.returncode == 1, outcome.stderr
     assert "caught: " in outcome.stdout, outcome.stderr
 
 
 def test_without_a_mistake_nothing_is_caught() -> None:
-    outcome = probe(ROOT / "csrc", " ".join(sorted({case for *_, case in MISTAKES.values()})))
+    outcome = probe(CSRC, " ".join(sorted({case for *_, case in MISTAKES.values()})))
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr

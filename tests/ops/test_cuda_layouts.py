@@ -7,11 +7,8 @@ threadID_in_group = lane % 4. What the kernels and the emulator make of fragment
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
-
 import pytest
-from emulation_build import COMPILER, CSRC, FLAGS, HERE
+from emulation_build import COMPILER, run_program
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler for the emulator")
 
@@ -91,14 +88,7 @@ int main() {
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    folder = tmp_path_factory.mktemp("layouts")
-    source, program = folder / "layouts.cpp", folder / "layouts"
-    source.write_text(PROGRAM, encoding="utf-8")
-    includes = [f"-I{path}" for path in (CSRC, CSRC / "cuda", HERE)]
-    flags = [flag for flag in FLAGS if flag != "-fPIC"]
-    subprocess.run([str(COMPILER), *flags, *includes, str(source), "-o", str(program)], check=True)
-    outcome = subprocess.run([str(Path(program))], capture_output=True, text=True, check=True)
-    return [line.split() for line in outcome.stdout.splitlines()]
+    return run_program(tmp_path_factory.mktemp("layouts"), PROGRAM)
 
 
 @pytest.mark.parametrize(

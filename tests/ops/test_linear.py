@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import check_gradients, check_values
 from op_records.draw import Draw
-from op_records.linear import SAMPLES, layer
+from op_records.linear import layer
 from samples import targets
-from torch.profiler import ProfilerActivity, profile
 
 import cnm_kernels
 from cnm_kernels import registry
-from cnm_kernels.ops.linear import linear_beside
 
 OP = "linear"
 on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))
@@ -72,46 +68,6 @@ def test_frozen_weight_keeps_no_input(grouped: bool) -> None:
         gradients.append(torch.autograd.grad(out, leaves, d_out))
     for without, kept in zip(*gradients, strict=True):
         assert torch.equal(without, kept)
-
-
-@pytest.mark.parametrize("sample", ["feed-forward", "odd-3x5x37", "words-13-of-256", "groups-lengths", "heads"])
-@pytest.mark.parametrize("readers", ["both", "linear", "other"])
-@on_every_target
-def test_beside_others_the_gradients_are_the_same(
-    backend: str, device: str, dtype: torch.dtype, readers: str, sample: str
-) -> None:
-    """Bit for bit what autograd adds up, rows of padding included."""
-    inputs = SAMPLES[sample](Draw(f"beside {sample}", dtype, device))
-    options = {name: inputs[name] for name in ("relu", "lengths") if name in inputs}
-    gradients = []
-    for function in (
-        lambda x, *others: (cnm_kernels.linear(x, *others, **options), x),
-        partial(linear_beside, **options),
-    ):
-        leaves = [inputs[name].nan_to_num().requires_grad_() for name in ("x", "weight", "bias")]
-        with cnm_kernels.use_backend(backend):
-            out, x = function(*leaves)
-        draw = Draw(f"gradients {sample}", dtype, device)
-        of_out, of_x = (draw.normal(*tensor.shape) for tensor in (out, x))
-        roots = {"both": [out, x.abs()], "linear": [out], "other": [x.abs()]}[readers]
-        upstream = {"both": [of_out, of_x], "linear": [of_out], "other": [of_x]}[readers]
-        gradients.append(torch.autograd.grad(roots, leaves, upstream, allow_unused=True))
-    for separate, beside in zip(*gradients, strict=True):
-        assert (separate is None) == (beside is None)
-        assert separate is None or torch.equal(separate, beside)
-
-
-@on_every_float32
-def test_beside_others_nothing_is_added_up_by_autograd(backend: str, device: str, dtype: torch.dtype) -> None:
-    if backend != "native":
-        pytest.skip("the native backend's doing")
-    draw = Draw("added up", dtype, device)
-    x = draw.normal(3, 8).requires_grad_()
-    out, passed = linear_beside(x * 2, draw.normal(5, 8))
-    loss = out.sum() + passed.abs().sum()
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        loss.backward()
-    assert not {"aten::add", "aten::add_"} & {event.key for event in recorded.key_averages()}
 
 
 @on_every_float32
