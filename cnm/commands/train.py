@@ -58,7 +58,7 @@ def train(
     step: Annotated[
         Step | None,
         typer.Option(
-            help="lean (the default); recompute: half the memory, a tenth slower; published: no work is left out."
+            help="lean (the default); recompute: half the memory, an eighth slower; published: no work is left out."
         ),
     ] = None,
     skip_nonfinite: Annotated[
