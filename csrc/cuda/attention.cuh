@@ -132,8 +132,8 @@ void with_head_size(Dtype dtype, int64_t d, Body body) {
     });
 }
 
-// Adds a tile's sums to those of a thread's two rows. `shrink` comes in as exp of how far the maximum rose, and goes out
-// as the factor of results that were divided by the sums so far; `inverse` is 1 / total.
+// Adds a tile's sums to those of a thread's two rows. `shrink` comes in as exp of how far the maximum rose, and goes
+// out as the factor of results that were divided by the sums so far; `inverse` is 1 / total.
 __device__ __forceinline__ void add_to_totals(bool first, const float (&sum)[2], float (&total)[2], float (&shrink)[2],
                                               float (&inverse)[2]) {
 #pragma unroll

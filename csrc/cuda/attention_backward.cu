@@ -319,7 +319,7 @@ void branched_attention_backward(const BranchedAttentionBackwardParams& p) {
     const bool aligned = rows_aligned(p.dtype, p.d, {p.query, p.key, p.value, p.d_out, p.d_query, p.d_key, p.d_value});
     const int64_t rows = ceil_div(p.Lq, TILE), keys = ceil_div(p.Lk, TILE);
     if (fits.possible) {
-        attention_backward_short(p, d_weight_parts);
+        attention_backward_short(p, fits.sees_all_heads, d_weight_parts);
     } else if (heads > 0) {
         with_head_size(p.dtype, p.d, [&](auto* type, auto size) {
             using T = std::remove_pointer_t<decltype(type)>;

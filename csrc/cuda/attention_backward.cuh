@@ -37,6 +37,6 @@ struct ShortBackward {
     bool sees_all_heads;  // a block has all heads of a sample, and sums the gradient of their keys' weights itself
 };
 ShortBackward short_backward(const BranchedAttentionBackwardParams& p);
-void attention_backward_short(const BranchedAttentionBackwardParams& p, float* d_weight_parts);
+void attention_backward_short(const BranchedAttentionBackwardParams& p, bool merged, float* d_weight_parts);
 
 }  // namespace cnm::cuda

@@ -52,21 +52,8 @@ __device__ __forceinline__ void copy_some(T* tile, const T* from, int64_t row_st
     constexpr int PER = PER_VEC16B<T>, PIECES = D / PER, STRIDE = tile_stride<T>(D);
     for (int i = own; i < rows * PIECES; i += count) {
         const int r = i / PIECES, c = i % PIECES * PER;
-        const T* const row = from + (first + r) * row_stride + c;
-        T* const to = tile + r * STRIDE + c;
-        const bool inside = first + r < end;
-        if (aligned) {
-            copy_async(to, row, inside && c < columns);
-        } else {
-#pragma unroll
-            for (int k = 0; k < PER; ++k) {
-                if (inside && c + k < columns) {
-                    to[k] = load(row + k);
-                } else {
-                    from_float(to + k, 0.0f);
-                }
-            }
-        }
+        const T* const row = first + r < end ? from + (first + r) * row_stride : nullptr;
+        copy_piece(tile + r * STRIDE + c, row, c, columns, aligned);
     }
 }
 
@@ -266,9 +253,8 @@ ShortBackward short_backward(const BranchedAttentionBackwardParams& p) {
     return {possible, possible && weighted && p.H * warps <= MOST_WARPS && p.H * bytes <= most};
 }
 
-void attention_backward_short(const BranchedAttentionBackwardParams& p, float* d_weight_parts) {
+void attention_backward_short(const BranchedAttentionBackwardParams& p, bool merged, float* d_weight_parts) {
     const bool aligned = rows_aligned(p.dtype, p.d, {p.query, p.key, p.value, p.d_out, p.d_query, p.d_key, p.d_value});
-    const bool merged = short_backward(p).sees_all_heads;
     const int warps = static_cast<int>(ceil_div(p.Lk, 16)), heads = merged ? static_cast<int>(p.H) : 1;
     with_head_size(p.dtype, p.d, [&](auto* type, auto size) {
         using T = std::remove_pointer_t<decltype(type)>;

@@ -24,20 +24,8 @@ __device__ __forceinline__ void copy_swizzled(T* tile, const T* from, int64_t ro
     constexpr int PER = PER_VEC16B<T>;
     for (int i = thread(); i < rows * PIECES; i += threads()) {
         const int r = i / PIECES, c = i % PIECES;
-        const T* const piece = from + r * row_stride + c * PER;
-        T* const to = tile + r * D + (c ^ (r % 8)) * PER;
-        if (aligned) {
-            copy_async(to, piece, r < end && c * PER < columns);
-        } else {
-#pragma unroll
-            for (int k = 0; k < PER; ++k) {
-                if (r < end && c * PER + k < columns) {
-                    to[k] = load(piece + k);
-                } else {
-                    from_float(to + k, 0.0f);
-                }
-            }
-        }
+        const T* const row = r < end ? from + r * row_stride : nullptr;
+        copy_piece(tile + r * D + (c ^ (r % 8)) * PER, row, c * PER, columns, aligned);
     }
 }
 

@@ -339,10 +339,11 @@ struct Grid {
 template <class... Params, class... Arguments>
 void launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_bytes, const Arguments&... arguments) {
     const std::tuple<Params...> given(arguments...);
-    emulator::launch(reinterpret_cast<const void*>(kernel),
-                     {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
-                     {static_cast<unsigned>(threads), 1, 1}, shared_bytes, [&] { std::apply(kernel, given); },
-                     emulator::bytes_of(given));
+    emulator::launch(
+        reinterpret_cast<const void*>(kernel),
+        {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
+        {static_cast<unsigned>(threads), 1, 1}, shared_bytes, [&] { std::apply(kernel, given); },
+        emulator::bytes_of(given));
 }
 
 #else

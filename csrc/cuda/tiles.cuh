@@ -183,6 +183,24 @@ __device__ __forceinline__ void add_weighted(float (&out)[D][4], const float (&c
 __device__ __forceinline__ int row_of(int i) { return lane() / 4 + 8 * (i / 2); }
 __device__ __forceinline__ int column_of(int i) { return 2 * (lane() % 4) + i % 2; }
 
+// Starts to copy sixteen bytes of a row, from column c on: zeros behind the columns, or where there is no row.
+template <class T>
+__device__ __forceinline__ void copy_piece(T* to, const T* row, int c, int columns, bool aligned) {
+    if (aligned) {
+        const bool inside = row != nullptr && c < columns;
+        copy_async(to, inside ? row + c : nullptr, inside);
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < PER_VEC16B<T>; ++k) {
+        if (row != nullptr && c + k < columns) {
+            to[k] = load(row + c + k);
+        } else {
+            from_float(to + k, 0.0f);
+        }
+    }
+}
+
 // Starts to copy ROWS rows of COLUMNS numbers into a tile; row_at(r) points to row r, or is null where there is none.
 // Zeros fill what is not there. The whole block takes part; who reads waits (wait_async) and meets at a barrier first.
 template <int ROWS, int COLUMNS, class T, class RowAt>
@@ -190,21 +208,7 @@ __device__ __forceinline__ void copy_tile(T* tile, int columns, bool aligned, Ro
     constexpr int PER = PER_VEC16B<T>, PIECES = COLUMNS / PER;
     for (int i = thread(); i < ROWS * PIECES; i += threads()) {
         const int r = i / PIECES, c = i % PIECES * PER;
-        const T* const row = row_at(r);
-        T* const to = tile + r * stride + c;
-        if (aligned) {
-            const bool inside = row != nullptr && c < columns;
-            copy_async(to, inside ? row + c : nullptr, inside);
-        } else {
-#pragma unroll
-            for (int k = 0; k < PER; ++k) {
-                if (row != nullptr && c + k < columns) {
-                    to[k] = load(row + c + k);
-                } else {
-                    from_float(to + k, 0.0f);
-                }
-            }
-        }
+        copy_piece(tile + r * stride + c, row_at(r), c, columns, aligned);
     }
 }
 

@@ -226,8 +226,8 @@ MISTAKES = {
     ),
     "a row's pieces not where they are read": (
         "attention_short.cu",
-        "T* const to = tile + r * D + (c ^ (r % 8)) * PER;",
-        "T* const to = tile + r * D + c * PER;",
+        "copy_piece(tile + r * D + (c ^ (r % 8)) * PER,",
+        "copy_piece(tile + r * D + c * PER,",
         "gaussian_attention:clips-50:bfloat16",
     ),
     "no barrier before delta is summed": (
