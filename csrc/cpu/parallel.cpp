@@ -7,6 +7,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "contention.h"
+
 namespace cnm {
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
@@ -18,15 +20,19 @@ Buffer::Buffer(size_t bytes) {
 }
 
 void parallel_chunks(int64_t chunks, void (*body)(int64_t, void*), void* context) {
-    if (chunks <= 1) {
-        if (chunks == 1) body(0, context);
+    thread_local Contention contention;
+    const int64_t all = thread_count(), threads = std::min(all, chunks);
+    if (threads <= 1 || contention.alone()) {
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) body(chunk, context);
         return;
     }
-    const int64_t threads = std::min(thread_count(), chunks);
     std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const bool measures = contention.measures() && threads == all;
+    torch::stable::parallel_for(0, threads, 1, [&, caller = &contention](int64_t, int64_t) {
         for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) body(chunk, context);
+        if (measures) caller->add(core_time_since_last_call());
     });
+    if (measures) contention.decide();
 }
 
 void* thread_scratch(size_t bytes) {
