@@ -28,10 +28,11 @@ def sample(op: str, name: str, dtype: torch.dtype, device: str = "cpu") -> Input
     return RECORDS[op].samples[name](Draw(f"{op} {name}", dtype, device))
 
 
-def targets(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Any]:
-    """pytest parameters (backend, device, dtype): everything that can run ``op`` in this process."""
+def targets(op: str, dtypes: Sequence[torch.dtype] = DTYPES, *, large: bool = False) -> list[Any]:
+    """pytest parameters (backend, device, dtype): everything that can run ``op`` in this process. ``large`` ones are
+    slow where a GPU's kernels run on the CPU."""
     return [
-        pytest.param(backend, device, dtype, id=name, marks=marks)
+        pytest.param(backend, device, dtype, id=name, marks=_marks(marks, backend, device, large))
         for backend, device, dtype, name, marks in _targets(op, dtypes)
     ] + _missing_devices(3)
 
@@ -43,11 +44,6 @@ def cases(
 ) -> list[Any]:
     """pytest parameters (op, name, backend, device, dtype): these samples on everything that can run them. ``large``
     ones are slow where a GPU's kernels run on the CPU."""
-
-    def marks_of(op: str, name: str, backend: str, device: str, marks: list[Any]) -> list[Any]:
-        stands_in = device == "cpu" and backend not in ("native", "torch")
-        return [*marks, pytest.mark.slow] if stands_in and name in large.get(op, ()) else marks
-
     return [
         pytest.param(
             op,
@@ -56,7 +52,7 @@ def cases(
             device,
             dtype,
             id=f"{op}-{name}-{target}",
-            marks=marks_of(op, name, backend, device, marks),
+            marks=_marks(marks, backend, device, name in large.get(op, ())),
         )
         for op, samples in names.items()
         for backend, device, dtype, target, marks in _targets(op, dtypes)
@@ -67,6 +63,11 @@ def cases(
 def with_slow(names: Iterable[str], slow: Collection[str]) -> list[Any]:
     """pytest parameters: these names, those of ``slow`` with its mark."""
     return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
+
+
+def _marks(marks: list[Any], backend: str, device: str, large: bool) -> list[Any]:
+    stands_in = device == "cpu" and backend not in ("native", "torch")
+    return [*marks, pytest.mark.slow] if stands_in and large else marks
 
 
 def _targets(op: str, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, str, torch.dtype, str, list[Any]]]:

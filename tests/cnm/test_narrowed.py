@@ -68,6 +68,7 @@ def test_a_copy_that_changes_before_the_backward_is_noticed(weight: Tensor) -> N
         out.sum().backward()
 
 
+@pytest.mark.slow
 def test_a_compiled_function_casts_by_itself(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "_dtype_of_products", lambda x: x.dtype)
     x = torch.randn(3, 4, dtype=BF16)

@@ -20,7 +20,7 @@ D, H, B = 32, 4, 3
 BOUND = {torch.float64: 1e-9, torch.float32: 1e-5}
 TIMES_PLAIN = 4
 EXPERIMENTS = {"CNM": tiny(CNM), "CPL": tiny(CPL)}
-EVERYWHERE = targets("weighted_attention", (torch.float64, torch.float32, torch.bfloat16))
+EVERYWHERE = targets("weighted_attention", (torch.float64, torch.float32, torch.bfloat16), large=True)
 FUTURE = torch.full((5, 5), -torch.inf).triu(1)
 PREFIX = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 1, 1, 1, 1]])
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from samples import with_slow
 
 from cnm_kernels import constants
 
@@ -68,6 +69,6 @@ def test_vectors(isa: str, tmp_path: Path) -> None:
     compile_and_run(isa, [PROGRAMS / "check_simd.cpp"], tmp_path)
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", with_slow(INSTRUCTION_SETS, {"avx512bf16", "amx"}))  # long to compile
 def test_matrix_products(isa: str, tmp_path: Path) -> None:
     compile_and_run(isa, [PROGRAMS / "check_gemm.cpp", KERNELS / "gemm.cpp"], tmp_path)

@@ -71,6 +71,7 @@ for _ in range(200):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/thread-self/schedstat").exists(), reason="the system does not say how long threads wait"
 )

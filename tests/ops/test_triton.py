@@ -152,6 +152,7 @@ def test_tuning_keeps_the_fastest_that_runs(tmp_path, monkeypatch: pytest.Monkey
     configurations.tuned.cache_clear()
 
 
+@pytest.mark.slow
 def test_every_class_that_is_tuned_is_one_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls run too, at a hundredth of their size."""
     autotune = importlib.import_module("cnm_kernels.triton.autotune")
