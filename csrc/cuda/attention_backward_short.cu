@@ -170,7 +170,8 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
                     terms[q][i % 2] += e[q][i] * mine.weights[row_of(i)] * d_p[q][i];
                 }
             }
-            mine.parts[column_summed(lane())] = sum_of_columns(terms);
+            const float part = sum_of_columns(terms);  // of two lanes each
+            if (lane() / 4 % 2 == 0) mine.parts[column_summed(lane())] = part;
         }
         sync_block();
         if (own >= last) continue;
