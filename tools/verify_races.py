@@ -79,9 +79,8 @@ def ops() -> Iterator[torch.Tensor]:
         yield cnm_kernels.gaussian_attention(q, k, v, center, width, alpha=5.5)
     x, residual = heads(9, 256, dtype=torch.float32), heads(9, 256, dtype=torch.float32)
     weight, bias = torch.ones(256, requires_grad=True), torch.zeros(256, requires_grad=True)
-    yield cnm_kernels.dropout_add_layer_norm(
-        x, residual, weight, bias, p=0.0, seed=1
-    )  # what is dropped decides on branches
+    # Nothing is dropped, for that would decide on branches.
+    yield cnm_kernels.dropout_add_layer_norm(x, residual, weight, bias, p=0.0, seed=1)
     yield cnm_kernels.dropout(x, p=0.1, seed=1)
     nll = [torch.rand(37, requires_grad=True) for _ in range(3)]
     yield cnm_kernels.intra_video_contrastive_loss(*nll, beta_1=0.1, beta_2=0.15)
