@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import __main__ as runner
 from benchmarks import machine, measure, memory, report
+from benchmarks.bench_layer_norm import layer_norm_case
 from benchmarks.op_case import relative_error
 from benchmarks.random_masks import P_DROP, kept_by
 from benchmarks.registry import OURS, Case, Contender, Goal, Refused, Table, tables
@@ -162,6 +163,15 @@ def test_a_wrong_rival_is_refused_and_not_timed(no_memory: None) -> None:
     assert "gradient of center" in records["wrong gradient"]["reason"]
     assert records["broken"]["status"] == "failed"
     assert "RuntimeError" in records["broken"]["reason"]
+
+
+def test_a_rival_may_err_as_plain_pytorch_does(no_memory: None) -> None:
+    """Whose LayerNorm adds many rows up less exactly than our reference."""
+    case = layer_norm_case(25600, 8, torch.bfloat16)
+    right = case.contenders["eager"].function
+    case.contenders["wrong"] = Contender(lambda weight, **arguments: right(weight=1.5 * weight, **arguments))
+    records = measured(case, {"eager", "wrong"})
+    assert (records["eager"]["status"], records["wrong"]["status"]) == ("measured", "refused")
 
 
 def test_nothing_is_timed_when_ours_is_wrong(no_memory: None) -> None:
