@@ -33,6 +33,14 @@ def extreme_vocabulary(inputs: Inputs) -> Inputs:
     return inputs | {"hidden": 100 * inputs["hidden"].sign(), "weight": 12 * inputs["weight"].sign()}
 
 
+def sloped(inputs: Inputs, slope: float) -> Inputs:
+    """Each word's bias beyond the one before it: the largest logit comes first, or later tile by tile. The same logits
+    from a large weight make large gradients of ``hidden``."""
+    bias = inputs["bias"]
+    bias = bias + slope * torch.arange(bias.size(0), device=bias.device).to(bias.dtype)
+    return inputs | {"bias": bias, "hidden": inputs["hidden"] / 16, "weight": inputs["weight"] * 16}
+
+
 def float32_parameters(inputs: Inputs) -> Inputs:
     """Parameters in float32, or wider where the rest is, of values that the rest's dtype holds."""
     wide = torch.promote_types(inputs["weight"].dtype, torch.float32)
@@ -99,6 +107,8 @@ SAMPLES: dict[str, Builder] = {
     "no-rows": lambda draw: vocabulary(draw, 0, 5, 8, 11),
     "no-tokens": lambda draw: vocabulary(draw, 3, 0, 8, 11),
     "extreme-logits": lambda draw: extreme_vocabulary(vocabulary(draw, 3, 5, 8, 11)),
+    "rising-logits": lambda draw: sloped(vocabulary(draw, 2, 5, 256, 330), 0.0625),
+    "falling-logits": lambda draw: sloped(vocabulary(draw, 2, 5, 256, 330), -0.0625),
     "strided": lambda draw: strided(vocabulary(draw, 3, 5, 8, 11, lengths=(2, 5, 1))),
     "misaligned": lambda draw: misaligned(vocabulary(draw, 3, 5, 8, 11)),
     "float32-parameters": lambda draw: float32_parameters(vocabulary(draw, 3, 5, 21, 150)),

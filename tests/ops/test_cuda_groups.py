@@ -143,6 +143,18 @@ MISTAKES = {
         "        settle(out);\n    }\n};",
         "in flight",
     ),
+    "no wait for the products": (
+        TILES,
+        "                wait_group<1>();  // for the products of tile + 1\n",
+        "",
+        "is not what",
+    ),
+    "no wait before sums are scaled": (
+        TILES,
+        "                    wait_group<0>();\n                    settle(out);\n                    rescale();",
+        "                    settle(out);\n                    rescale();",
+        "is not what",
+    ),
     "no commit": (TILES, "        commit_group();\n    }", "    }", "is not what|other bits|in flight"),
     "no swizzle": (GROUPS, "(piece % PIECES ^ r % SWIZZLE_ROWS) * 16", "piece % PIECES * 16", "is not what"),
     "a tile that begins anywhere": (
@@ -172,17 +184,22 @@ MISTAKES = {
     ),
 }
 PROBED = "linear_nll:published-13x256x1112:bfloat16"
+# A rising maximum waits for everything; small logits hardly scale a sum.
+PROBED_BY = {
+    "no wait for the products": "linear_nll:falling-logits:bfloat16",
+    "no wait before sums are scaled": "linear_nll:rising-logits:bfloat16",
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_caught(mistake: str, tmp_path: Path) -> None:
     file, right, wrong, how = MISTAKES[mistake]
-    outcome = probe_with_mistake(tmp_path, file, right, wrong, PROBED)
+    outcome = probe_with_mistake(tmp_path, file, right, wrong, PROBED_BY.get(mistake, PROBED))
     assert outcome.returncode == 1, outcome.stdout + outcome.stderr
     assert any(word in outcome.stdout for word in how.split("|")), outcome.stdout
 
 
 def test_without_a_mistake_nothing_is_caught() -> None:
-    outcome = probe(CSRC, PROBED)
+    outcome = probe(CSRC, " ".join([PROBED, *PROBED_BY.values()]))
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
