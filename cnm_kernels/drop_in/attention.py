@@ -375,4 +375,4 @@ def in_silence() -> Iterator[None]:
 def _say_once(what: str) -> None:
     if what not in _said:
         _said.add(what)
-        warnings.warn(f"cnm_kernels.accelerate: {what}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"cnm_kernels.accelerate: {what}", RuntimeWarning, stacklevel=6)

@@ -114,8 +114,9 @@ def test_a_mask_for_each_sample_and_head() -> None:
     x, mask = draw(5, B, D), draw(B * H, 5, 5, seed=3)
     wanted = module(x, x, x, attn_mask=mask)
     cnm_kernels.accelerate(module)
-    with pytest.warns(RuntimeWarning, match="other than a causal one"):
+    with pytest.warns(RuntimeWarning, match="other than a causal one") as said:
         found = module(x, x, x, attn_mask=mask)
+    assert said[0].filename == __file__  # the line that calls the module
     torch.testing.assert_close(found, wanted)
 
 
