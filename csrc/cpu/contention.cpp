@@ -19,8 +19,14 @@ constexpr milliseconds WINDOW(50);           // measured at a time: several of t
 constexpr milliseconds SHORTEST_PAUSE(200);  // alone before all threads are tried again; doubled up to the longest
 constexpr milliseconds LONGEST_PAUSE(3200);  // tries take 50 of so many milliseconds: less than 2%
 
+struct CoreTime {
+    int64_t run = 0;
+    int64_t wait = 0;
+};
+
 #ifdef __linux__
 
+// The calling thread's, by Linux's own account; zeros where there is none.
 CoreTime core_time() {
     struct File {
         const int descriptor = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
@@ -48,23 +54,19 @@ bool better_alone(CoreTime time, int64_t elapsed) { return time.wait * 3 > elaps
 
 }  // namespace
 
-CoreTime core_time_since_last_call() {
-    thread_local CoreTime last;
-    const CoreTime now = core_time(), before = last;
-    last = now;
-    return {now.run - before.run, now.wait - before.wait};
-}
-
 bool Contention::alone() {
-    now_ = Clock::now();
-    if (alone_ && now_ >= retry_) alone_ = measuring_ = false;
-    measures_ = !alone_ && (!measuring_ || now_ - begun_ >= WINDOW);
+    const Clock::time_point now = Clock::now();
+    if (alone_ && now >= retry_) alone_ = measuring_ = false;
+    measures_ = !alone_ && (!measuring_ || now - begun_ >= WINDOW);
     return alone_;
 }
 
-void Contention::add(CoreTime time) {
-    run_.fetch_add(time.run, std::memory_order_relaxed);
-    wait_.fetch_add(time.wait, std::memory_order_relaxed);
+void Contention::add_own_time() {
+    thread_local CoreTime last;
+    const CoreTime now = core_time();
+    run_.fetch_add(now.run - last.run, std::memory_order_relaxed);
+    wait_.fetch_add(now.wait - last.wait, std::memory_order_relaxed);
+    last = now;
 }
 
 void Contention::decide() {

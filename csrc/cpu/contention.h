@@ -10,38 +10,28 @@
 
 namespace cnm {
 
-// Nanoseconds that threads ran, and that they were ready to run and had no core.
-struct CoreTime {
-    int64_t run = 0;
-    int64_t wait = 0;
-};
-
-// The calling thread's since its last call of this function, by Linux's own account; zeros where there is none.
-CoreTime core_time_since_last_call();
-
 // Watches the loops of one calling thread.
 class Contention {
   public:
     // Whether the next loop is to run in the calling thread alone. Asked once before each loop.
     bool alone();
 
-    // Whether all threads are to add their time to `add` in the loop that was asked about last.
+    // Whether every thread is to call add_own_time() in the loop that was asked about last, and the caller decide()
+    // behind it.
     bool measures() const { return measures_; }
-    void add(CoreTime time);
-
-    // After a loop that measures.
+    void add_own_time();
     void decide();
 
   private:
     using Clock = std::chrono::steady_clock;
 
-    Clock::time_point now_;    // of the last loop asked about
     Clock::time_point begun_;  // of the time that is measured
     Clock::time_point retry_;  // until then the caller computes alone
     Clock::duration pause_{};  // how long it did, the last time
     bool alone_ = false;
     bool measuring_ = false;  // a loop has begun what is measured
     bool measures_ = false;   // the loop asked about last begins or ends it
+    // Of all threads: nanoseconds that they ran, and that they were ready to run and had no core.
     std::atomic<int64_t> run_{0}, wait_{0};
 };
 

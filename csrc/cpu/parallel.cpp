@@ -30,7 +30,7 @@ void parallel_chunks(int64_t chunks, void (*body)(int64_t, void*), void* context
     const bool measures = contention.measures() && threads == all;
     torch::stable::parallel_for(0, threads, 1, [&, caller = &contention](int64_t, int64_t) {
         for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) body(chunk, context);
-        if (measures) caller->add(core_time_since_last_call());
+        if (measures) caller->add_own_time();
     });
     if (measures) contention.decide();
 }
