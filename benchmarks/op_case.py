@@ -70,7 +70,6 @@ def op_case(
     label = str(dtype).removeprefix("torch.")
     expected: dict[str, tuple[Tensor, ...]] = {}
     reference_errors: dict[torch.dtype, dict[str, float]] = {}
-    plain_errors: dict[torch.dtype, dict[str, float]] = {}
 
     def call_of(function: Callable[..., Any], compute: torch.dtype) -> Callable[[], Result]:
         arguments = arguments_of(inputs(), differentiable, dtype, compute)
@@ -108,6 +107,13 @@ def op_case(
         pairs = zip(names, (*outputs, *gradients), wanted, strict=True)
         return {key: relative_error(got, want) for key, got, want in pairs}
 
+    def errors_of_plain(result: Result, compute: torch.dtype) -> dict[str, float]:
+        """What the case's own reference errs in this dtype, with what the result drew."""
+        if reference is None:
+            return {}
+        drawn = recover(inputs(), result) if recover else {}
+        return errors_of(call_of(lambda **given: reference(**given, **drawn), compute)())
+
     def verify(contender: str, call: Callable[[], Any]) -> dict[str, float]:
         entry = contenders[contender]
         if entry.bound:
@@ -120,12 +126,8 @@ def op_case(
                 reference_errors[compute] = errors_of(call_of(ours, compute)())
         allowed, roundings = reference_errors[compute], ROUNDINGS_OURS
         if contender != OURS:
-            roundings = ROUNDINGS_RIVAL
-            if reference is not None:
-                if compute not in plain_errors:
-                    drawn = recover(inputs(), result) if recover else {}
-                    plain_errors[compute] = errors_of(call_of(lambda **given: reference(**given, **drawn), compute)())
-                allowed = {key: max(error, plain_errors[compute][key]) for key, error in allowed.items()}
+            roundings, plain = ROUNDINGS_RIVAL, errors_of_plain(result, compute)
+            allowed = {key: max(error, plain.get(key, 0.0)) for key, error in allowed.items()}
         for key, error in errors.items():
             limit = TIMES_REFERENCE * allowed[key] + roundings * rounding(compute)
             if not error <= limit:
