@@ -99,7 +99,7 @@ def test_a_row_is_predicted() -> None:
     row = next(row for row in rows(quick=True) if row.name.startswith("attention 50x50"))
     forward, backward = gpu_predict.predict(row, gpu_predict.Model())
     assert [launch.kernel for launch in forward] == ["attention_short_kernel<bf16>"]
-    assert [launch.kernel for launch in backward] == ["attention_backward_short_kernel<bf16, 64>"]
+    assert [launch.kernel for launch in backward] == ["attention_backward_short_kernel<bf16, 64, true>"]
     for launch in forward + backward:
         assert launch.unexplained < 0.15, launch
         assert launch.time < 10, launch

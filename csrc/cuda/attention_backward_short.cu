@@ -15,6 +15,7 @@ namespace cuda {
 namespace {
 
 constexpr int QUERIES = 16;
+constexpr int COLUMNS = 32;  // of dQ that a warp computes at a time
 constexpr int MOST_WARPS = 16, MOST_THREADS = MOST_WARPS * WARP;
 constexpr int64_t MOST_HEADS = 65535;  // of a grid's y
 
@@ -68,7 +69,8 @@ __device__ __forceinline__ float sum_of_columns(const float (&c)[2][2]) {
 }
 __device__ __forceinline__ int column_summed(int lane) { return lane / 16 * 8 + 2 * (lane % 4) + lane / 8 % 2; }
 
-template <class T, int D>
+// WEIGHTED: whether the keys have weights.
+template <class T, int D, bool WEIGHTED>
 __global__ void __launch_bounds__(MOST_THREADS, 1)
     attention_backward_short_kernel(BranchedAttentionBackwardParams p, float* d_weight_parts, int warps, bool merged,
                                     bool aligned) {
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
         copy(mine.keys, p.key, own_key, limit, 16, lane(), WARP);
         copy(mine.values, p.value, own_key, limit, 16, lane(), WARP);
         copy_queries(0);
-        if (lane() < 16) mine.weights[lane()] = key_weight_of(p, p.branches, b, 0, own_key + lane(), limit);
+        if (WEIGHTED && lane() < 16) mine.weights[lane()] = key_weight_of(p, p.branches, b, 0, own_key + lane(), limit);
     }
 
     float d_key[D / 8][4], d_value[D / 8][4], along_keys[2] = {0, 0};
@@ -115,26 +117,33 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
     };
     const auto store_d_query = [&](int first_row) {
         if (p.d_query.data == nullptr) return;
-        for (int unit = warps - 1 - own; unit < D / 16; unit += warps) {  // the last warps have fewest keys
-            const int column = unit * 16;
-            float sum[2][4];
+        for (int unit = warps - 1 - own; unit < D / COLUMNS; unit += warps) {  // the last warps have fewest keys
+            const int column = unit * COLUMNS;
+            float sum[COLUMNS / 8][4];
             clear(sum);
             const T* scores = head.of_keys(0).d_scores + (lane() % 8 + lane() / 16 * 8) * SCORES + lane() / 8 % 2 * 8;
             const T* keys = head.of_keys(0).keys + column;
 #pragma unroll 1
             for (int left = reach(first_row); left > 0; --left) {
                 RowsOperand<T> rows;
-                ColumnsOperand<T> columns[2];
                 load_matrix_transposed(rows.r, scores);
-                load_columns_of_sum(columns, keys, STRIDE);
-                multiply(sum[0], rows, columns[0]);
-                multiply(sum[1], rows, columns[1]);
+#pragma unroll
+                for (int n = 0; n < COLUMNS / 8; n += 2) {
+                    ColumnsOperand<T> columns[2];
+                    load_columns_of_sum(columns, keys + 8 * n, STRIDE);
+                    multiply(sum[n], rows, columns[0]);
+                    multiply(sum[n + 1], rows, columns[1]);
+                }
                 scores += APART;
                 keys += APART;
             }
-            store_columns<T>(sum[0], sum[1], scale, d - column, aligned, [&](int r) -> T* {
-                return first_row + r < Lq ? row_of_head<T>(p.d_query, b, h, first_row + r) + column : nullptr;
-            });
+#pragma unroll
+            for (int n = 0; n < COLUMNS / 8; n += 2) {
+                const int from = column + 8 * n;
+                store_columns<T>(sum[n], sum[n + 1], scale, d - from, aligned, [&](int r) -> T* {
+                    return first_row + r < Lq ? row_of_head<T>(p.d_query, b, h, first_row + r) + from : nullptr;
+                });
+            }
         }
     };
 
@@ -167,7 +176,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
                     const int row = 8 * q + column_of(i), key = own_key + row_of(i);
                     e[q][i] = exponential(rounded_product(e[q][i], scale) - stats[2 * row]) * stats[2 * row + 1];
                     if (crossed && (key >= limit || (p.causal && key > first_row + row))) e[q][i] = 0.0f;
-                    terms[q][i % 2] += e[q][i] * mine.weights[row_of(i)] * d_p[q][i];
+                    terms[q][i % 2] += (WEIGHTED ? e[q][i] * mine.weights[row_of(i)] : e[q][i]) * d_p[q][i];
                 }
             }
             const float part = sum_of_columns(terms);  // of two lanes each
@@ -177,7 +186,8 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
         if (own >= last) continue;
         float delta = 0;
 #pragma unroll 1
-        for (int w = 0; w < last; ++w) delta += head.of_keys(w).parts[lane() % QUERIES];
+        for (int w = lane() / QUERIES; w < last; w += 2) delta += head.of_keys(w).parts[lane() % QUERIES];
+        delta += shuffle_xor(delta, QUERIES);
         if (lane() < QUERIES) mine.deltas[lane()] = delta;
         sync_warp();
         float d_s[2][4], probability[2][4];
@@ -185,9 +195,9 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
         for (int q = 0; q < 2; ++q) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float weight = mine.weights[row_of(i)];
                 const float centered = e[q][i] * (d_p[q][i] - mine.deltas[8 * q + column_of(i)]);
-                along_keys[i / 2] += centered;
+                const float weight = WEIGHTED ? mine.weights[row_of(i)] : 1.0f;
+                if (WEIGHTED) along_keys[i / 2] += centered;
                 d_s[q][i] = centered * weight;
                 probability[q][i] = e[q][i] * weight;
             }
@@ -217,26 +227,28 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
     store_keys(p.d_key, d_key, scale);
     store_keys(p.d_value, d_value, 1.0f);
 
-    if (!merged && d_weight_parts == nullptr) return;
+    if constexpr (WEIGHTED) {
+        if (!merged && d_weight_parts == nullptr) return;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const float sum = sum_over_lanes<4>(along_keys[r]);
-        const int key = own_key + row_of(2 * r);
-        if (lane() % 4 != 0) continue;
-        if (merged) {
-            head.of_keys(own).d_weights[row_of(2 * r)] = sum;
-        } else if (key < Lk) {
-            store(d_weight_parts + (static_cast<int64_t>(b) * heads + h) * Lk + key, sum);
+        for (int r = 0; r < 2; ++r) {
+            const float sum = sum_over_lanes<4>(along_keys[r]);
+            const int key = own_key + row_of(2 * r);
+            if (lane() % 4 != 0) continue;
+            if (merged) {
+                head.of_keys(own).d_weights[row_of(2 * r)] = sum;
+            } else if (key < Lk) {
+                store(d_weight_parts + (static_cast<int64_t>(b) * heads + h) * Lk + key, sum);
+            }
         }
+        if (!merged) return;
+        sync_block();
+        finish_key_weights(p, b, 0, Head<T, D>::at(0, warps).of_keys(0).parts, [&](int64_t j) {
+            float sum = 0;
+            for (int other = 0; other < heads; ++other)
+                sum += Head<T, D>::at(other, warps).of_keys(j / 16).d_weights[j % 16];
+            return sum;
+        });
     }
-    if (!merged) return;
-    sync_block();
-    finish_key_weights(p, b, 0, Head<T, D>::at(0, warps).of_keys(0).parts, [&](int64_t j) {
-        float sum = 0;
-        for (int other = 0; other < heads; ++other)
-            sum += Head<T, D>::at(other, warps).of_keys(j / 16).d_weights[j % 16];
-        return sum;
-    });
 }
 
 int64_t bytes_of_head(int64_t d, int warps) {
@@ -257,12 +269,14 @@ ShortBackward short_backward(const BranchedAttentionBackwardParams& p) {
 void attention_backward_short(const BranchedAttentionBackwardParams& p, bool merged, float* d_weight_parts) {
     const bool aligned = rows_aligned(p.dtype, p.d, {p.query, p.key, p.value, p.d_out, p.d_query, p.d_key, p.d_value});
     const int warps = static_cast<int>(ceil_div(p.Lk, 16)), heads = merged ? static_cast<int>(p.H) : 1;
+    const bool weighted = p.key_weight != nullptr || p.center != nullptr;
     with_head_size(p.dtype, p.d, [&](auto* type, auto size) {
         using T = std::remove_pointer_t<decltype(type)>;
         if constexpr (sizeof(T) == 2 && size() <= 64) {
-            launch(attention_backward_short_kernel<T, size()>, {p.B, p.H / heads}, heads * warps * WARP,
-                   static_cast<size_t>(heads * Head<T, size()>::bytes(warps)), p, d_weight_parts, warps, merged,
-                   aligned);
+            launch(weighted ? attention_backward_short_kernel<T, size(), true>
+                            : attention_backward_short_kernel<T, size(), false>,
+                   {p.B, p.H / heads}, heads * warps * WARP, static_cast<size_t>(heads * Head<T, size()>::bytes(warps)),
+                   p, d_weight_parts, warps, merged, aligned);
         }
     });
 }

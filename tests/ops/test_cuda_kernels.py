@@ -250,8 +250,8 @@ MISTAKES = {
     ),
     "no barrier before the heads are summed": (
         "attention_backward_short.cu",
-        "    if (!merged) return;\n    sync_block();\n",
-        "    if (!merged) return;\n",
+        "        if (!merged) return;\n        sync_block();\n",
+        "        if (!merged) return;\n",
         "gaussian_attention:clips-50:bfloat16",
     ),
     "one row of a gradient too many": (

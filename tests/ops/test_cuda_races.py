@@ -26,7 +26,7 @@ SHORT = (
     "layer_norm_parameters_kernel",
 )
 ATTENTION = "attention_kernel<float, 64>"
-OF_SHORT_ROWS = ("attention_short_kernel<bf16>", "attention_backward_short_kernel<bf16, 64>")
+OF_SHORT_ROWS = ("attention_short_kernel<bf16>", "attention_backward_short_kernel<bf16, 64, true>")
 
 
 @cache
