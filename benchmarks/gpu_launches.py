@@ -65,6 +65,8 @@ KERNELS: dict[str, Callable[..., int]] = {
     "_fused_adam_": lambda parameters, *_: multi_tensor(parameters, 4),
     "_foreach_copy_": lambda to, *_: multi_tensor(to, 2),
     "_foreach_mul_": lambda tensors, *_: multi_tensor(tensors, 1),
+    "_foreach_zero_": lambda tensors, *_: multi_tensor(tensors, 1),
+    "_foreach_add_": lambda tensors, *_: multi_tensor(tensors, 2),
     "_foreach_norm": lambda tensors, *_: 2 + multi_tensor(tensors, 1),  # zeros, partial norms, norms
     "cat": lambda tensors, *_: -(-len(tensors) // CAT_TENSORS),
     "stack": lambda tensors, *_: -(-len(tensors) // CAT_TENSORS),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnm_kernels.constants import DROPOUT_LEVELS, KEY_WEIGHT_EPS
-from cnm_kernels.narrowed import narrow
+from cnm_kernels.parameter_uses import use
 from cnm_kernels.registry import OPS as ALL_OPS
 
 OPS = dict.fromkeys(("cpu", "cuda", "mps", "xpu", "meta"), ALL_OPS)
@@ -191,7 +191,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, lengths: 
         padding = torch.arange(x.size(1), device=x.device) >= lengths[:, None]  # [B, L]
         padding = padding.view(*padding.shape, *[1] * (x.dim() - 2))
         x = x.masked_fill(padding, 0)  # what lies there may be anything
-    weight, bias = narrow(weight, dtype), None if bias is None else narrow(bias, dtype)
+    weight, bias = use(weight, dtype), None if bias is None else use(bias, dtype)
     if weight.dim() == 2:
         out = F.linear(x.to(dtype), weight, bias)
     else:

@@ -17,22 +17,11 @@ from cnm.masking import sample_masked_words
 from cnm.models import base as models
 from cnm.models.base import Model
 from cnm.training.optim import MAX_GRADIENT_NORM, ScheduledAdam
-from cnm_kernels.narrowed import NarrowedParameters
+from cnm_kernels.parameter_uses import ParameterUses, fused
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:
     return bool(torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all())
-
-
-def _copy_into(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """On GPUs a few kernels for all that are laid out alike."""
-    pairs = list(zip(places, values, strict=True))
-    alike = [pair for pair in pairs if pair[0].stride() == pair[1].stride()]
-    if alike:
-        torch._foreach_copy_([place for place, _ in alike], [value for _, value in alike])
-    for place, value in pairs:
-        if place.stride() != value.stride():
-            place.copy_(value)
 
 
 class ModelStep(ABC):
@@ -60,7 +49,7 @@ class ModelStep(ABC):
         self.share = 1.0
         self.skip_nonfinite = False
         self.fixed_gradients = False
-        self._copies: NarrowedParameters | None = None
+        self._uses: ParameterUses | None = None
 
     @property
     def _first(self) -> ScheduledAdam:
@@ -97,15 +86,14 @@ class ModelStep(ABC):
         return self.run(batch, masked_words=masked_words)
 
     @contextmanager
-    def _narrowed(self) -> Iterator[None]:
-        """Within, on GPUs, parameters are cast once per update for all their products."""
-        parameter, dtype = next(self.model.parameters()), self.model.compute_dtype
-        if dtype in (None, parameter.dtype) or parameter.device.type in models.MATMUL_BOUND_DEVICES:
+    def _parameters_in_use(self) -> Iterator[None]:
+        """Within, on GPUs, parameters are cast and their gradients added by a few kernels for all of them."""
+        if next(self.model.parameters()).device.type in models.MATMUL_BOUND_DEVICES:
             yield
             return
-        if self._copies is None:
-            self._copies = NarrowedParameters(self.model.parameters(), dtype)
-        with self._copies:
+        if self._uses is None:
+            self._uses = ParameterUses(self.model.parameters(), self.model.compute_dtype)
+        with self._uses:
             yield
 
     def advance(self) -> None:
@@ -115,7 +103,7 @@ class ModelStep(ABC):
 
     def run(self, batch: Batch, *, masked_words: Sequence[Tensor | None] | None = None) -> dict[str, Tensor]:
         """The device's part of a step: it waits for nothing and its shapes depend on the batch's alone."""
-        with self._narrowed():
+        with self._parameters_in_use():
             return self._run(batch, masked_words)
 
     @abstractmethod
@@ -134,14 +122,15 @@ class ModelStep(ABC):
 
     def _update(self, optimizer: ScheduledAdam, loss: Tensor) -> Tensor:
         """Gradients for this group alone, clip over all, update. Returns the norm before the clip."""
-        gradients: Sequence[Tensor] = torch.autograd.grad(loss, optimizer.parameters)
+        by = torch.autograd.grad if self._uses is None else self._uses.gradients
+        gradients: Sequence[Tensor] = by(loss, optimizer.parameters)
         if self.group is not None:
             gradients = self.group.sum(gradients, self.share)
         if self.skip_nonfinite and not _all_finite([loss, *gradients]):  # waits for the device
             return loss.new_full((), math.nan)
         places = [parameter.grad for parameter in optimizer.parameters if parameter.grad is not None]
         if self.fixed_gradients and len(places) == len(gradients):
-            _copy_into(places, gradients)
+            fused("copy_", places, gradients)
         else:
             for parameter, gradient in zip(optimizer.parameters, gradients, strict=True):
                 parameter.grad = gradient
@@ -150,8 +139,8 @@ class ModelStep(ABC):
         # Another group's gradients are not clipped: its next update overwrites them before they are used.
         torch.nn.utils.clip_grads_with_norm_(optimizer.parameters, MAX_GRADIENT_NORM, norm)
         optimizer.apply()
-        if self._copies is not None and optimizer is not self._last:
-            self._copies.refresh()
+        if self._uses is not None and optimizer is not self._last:
+            self._uses.refresh()
         return norm
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from cnm_kernels.checks import Arguments
 from cnm_kernels.constants import BETA_1, BETA_2, LABEL_SMOOTHING
 from cnm_kernels.ops._call import autocast, run
 from cnm_kernels.ops._checks import check_vocabulary, finite
+from cnm_kernels.parameter_uses import use
 
 
 def contrastive_reconstruction_loss(
@@ -37,5 +38,5 @@ def contrastive_reconstruction_loss(
     check.integer("target", target, "B L")
     check.integer("valid_lengths", valid_lengths, "B")
     margins = finite(check, "beta_1", beta_1), finite(check, "beta_2", beta_2)
-    arguments = (hidden, weight, bias, target, valid_lengths, label_smoothing, *margins)
+    arguments = (hidden, use(weight), use(bias), target, valid_lengths, label_smoothing, *margins)
     return run("contrastive_reconstruction_loss", hidden, *arguments)

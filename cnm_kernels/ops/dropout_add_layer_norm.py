@@ -9,6 +9,7 @@ from cnm_kernels.checks import Arguments
 from cnm_kernels.constants import LAYER_NORM_EPS
 from cnm_kernels.ops._call import run
 from cnm_kernels.ops._checks import seed_tensor
+from cnm_kernels.parameter_uses import use
 
 
 def dropout_add_layer_norm(
@@ -50,7 +51,7 @@ def dropout_add_layer_norm(
     check.number("p", p, 0, 1)
     offset = check.whole("offset", offset, -(1 << 63), (1 << 63) - 1)
     check.number("eps", eps, 0, sys.float_info.max)
-    arguments = (x, residual, weight, bias, p, seed_tensor(check, seed, x), offset, eps, sample_indices)
+    arguments = (x, residual, use(weight), use(bias), p, seed_tensor(check, seed, x), offset, eps, sample_indices)
     if sample_indices is None:
         return run("dropout_add_layer_norm", x, *arguments)
     check.integer("sample_indices", sample_indices, "B")

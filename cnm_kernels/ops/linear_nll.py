@@ -8,6 +8,7 @@ from cnm_kernels.checks import Arguments
 from cnm_kernels.constants import LABEL_SMOOTHING
 from cnm_kernels.ops._call import autocast, run
 from cnm_kernels.ops._checks import check_vocabulary
+from cnm_kernels.parameter_uses import use
 
 
 @overload
@@ -70,6 +71,6 @@ def linear_nll(
     check.integer("target", target, "M L")
     check.integer("valid_lengths", valid_lengths, "M")
     return_accuracy = check.flag("return_accuracy", return_accuracy)
-    arguments = (hidden, weight, bias, target, valid_lengths, label_smoothing, return_accuracy)
+    arguments = (hidden, use(weight), use(bias), target, valid_lengths, label_smoothing, return_accuracy)
     nll, accuracy = run("linear_nll", hidden, *arguments)
     return (nll, accuracy) if return_accuracy else nll
