@@ -41,7 +41,7 @@ void set_isa(Isa chosen);
             portable::name(params);          \
         }                                    \
     }
-// For kernels that multiply matrices: compiled for the bfloat16 sets too (MATRIX_KERNELS in setup.py).
+// For kernels that multiply matrices: compiled for the bfloat16 sets too (MATRIX_ONLY in setup.py).
 #define CNM_MATRIX_KERNEL(name, Params)                            \
     CNM_DECLARE_IN(portable, name, Params)                         \
     CNM_DECLARE_IN(avx2, name, Params)                             \
