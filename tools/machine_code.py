@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,9 +53,6 @@ class Instruction:
 class Block:
     instructions: list[Instruction] = field(default_factory=list)
     next: list[int] = field(default_factory=list)  # -1: the end
-
-    def count(self, pattern: str) -> int:
-        return sum(bool(re.match(pattern, one.name)) for one in self.instructions)
 
 
 def functions(file: Path) -> Iterator[tuple[str, list[Instruction]]]:
@@ -118,17 +115,31 @@ def loops(code: list[Instruction]) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Executed:
-    """Instructions that one warp executes, on average."""
+class Flow:
+    """How often a warp executes each block of the code, on average."""
 
-    instructions: float
-    shared: float  # plain loads and stores of shared memory
-    special: float  # on the special-function unit
-    off: float  # how much of the counts no path explains, relative
+    graph: dict[int, Block]
+    times: dict[int, float]
+    left: dict[str, float]  # how much of each count no path explains
+
+    def total(self, of: Callable[[Instruction], float]) -> float:
+        """Of all instructions that are executed, each as much as ``of`` says."""
+        return sum(
+            often * sum(map(of, self.graph[at].instructions)) for at, often in self.times.items() if at in self.graph
+        )
 
 
-def execute(code: list[Instruction], counts: dict[str, float]) -> Executed:
-    """Returns how often a warp executes each kind, given its counts of ``COUNTED``."""
+def flow(
+    code: list[Instruction],
+    counts: dict[str, float],
+    counted: dict[str, Callable[[Instruction], float]],
+    trust: dict[str, float],
+) -> Flow:
+    """Finds the way through the code that a warp's counts say, where ``counted`` says what an instruction counts.
+
+    Kinds that no instruction counts are left out. Where they contradict each other, those of more trust (1 unless
+    named) are met first.
+    """
     import numpy
     from scipy.optimize import linprog
 
@@ -141,27 +152,47 @@ def execute(code: list[Instruction], counts: dict[str, float]) -> Executed:
         totals.append(0.0)
     rows.append([float(here is None) for here, _ in edges])
     totals.append(1.0)
-    kinds = [kind for kind, pattern in COUNTED.items() if any(block.count(pattern) for block in graph.values())]
+    worth = {kind: {at: sum(map(of, block.instructions)) for at, block in graph.items()} for kind, of in counted.items()}
+    kinds = [kind for kind, by_block in worth.items() if any(by_block.values())]
     for kind in kinds:
-        rows.append([float(graph[to].count(COUNTED[kind])) if to in graph else 0.0 for _, to in edges])
+        rows.append([float(worth[kind].get(to, 0.0)) for _, to in edges])
         totals.append(counts[kind])
     slack = numpy.zeros((len(rows), 2 * len(kinds)))
     for i in range(len(kinds)):
         slack[len(graph) + 1 + i, 2 * i : 2 * i + 2] = 1.0, -1.0
-    flow = numpy.array([size.get(to, 0) for _, to in edges], dtype=float)
-    heavy = numpy.repeat([1e5 / max(counts[kind], 1.0) for kind in kinds], 2)
-    cost = numpy.concatenate([flow, 1e3 * heavy])
+    length = numpy.array([size.get(to, 0) for _, to in edges], dtype=float)
+    heavy = numpy.repeat([1e8 * trust.get(kind, 1.0) / max(counts[kind], 1.0) for kind in kinds], 2)
+    cost = numpy.concatenate([length, heavy])
     solved = linprog(cost, A_eq=numpy.hstack([numpy.array(rows), slack]), b_eq=totals, method="highs")
     if solved.x is None:
         raise RuntimeError(f"no path through the machine code: {solved.message}")
     times: Counter[int] = Counter()
     for (_, to), often in zip(edges, solved.x, strict=False):
         times[to] += often
-    left = [solved.x[len(edges) + 2 * i] + solved.x[len(edges) + 2 * i + 1] for i in range(len(kinds))]
-    wanted = sum(counts[kind] for kind in kinds)
+    of_kinds = solved.x[len(edges) :].reshape(-1, 2).sum(1)
+    return Flow(graph, times, dict(zip(kinds, of_kinds.tolist(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Executed:
+    """Instructions that one warp executes, on average."""
+
+    instructions: float
+    shared: float  # plain loads and stores of shared memory
+    special: float  # on the special-function unit
+    off: float  # how much of the counts no path explains, relative
+
+
+def matching(pattern: str) -> Callable[[Instruction], float]:
+    return lambda one: float(bool(re.match(pattern, one.name)))
+
+
+def execute(code: list[Instruction], counts: dict[str, float]) -> Executed:
+    """Returns how often a warp executes each kind, given its counts of ``COUNTED``."""
+    found = flow(code, counts, {kind: matching(pattern) for kind, pattern in COUNTED.items()}, {})
     return Executed(
-        instructions=sum(size[at] * times[at] for at in graph),
-        shared=sum(block.count(r"LDS\.|LDS$|STS") * times[at] for at, block in graph.items()),
-        special=sum(block.count(r"MUFU") * times[at] for at, block in graph.items()),
-        off=float(sum(left)) / max(wanted, 1.0),
+        instructions=found.total(lambda _: 1.0),
+        shared=found.total(matching(r"LDS\.|LDS$|STS")),
+        special=found.total(matching("MUFU")),
+        off=sum(found.left.values()) / max(sum(counts[kind] for kind in found.left), 1.0),
     )
