@@ -85,6 +85,44 @@ class Prediction:
         return float(getattr(self, self.bound)) + self.tail
 
 
+@dataclass(frozen=True)
+class Block:
+    """What one block of a launch takes of a processor."""
+
+    warps: int
+    registers: int  # of a thread
+    shared_bytes: int
+    instructions: float  # of a warp
+    tensor: float  # cycles, as the next two
+    shared: float
+    special: float
+    bytes: float  # read and written, in whole sectors
+
+    def predict(self, name: str, blocks: int, distinct: float, unexplained: float) -> Prediction:
+        """Of so many blocks, which together touch so many distinct bytes."""
+        by_registers = 65536 // (-(-self.registers // 8) * 8 * 32 * self.warps)
+        by_shared = (228 << 10) // (self.shared_bytes + 1024)
+        resident = max(1, min(by_registers, by_shared, 64 // self.warps, 32, -(-blocks // PROCESSORS)))
+        share = max(blocks / PROCESSORS, 1.0)  # blocks of a processor
+        if blocks < PROCESSORS * resident:
+            share = -(-blocks // PROCESSORS)
+        rate = min(ISSUED, resident * self.warps / CYCLES_PER_INSTRUCTION)
+        cycles = {
+            "tensor": self.tensor,
+            "issue": self.instructions * self.warps / rate,
+            "shared": self.shared,
+            "special": self.special,
+        }
+        memory = max(distinct / MEMORY, self.bytes * blocks / L2)
+        busy = {part: 1e6 * share * taken / CLOCK for part, taken in cycles.items()}
+        longest = max(*busy.values(), 1e6 * memory)
+        tail = 0.5 * longest / share * resident if blocks > PROCESSORS * resident else 0.0
+        return Prediction(
+            name, blocks, resident * self.warps, 1e6 * memory, **busy, tail=tail, instructions=self.instructions,
+            unexplained=unexplained,
+        )  # fmt: skip
+
+
 def find_tools() -> None:
     """The emulator and the readers of machine code are the repository's, not the package's."""
     for folder in ("tools", "tests", "tests/cuda_emulation"):
@@ -189,29 +227,16 @@ class Model:
         per_block = {k: v / counts["blocks_run"] for k, v in counts.items() if k not in PER_LAUNCH}
         warps, blocks = -(-int(counts["threads"]) // 32), counts["blocks"]
         did = self.execute(self.code[name], {kind: per_block[kind] / warps for kind in self.counted})
-        by_registers = 65536 // (-(-self.registers[name] // 8) * 8 * 32 * warps)
-        by_shared = (228 << 10) // (int(counts["shared_bytes"]) + 1024)
-        resident = max(1, min(by_registers, by_shared, 64 // warps, 32, -(-int(blocks) // PROCESSORS)))
-        share = max(blocks / PROCESSORS, 1.0)  # blocks of a processor
-        if blocks < PROCESSORS * resident:
-            share = -(-blocks // PROCESSORS)
-        rate = min(ISSUED, resident * warps / CYCLES_PER_INSTRUCTION)
-        cycles = {
-            "tensor": sum(per_block[kind] * taken for kind, taken in PRODUCT_CYCLES.items()),
-            "issue": did.instructions * warps / rate,
-            "shared": per_block["matrix_wavefronts"] + per_block["copy_wavefronts"] + per_block["shuffles"]
+        block = Block(
+            warps, self.registers[name], int(counts["shared_bytes"]), did.instructions,
+            tensor=sum(per_block[kind] * taken for kind, taken in PRODUCT_CYCLES.items()),
+            shared=per_block["matrix_wavefronts"] + per_block["copy_wavefronts"] + per_block["shuffles"]
             + did.shared * warps + per_block["group_bytes"] / SHARED_BYTES,
-            "special": did.special * warps * SPECIAL_CYCLES,
-        }  # fmt: skip
-        distinct = min(counts["distinct_bytes"] / counts["blocks_run"] * blocks, counts["memory"])
-        memory = max(distinct / MEMORY, per_block["block_bytes"] * blocks / L2)
-        busy = {part: 1e6 * share * taken / CLOCK for part, taken in cycles.items()}
-        longest = max(*busy.values(), 1e6 * memory)
-        tail = 0.5 * longest / share * resident if blocks > PROCESSORS * resident else 0.0
-        return Prediction(
-            name, int(blocks), resident * warps, 1e6 * memory, **busy, tail=tail, instructions=did.instructions,
-            unexplained=did.off,
+            special=did.special * warps * SPECIAL_CYCLES,
+            bytes=per_block["block_bytes"],
         )  # fmt: skip
+        distinct = min(counts["distinct_bytes"] / counts["blocks_run"] * blocks, counts["memory"])
+        return block.predict(name, int(blocks), distinct, did.off)
 
 
 def predicted_call(row: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cuda_resources import short_names, tool
 
-INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z0-9_.]+)\s*([^;]*);")
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z0-9_.x]+)\s*([^;]*);")
 COUNTED = {
     "products": r"HMMA\.16816",
     "tf32_products": r"HMMA\.1688\.F32\.TF32",

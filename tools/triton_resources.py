@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,30 +134,42 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "", the_rest
 
 
-def compiled(sm: int) -> list[dict[str, Any]]:
-    """One record per distinct kernel of every case."""
-    records: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    case = ""
+@contextmanager
+def compiling(sm: int, seen: Callable[..., None]) -> Iterator[None]:
+    """Launches compile for this GPU and are handed to ``seen`` instead: (kernel, compiled, arguments, options, grid)."""
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel.hash not in seen:
-            seen.add(kernel.hash)
-            records.append({"sm": sm, "case": case, "kernel": _name(self)} | resources(kernel))
+        seen(self, run(self, *args, grid=grid, warmup=True, **kwargs), args, kwargs, grid)
 
     driver.set_active(NoGPU(sm))
     JITFunction.run = compile_only
     try:
-        for case, call in cases():  # noqa: B007, the closure reads it
-            call()
+        yield
     finally:
         JITFunction.run = run
+        if torch.cuda.is_available():  # else there is no other
+            driver.reset_active()
+
+
+def compiled(sm: int) -> list[dict[str, Any]]:
+    """One record per distinct kernel of every case."""
+    records: list[dict[str, Any]] = []
+    hashes: set[str] = set()
+    case = ""
+
+    def seen(function: Any, kernel: Any, *_: Any) -> None:
+        if kernel.hash not in hashes:
+            hashes.add(kernel.hash)
+            records.append({"sm": sm, "case": case, "kernel": name_of(function)} | resources(kernel))
+
+    with compiling(sm, seen):
+        for case, call in cases():  # noqa: B007, the closure reads it
+            call()
     return records
 
 
-def _name(kernel: Any) -> str:
+def name_of(kernel: Any) -> str:
     module = kernel.fn.__module__.rsplit(".", 1)[-1]
     return f"{module}.{kernel.fn.__name__.strip('_').removesuffix('_kernel')}"
 

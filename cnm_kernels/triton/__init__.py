@@ -50,23 +50,24 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _define_operators() -> None:
-    library = torch.library.Library(NAMESPACE, "DEF")
+def define_operators(
+    namespace: str, dispatch_key: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> dict[str, Callable[..., Any]]:
+    """Defines every kernel's operators, each called through ``around``, and returns the functions of the ops."""
+    library = torch.library.Library(namespace, "DEF")
     _libraries.append(library)
     for name in op_list.kernel_files(library=False):
         file = importlib.import_module(f"{__name__}.{name}")
         for op, schema in file.SCHEMAS.items():
             library.define(op + schema)
-            function = file.IMPLEMENTATIONS[op]
-            if _INTERPRETED:
-                library.impl(op, function, "CPU")
-            else:
-                library.impl(op, _on_its_device(function), "CUDA")
+            library.impl(op, around(file.IMPLEMENTATIONS[op]), dispatch_key)
+    options = {"linear_nll": {"keeps_expected": importlib.import_module(f"{__name__}.linear_nll").keeps_expected}}
+    return autograd.register(namespace, library=False, options=options)
 
 
 if not LOAD_ERRORS:
-    _define_operators()
-    from cnm_kernels.triton.linear_nll import keeps_expected
-
-    _options = {"linear_nll": {"keeps_expected": keeps_expected}}
-    globals().update(autograd.register(NAMESPACE, library=False, options=_options))
+    globals().update(
+        define_operators(NAMESPACE, "CPU", lambda function: function)
+        if _INTERPRETED
+        else define_operators(NAMESPACE, "CUDA", _on_its_device)
+    )
