@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cnm_kernels
-from benchmarks import gpu_launches, gpu_predict, gpu_step, rivals
+from benchmarks import gpu_launches, gpu_predict_report, gpu_step, rivals
 from benchmarks.bench_attention import ALPHA
 from benchmarks.op_case import ROUNDINGS_OURS, ROUNDINGS_RIVAL, TIMES_REFERENCE, normal_like, relative_error, rounding
 from benchmarks.report import markdown
@@ -351,9 +351,9 @@ def launches(call: Callable[[], Any]) -> int:
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
 
 
-def measured_times(row: Row) -> list[float | None]:
-    """us of ours (native) forward and backward with a cold L2; None where it does not run."""
-    result = measure(row, "ours, native", row.ours, "native")
+def measured_times(row: Row, backend: str) -> list[float | None]:
+    """us of our forward and backward with a cold L2; None where it does not run."""
+    result = measure(row, f"ours, {backend}", row.ours, backend)
     return [None if pair is None else pair[0] for pair in (result.forward, result.backward)]
 
 
@@ -400,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
         return gpu_launches.main(options.output)
     if options.predict:
         chosen = [row for row in rows(options.quick) if row.goal and options.only in row.name]
-        return gpu_predict.main(chosen, options.output, measured_times)
+        return gpu_predict_report.main(chosen, options.output, measured_times)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: every row is skipped"
     print(f"GPU: {device}; torch {torch.__version__}, CUDA {torch.version.cuda}")
     records = []

@@ -1,4 +1,4 @@
-"""``python -m benchmarks gpu --predict``: what an H100 would take for every op of the GPU table, without one.
+"""What an H100 would take for our kernels, without one: the model, and the kernels of csrc/cuda.
 
 Every kernel of csrc/cuda is executed by the emulator of tests/cuda_emulation, which counts what a few of its blocks ask
 for; the counts are scaled to all blocks. How often instructions are executed follows from them and the machine code
@@ -11,21 +11,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import cnm_kernels
-from benchmarks.report import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = [
@@ -44,6 +42,7 @@ PRODUCT_CYCLES = {
     "group_columns": 1 / 8,  # of wgmma at the peak: a warp's 16 x n x 16 take n / 8
 }  # fmt: skip
 SHARED_BYTES = 128  # a cycle, which wgmma reads its operands by
+SECTOR = 32  # bytes that global memory moves at least
 ISSUED = 4.0  # instructions a cycle and processor
 CYCLES_PER_INSTRUCTION = 2.5  # between two of one warp, where others cannot fill the gap
 SPECIAL_CYCLES = 2.0  # 16 lanes a cycle
@@ -258,7 +257,7 @@ def predicted_call(row: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
 
 
 def predict(row: Any, model: Model) -> list[list[Prediction]]:
-    """The launches of the row's forward and of its backward."""
+    """The native backend's launches, of the row's forward and of its backward."""
     forward, backward = predicted_call(row)
     with counting() as first:
         out = forward()
@@ -271,72 +270,3 @@ def total(launches: list[Prediction]) -> float:
     """us of a graph that holds them."""
     waits = 1e6 * (FIRST_LAUNCH + NEXT_LAUNCH * (len(launches) - 1)) if launches else 0.0
     return waits + sum(launch.time for launch in launches)
-
-
-HEADER = ["row", "part", "predicted us", "goal", "floor", "bound by", "launches", "measured us"]
-DETAILS = [
-    "kernel",
-    "blocks",
-    "warps",
-    "memory",
-    "tensor",
-    "issue",
-    "shared",
-    "special",
-    "tail",
-    "instructions",
-    "unexplained",
-]
-
-
-def lines_of(row: Any, parts: list[list[Prediction]], measured: list[float | None]) -> list[list[str]]:
-    together = len(row.goal) == 1
-    named = (
-        {"forward + backward": parts[0] + parts[1]}
-        if together
-        else dict(zip(("forward", "backward"), parts, strict=True))
-    )
-    lines = []
-    for i, (part, launches) in enumerate(named.items()):
-        slowest = max(launches, key=lambda launch: launch.time)
-        taken = total(parts[0]) + total(parts[1]) if together else total(launches)
-        real = (
-            [us for us in measured if us is not None]
-            if together
-            else [us for us in measured[i : i + 1] if us is not None]
-        )
-        goal, floor = (f"{numbers[i]:g}" if numbers else "" for numbers in (row.goal, row.floor))
-        lines.append([
-            row.name, part, f"{taken:.1f}", goal, floor, f"{slowest.bound} ({slowest.kernel})", str(len(launches)),
-            f"{sum(real):.1f}" if real else "no GPU here",
-        ])  # fmt: skip
-    return lines
-
-
-def main(rows: list[Any], output: Path, measured: Callable[[Any], list[float | None]]) -> int:
-    """Prints the table and every launch; writes predicted.json. 2: it cannot be done here."""
-    reason = why_not()
-    if reason is not None:
-        print(f"--predict: {reason}", file=sys.stderr)
-        return 2
-    model = Model()
-    lines, details, records = [HEADER], [], []
-    for row in rows:
-        print(f"counting: {row.name}", file=sys.stderr, flush=True)
-        parts = predict(row, model)
-        lines += lines_of(row, parts, measured(row))
-        table = [DETAILS]
-        for launch in parts[0] + parts[1]:
-            times = [f"{getattr(launch, name):.1f}" for name in DETAILS[3:9]]
-            table.append([launch.kernel, str(launch.blocks), str(launch.warps), *times, f"{launch.instructions:.0f}",
-                          f"{launch.unexplained:.0%}"])  # fmt: skip
-        details.append(f"#### {row.name}\n\n{markdown(table)}")
-        records.append({"row": row.name, "forward": total(parts[0]), "backward": total(parts[1]),
-                        "launches": [[asdict(launch) for launch in part] for part in parts]})  # fmt: skip
-    print(f"{markdown(lines)}\n\nOf an H100, by counting. {ASSUMPTIONS}\n")
-    print("\n\n".join(details))
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "predicted.json"
-    path.write_text(json.dumps({"assumptions": ASSUMPTIONS, "rows": records}, indent=1) + "\n", encoding="utf-8")
-    print(f"\nWritten: {path}", file=sys.stderr)
-    return 0

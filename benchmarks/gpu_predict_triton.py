@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_predict
-from benchmarks.gpu_predict import L2, MEMORY, PRODUCT_CYCLES, SHARED_BYTES, SPECIAL_CYCLES, Block, Prediction
+from benchmarks.gpu_predict import MEMORY, PRODUCT_CYCLES, SECTOR, SHARED_BYTES, SPECIAL_CYCLES, Block, Prediction
 
 ASSUMPTIONS = " ".join(
-    """As above, and: loops and branches are taken as often as the interpreter's multiply-adds say, then its bytes loaded
-    and stored and its exponentials (from Triton's layouts: of each thread, lanes that are masked included); loads of
-    a pipeline that runs ahead of its loop are not among them. Accesses to shared memory meet no bank conflict and take
-    a wavefront for each 128 bytes. PyTorch's kernels take what their bytes take.""".split()
+    """The same GPU as above. Programs are counted from three places along the grid's x, four along y and all along z,
+    and loops and branches taken as often as their multiply-adds say, then their bytes loaded and stored and their
+    exponentials: of each thread, by Triton's layouts, with lanes that are masked; loads of a pipeline beyond its loop's
+    end are not among them. Shared memory is accessed without bank conflicts, 128 bytes in a wavefront. PyTorch's
+    kernels take what their bytes take, of which 100% is unexplained.""".split()
 )
 MULTIPLY_ADDS = 16 * 8 * 16 / 32  # of a thread, in the product whose cycles PRODUCT_CYCLES gives
 TRUST = {"product": 10.0}  # before the others, should they contradict it
@@ -30,8 +31,9 @@ TRUST = {"product": 10.0}  # before the others, should they contradict it
 
 def why_not() -> str | None:
     """Why nothing can be predicted here."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    for package in ("triton", "scipy"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 keeps Triton from compiling; unset it"
     return None
@@ -114,19 +116,23 @@ def predict_launch(launch: Any) -> Prediction:
         tensor=did.total(tensor_cycles) * warps,
         shared=did.total(shared_cycles) * warps,
         special=did.total(machine_code.matching("MUFU")) * warps * SPECIAL_CYCLES,
-        bytes=gpu_predict.SECTOR * counts.sectors_of_programs / counts.programs,
+        bytes=SECTOR * counts.sectors_of_programs / counts.programs,
     )
-    distinct = min(gpu_predict.SECTOR * len(counts.sectors) / counts.programs * launch.programs, launch.memory)
-    off = [left / max(wanted[kind], 1.0) for kind, left in did.left.items()]
+    distinct = min(SECTOR * len(counts.sectors) / counts.programs * launch.programs, launch.memory)
+    off = [
+        did.left.get(kind, amount) / max(amount, 1.0) for kind, amount in wanted.items() if amount or kind in did.left
+    ]
     return block.predict(launch.name, launch.programs, distinct, sum(off) / max(len(off), 1))
 
 
 def predict_pytorch(launch: Any) -> Prediction:
-    return Prediction(launch.name, 0, 0, 1e6 * launch.memory / MEMORY, *[0.0] * 6, unexplained=1.0)
+    memory = 1e6 * launch.memory / MEMORY
+    return Prediction(launch.name, 0, 0, memory, 0.0, 0.0, 0.0, 0.0, tail=0.0, instructions=0.0, unexplained=1.0)
 
 
 def predict(row: Any) -> list[list[Prediction]]:
     """The launches of the row's forward and of its backward."""
+    gpu_predict.find_tools()
     import triton_launches
 
     from cnm_kernels import registry

@@ -119,14 +119,13 @@ class Flow:
     """How often a warp executes each block of the code, on average."""
 
     graph: dict[int, Block]
-    times: dict[int, float]
+    times: dict[int, float]  # -1: the end
     left: dict[str, float]  # how much of each count no path explains
 
     def total(self, of: Callable[[Instruction], float]) -> float:
         """Of all instructions that are executed, each as much as ``of`` says."""
-        return sum(
-            often * sum(map(of, self.graph[at].instructions)) for at, often in self.times.items() if at in self.graph
-        )
+        ran = (often * sum(map(of, self.graph[at].instructions)) for at, often in self.times.items() if at >= 0)
+        return float(sum(ran))
 
 
 def flow(
@@ -152,7 +151,9 @@ def flow(
         totals.append(0.0)
     rows.append([float(here is None) for here, _ in edges])
     totals.append(1.0)
-    worth = {kind: {at: sum(map(of, block.instructions)) for at, block in graph.items()} for kind, of in counted.items()}
+    worth = {
+        kind: {at: sum(map(of, block.instructions)) for at, block in graph.items()} for kind, of in counted.items()
+    }
     kinds = [kind for kind, by_block in worth.items() if any(by_block.values())]
     for kind in kinds:
         rows.append([float(worth[kind].get(to, 0.0)) for _, to in edges])

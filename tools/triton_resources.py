@@ -136,7 +136,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
 @contextmanager
 def compiling(sm: int, seen: Callable[..., None]) -> Iterator[None]:
-    """Launches compile for this GPU and are handed to ``seen`` instead: (kernel, compiled, arguments, options, grid)."""
+    """Launches compile for this GPU and go to ``seen`` instead: (kernel, compiled, arguments, options, grid)."""
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
