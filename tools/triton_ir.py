@@ -17,12 +17,12 @@ Sides = list[tuple[int, int, int]]  # of each dimension: elements of a thread, t
 LAYOUT = re.compile(r"^(#\w+) = #ttg\.(blocked|linear|nvidia_mma)<\{(.*)\}>", re.M)
 SLICE = re.compile(r"#ttg\.slice<\{dim = (\d+), parent = (.*)\}>$")
 LOCATION = re.compile(
-    r"^#loc(\d*) = loc\((?:callsite\(#loc(\d*) at #loc(\d*)\)|\"([^\"]*)\"(?::(\d+):\d+|\(#loc(\d*)\))|unknown)", re.M
+    r"^(#loc\d*) = loc\((?:callsite\((#loc\d*) at (#loc\d*)\)|\"([^\"]*)\"(?::(\d+):\d+|\((#loc\d*)\))|unknown)", re.M
 )
 OPERATION = re.compile(
     r"(tt\.load|ttg\.async_copy_global_to_local|tt\.store|math\.exp2?|tt\.dot|ttng\.warp_group_dot) [^\n]*"
     r"(?<=: |> )(?:tensor<((?:\d+x)+)(?:!tt\.ptr<\w+>|\w+), (#[^\n]*?)>|!tt\.ptr<\w+>|f32)(?: -> <[^\n]*)? "
-    r"loc\(#loc(\d*)\)"
+    r"loc\((#loc\d*)\)"
 )  # with the last tensor's shape and layout, which of a product is the result
 KINDS = {
     "tt.load": "load",
@@ -88,10 +88,10 @@ class _Stacks:
     def __init__(self, code: str) -> None:
         self.locations = {found[0]: found[1:] for found in LOCATION.findall(code)}
 
-    def of(self, number: str) -> Stack:
-        called, caller, name, line, named = self.locations[number]
+    def of(self, location: str) -> Stack:
+        called, caller, file, line, named = self.locations[location]
         if caller:
             return self.of(called) + self.of(caller)
         if line:
-            return ((name, int(line)),)
-        return self.of(named) if name else ()
+            return ((file, int(line)),)
+        return self.of(named) if named else ()
