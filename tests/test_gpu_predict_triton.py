@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import machine_code
@@ -15,7 +16,7 @@ import triton_ir
 
 from benchmarks import gpu_predict_report, gpu_predict_triton
 
-ROOT = gpu_predict_report.gpu_predict.ROOT
+ROOT = Path(__file__).resolve().parents[1]
 needs_triton = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("triton", "scipy")), reason="needs triton and scipy"
 )
@@ -155,8 +156,10 @@ print(json.dumps({
 """
 
 
-def without_interpreter(program: str) -> Any:
+def without_interpreter(program: str, cache: Path) -> Any:
+    """What the program prints. Its cache is empty: kernels are compiled after others were interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -164,8 +167,8 @@ def without_interpreter(program: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def launches() -> Any:
-    return without_interpreter(LAUNCHES)
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return without_interpreter(LAUNCHES, tmp_path_factory.mktemp("triton"))
 
 
 @needs_triton
@@ -228,8 +231,8 @@ print(json.dumps([[[vars(launch) for launch in part] for part in gpu_predict_tri
 
 @pytest.mark.slow
 @needs_triton
-def test_rows_are_predicted() -> None:
-    attention, loss = without_interpreter(ROWS)
+def test_rows_are_predicted(tmp_path: Path) -> None:
+    attention, loss = without_interpreter(ROWS, tmp_path)
     assert [[launch["kernel"] for launch in part] for part in attention] == [
         ["attention.forward"], ["attention.backward"]
     ]  # fmt: skip

@@ -1,12 +1,13 @@
-"""The Triton backend on CPU tensors: its launches are compiled for an H100 and counted in a few of their programs.
+"""The Triton backend on CPU tensors, as a backend: its launches are compiled for an H100 and a few programs counted.
 
-A backend of this name runs only in ``recorded``, where the host code of each op runs as on a GPU. Must not be imported
-under ``TRITON_INTERPRET``.
+Host code runs as on a GPU, so that configurations, constants and alignments are those of real calls. For ``recorded``
+alone, and not under ``TRITON_INTERPRET``.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton_resources import compiling, name_of
 
-from cnm_kernels import registry
+from cnm_kernels import registry, use_backend
 from cnm_kernels import triton as backend
 
 NAME = "triton_launches"
@@ -77,15 +78,12 @@ def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
 def _seen(function: Any, kernel: Any, arguments: Any, options: Any, grid: tuple[int, ...]) -> None:
     with _disable_current_modes():  # what the interpreter copies is not the host code's doing
         counts = triton_programs.count(function, arguments, options, grid)
-    programs = functools.reduce(lambda product, side: product * side, grid)
-    _launches.append(Launch(name_of(function), kernel, programs, _bytes(arguments), counts))
+    _launches.append(Launch(name_of(function), kernel, math.prod(grid), _bytes(arguments), counts))
 
 
 @contextmanager
 def recorded() -> Iterator[list[Launch | PyTorchLaunch]]:
     """The launches of the ops that are called within, in order."""
-    from cnm_kernels import use_backend
-
     _launches.clear()
     found: list[Launch | PyTorchLaunch] = []
     with use_backend(NAME), compiling(H100, _seen):

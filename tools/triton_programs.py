@@ -1,6 +1,7 @@
 """Runs a few programs of a Triton launch in its interpreter, on CPU tensors, and counts what they ask of a GPU.
 
-Products are counted, not computed: which elements a kernel reads and writes must not depend on them.
+Products are counted, not computed: which elements a kernel reads and writes must not depend on them, nor on what
+programs that are not run would write.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Counts:
     """Of the programs that were run, together."""
 
     programs: int = 0
-    executed: Counter[tuple[Site, int]] = field(default_factory=Counter)  # each with how much an element takes:
-    # bytes, a product's multiply-adds, 1 of an exponential
+    # By operation and by what each of its elements takes: bytes, a product's multiply-adds, 1 of an exponential.
+    executed: Counter[tuple[Site, int]] = field(default_factory=Counter)
     sectors: set[int] = field(default_factory=set)  # read or written
     sectors_of_programs: int = 0  # the same, distinct in each program, summed over programs
     of_program: set[int] = field(default_factory=set)
