@@ -19,11 +19,12 @@ from benchmarks import gpu_predict
 from benchmarks.gpu_predict import MEMORY, PRODUCT_CYCLES, SECTOR, SHARED_BYTES, SPECIAL_CYCLES, Block, Prediction
 
 ASSUMPTIONS = " ".join(
-    """The same GPU as above. Programs are counted from three places along the grid's x, four along y and all along z,
-    and loops and branches taken as often as their multiply-adds say, then their bytes loaded and stored and their
-    exponentials: of each thread, by Triton's layouts, with lanes that are masked; loads of a pipeline beyond its loop's
-    end are not among them. Shared memory is accessed without bank conflicts, 128 bytes in a wavefront. PyTorch's
-    kernels take what their bytes take, of which 100% is unexplained.""".split()
+    """The same GPU as above. Programs are counted from three places along the grid's x, four along y and all along z.
+    Loops and branches are taken as often as the multiply-adds say, then the bytes loaded and stored and the
+    exponentials (of each thread, by Triton's layouts, with lanes that are masked), and where these leave a choice, as
+    with nested loops without a product, so that the fewest instructions run. Not counted: what a pipeline loads beyond
+    its loop's end. Shared memory is accessed without bank conflicts, 128 bytes in a wavefront. PyTorch's kernels take
+    what their bytes take; all else of them is unexplained.""".split()
 )
 MULTIPLY_ADDS = 16 * 8 * 16 / 32  # of a thread, in the product whose cycles PRODUCT_CYCLES gives
 TRUST = {"product": 10.0}  # before the others, should they contradict it
