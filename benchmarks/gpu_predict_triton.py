@@ -93,16 +93,28 @@ COUNTED: dict[str, Callable[[Any], float]] = {
 # ---- launches ----
 
 
+def of_a_thread(launch: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """What it does of each kind: as often as the interpreter counts, each time as much as Triton's layouts say.
+
+    Beside it, what the interpreter counts and the code does not have, of which a thread has an element at least: the
+    compiler left it out, or its lines are not those that the interpreter was at.
+    """
+    from triton_ir import elements_per_thread
+
+    elements = elements_per_thread(launch.kernel.asm["ttgir"])
+    found, missing = dict.fromkeys(COUNTED, 0.0), dict.fromkeys(COUNTED, 0.0)
+    for (site, size), times in launch.counts.executed.items():
+        into = found if site in elements else missing
+        into[site[0]] += times * elements.get(site, 1) * size / launch.counts.programs
+    return found, missing
+
+
 def predict_launch(launch: Any) -> Prediction:
     import machine_code
-    from triton_ir import elements_per_thread
     from triton_resources import resources
 
     counts, warps = launch.counts, launch.kernel.metadata.num_warps
-    wanted = dict.fromkeys(COUNTED, 0.0)
-    of_thread = elements_per_thread(launch.kernel.asm["ttgir"])
-    for (site, size), times in counts.executed.items():  # what the compiler left out is not in the code
-        wanted[site[0]] += times * of_thread.get(site, 0) * size / counts.programs
+    wanted, missing = of_a_thread(launch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(launch.kernel.asm["cubin"])
         file.flush()
@@ -121,7 +133,9 @@ def predict_launch(launch: Any) -> Prediction:
     )
     distinct = min(SECTOR * len(counts.sectors) / counts.programs * launch.programs, launch.memory)
     off = [
-        did.left.get(kind, amount) / max(amount, 1.0) for kind, amount in wanted.items() if amount or kind in did.left
+        (did.left.get(kind, amount) + missing[kind]) / max(amount + missing[kind], 1.0)
+        for kind, amount in wanted.items()
+        if amount or missing[kind] or kind in did.left
     ]
     return block.predict(launch.name, launch.programs, distinct, sum(off) / max(len(off), 1))
 

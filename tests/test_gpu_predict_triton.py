@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import machine_code
@@ -62,6 +63,21 @@ def test_layouts_say_what_a_thread_holds() -> None:
 def test_an_unknown_layout_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cannot read the layout #tmem"):
         triton_ir.elements_per_thread(TTGIR.replace("16x!tt.ptr<bf16>, #linear", "16x!tt.ptr<bf16>, #tmem"))
+
+
+def test_a_thread_does_its_share_of_what_programs_do() -> None:
+    kernel, elsewhere = (("kernel.py", 7),), (("kernel.py", 8),)
+    executed = {
+        (("product", kernel, (64, 32)), 256): 10,
+        (("store", kernel, (64, 16)), 2): 5,
+        (("store", kernel, ()), 4): 5,
+        (("load", elsewhere, (64,)), 4): 5,
+    }
+    counts = SimpleNamespace(executed=executed, programs=5)
+    launch = SimpleNamespace(kernel=SimpleNamespace(asm={"ttgir": TTGIR}), counts=counts)
+    found, missing = gpu_predict_triton.of_a_thread(launch)
+    assert found == {"product": 2 * 16 * 256, "load": 0, "store": 8 * 2 + 4, "exponential": 0}
+    assert missing == {"product": 0, "load": 4, "store": 0, "exponential": 0}
 
 
 @pytest.mark.parametrize(
