@@ -109,6 +109,19 @@ def of_a_thread(launch: Any) -> tuple[dict[str, float], dict[str, float]]:
     return found, missing
 
 
+def unexplained(wanted: dict[str, float], missing: dict[str, float], left: dict[str, float]) -> float:
+    """Of the counts, by the mean over kinds: what no path through the code explains, and what the code does not have.
+
+    A kind is not in ``left`` if the code has no instruction of it.
+    """
+    shares = [
+        (left.get(kind, amount) + missing[kind]) / max(amount + missing[kind], 1.0)
+        for kind, amount in wanted.items()
+        if amount or missing[kind] or kind in left
+    ]
+    return sum(shares) / max(len(shares), 1)
+
+
 def predict_launch(launch: Any) -> Prediction:
     import machine_code
     from triton_resources import resources
@@ -132,12 +145,7 @@ def predict_launch(launch: Any) -> Prediction:
         bytes=SECTOR * counts.sectors_of_programs / counts.programs,
     )
     distinct = min(SECTOR * len(counts.sectors) / counts.programs * launch.programs, launch.memory)
-    off = [
-        (did.left.get(kind, amount) + missing[kind]) / max(amount + missing[kind], 1.0)
-        for kind, amount in wanted.items()
-        if amount or missing[kind] or kind in did.left
-    ]
-    return block.predict(launch.name, launch.programs, distinct, sum(off) / max(len(off), 1))
+    return block.predict(launch.name, launch.programs, distinct, unexplained(wanted, missing, did.left))
 
 
 def predict_pytorch(launch: Any) -> Prediction:

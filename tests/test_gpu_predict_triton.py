@@ -80,6 +80,13 @@ def test_a_thread_does_its_share_of_what_programs_do() -> None:
     assert missing == {"product": 0, "load": 4, "store": 0, "exponential": 0}
 
 
+def test_what_is_unexplained() -> None:
+    wanted, missing = {"product": 100.0, "load": 0.0, "store": 50.0}, {"product": 0.0, "load": 4.0, "store": 0.0}
+    assert gpu_predict_triton.unexplained(wanted, dict.fromkeys(wanted, 0.0), {"product": 10.0, "store": 0.0}) == 0.05
+    assert gpu_predict_triton.unexplained(wanted, missing, {"product": 10.0, "store": 0.0}) == pytest.approx(1.1 / 3)
+    assert gpu_predict_triton.unexplained(wanted, missing, {"store": 0.0}) == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize(
     ("line", "multiply_adds", "tensor", "shared"),
     [
