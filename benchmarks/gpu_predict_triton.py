@@ -19,7 +19,8 @@ from benchmarks import gpu_predict
 from benchmarks.gpu_predict import MEMORY, PRODUCT_CYCLES, SECTOR, SHARED_BYTES, SPECIAL_CYCLES, Block, Prediction
 
 ASSUMPTIONS = " ".join(
-    """The same GPU as above. Programs are counted from three places along the grid's x, four along y and all along z.
+    """The same GPU as above. Programs are counted from three places along the grid's x, four along y and all along z;
+    of kernels without a product all, if no more than 2,000.
     Loops and branches are taken as often as the multiply-adds say, then the bytes loaded and stored and the
     exponentials (of each thread, by Triton's layouts, with lanes that are masked), and where these leave a choice, as
     with nested loops without a product, so that the fewest instructions run. Not counted: what a pipeline loads beyond

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import triton_programs
@@ -28,6 +31,7 @@ LOAD_ERRORS: dict[str, str] = {}
 DTYPES = backend.DTYPES
 BY_NAME_ONLY = True
 H100 = 90
+MOST_PROGRAMS = 2000  # of a launch that is run whole: without a product it may list what others read
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class PyTorchLaunch:
     memory: int
 
 
+_cache = tempfile.TemporaryDirectory(prefix="cnm_kernels_triton_")
 _launches: list[Launch | PyTorchLaunch] = []
 
 
@@ -76,9 +81,11 @@ def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _seen(function: Any, kernel: Any, arguments: Any, options: Any, grid: tuple[int, ...]) -> None:
+    programs = math.prod(grid)
+    whole = "dot" not in kernel.asm["ttgir"] and programs <= MOST_PROGRAMS
     with _disable_current_modes():  # what the interpreter copies is not the host code's doing
-        counts = triton_programs.count(function, arguments, options, grid)
-    _launches.append(Launch(name_of(function), kernel, math.prod(grid), _bytes(arguments), counts))
+        counts = triton_programs.count(function, arguments, options, grid, whole)
+    _launches.append(Launch(name_of(function), kernel, programs, _bytes(arguments), counts))
 
 
 @contextmanager
@@ -86,7 +93,9 @@ def recorded() -> Iterator[list[Launch | PyTorchLaunch]]:
     """The launches of the ops that are called within, in order."""
     _launches.clear()
     found: list[Launch | PyTorchLaunch] = []
-    with use_backend(NAME), compiling(H100, _seen):
+    # Code from Triton's own cache names the files and lines that it was compiled from, which may have moved since.
+    own_cache = mock.patch.dict(os.environ, TRITON_CACHE_DIR=_cache.name)
+    with own_cache, use_backend(NAME), compiling(H100, _seen):
         yield found
     found += _launches
 

@@ -62,11 +62,13 @@ def places(size: int, most: int) -> list[int]:
     return list(range(size)) if size <= most else [(2 * i + 1) * size // (2 * most) for i in range(most)]
 
 
-def count(kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, Any], grid: tuple[int, ...]) -> Counts:
-    """Runs some programs of a launch; what they write is written."""
+def count(
+    kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, Any], grid: tuple[int, ...], whole: bool
+) -> Counts:
+    """Runs a launch, or only some of its programs; what they write is written."""
     counts = Counts()
     grid = grid + (1,) * (3 - len(grid))
-    chosen = set(itertools.product(*map(places, grid, SAMPLED)))
+    chosen = set(itertools.product(*map(places, grid, grid if whole else SAMPLED)))
     program = _program(InterpretedFunction(kernel.fn).rewrite(), chosen, counts)
     with _counting(counts), numpy.errstate(all="ignore"):
         GridExecutor(program, kernel.arg_names, grid)(*arguments, **options)

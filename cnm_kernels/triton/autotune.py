@@ -19,7 +19,7 @@ from cnm_kernels.triton.configurations import TABLE, Configuration, Key
 
 WARPS, STAGES = (4, 8), (1, 2, 3)
 ROWS = {"attention": (16, 32, 64), "attention_backward": (16, 32, 64)}
-TILES = (16, 32, 64)  # rows and columns to try, for kernels that have both
+TILES = (16, 32, 64, 128)  # rows and columns to try, for kernels that have both
 Call = Callable[[], None]
 
 

@@ -2,9 +2,9 @@
 
 The forward keeps O = softmax(z) W; for any g the backward then has dh = g (O - (1-e) W[y] - e mean W) without logits.
 For dW the backward recomputes z of each tile of words: dz = g (softmax(z) - (1-e) 1_y - e/V), dW = dz^T h. Tokens that
-are padding or have no gradient are omitted (see ``packed_tokens``). If too few tiles would leave a GPU idle, the words
-(in the backward the tokens) are split into parts, which a second kernel sums in a fixed order. max z and
-log sum exp(z - max) stay two numbers, since a large maximum would absorb the logarithm.
+are padding or have no gradient are omitted (``packed_tokens`` lists the others). If too few tiles would leave a GPU
+idle, the words (in the backward the tokens) are split into parts, which a second kernel sums in a fixed order. max z
+and log sum exp(z - max) stay two numbers, since a large maximum would absorb the logarithm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cnm_kernels.triton.common import at_most, block, dot, floats, narrow
 from cnm_kernels.triton.configurations import configuration
-from cnm_kernels.triton.packed_tokens import find_tokens, offsets, steps
+from cnm_kernels.triton.packed_tokens import pack
 
 MAX_BLOCK_D = {2: 256, 4: 128}  # columns of a hidden state in a tile, by the bytes of an element
 PROGRAMS = 256  # fill any GPU once; a constant, so that all GPUs give the same bits
@@ -51,9 +51,9 @@ def _logits(
 
 @triton.jit
 def _forward_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, target_ptr, offsets_ptr, partial_ptr, word_ptr, expected_ptr,
-    M, L, D, V, N, words_per_split,
-    STEPS: tl.constexpr, ACCURACY: tl.constexpr, EXPECTED: tl.constexpr, CHUNKS: tl.constexpr,
+    hidden_ptr, weight_ptr, bias_ptr, target_ptr, offsets_ptr, tokens_ptr, partial_ptr, word_ptr, expected_ptr,
+    M, D, V, N, words_per_split,
+    ACCURACY: tl.constexpr, EXPECTED: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Computes for each packed token and split: partial [split, 4, N], the most likely word, O.
@@ -66,8 +66,7 @@ def _forward_kernel(
     if tl.program_id(0) * BLOCK_T < count:
         dtype = hidden_ptr.dtype.element_ty
         valid = packed < count
-        row, place = find_tokens(offsets_ptr, packed, count, M, STEPS)
-        token = row * L + place
+        token = tl.load(tokens_ptr + packed, mask=valid, other=0)
         target = tl.load(target_ptr + token)
         columns = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
         h = _tile(hidden_ptr, token, valid, columns, D, dtype)
@@ -202,9 +201,9 @@ def _hidden_gradient_kernel(
 
 @triton.jit
 def _word_gradient_kernel(
-    d_nll_ptr, hidden_ptr, weight_ptr, bias_ptr, target_ptr, lengths_ptr, stats_ptr, offsets_ptr,
-    d_weight_ptr, d_bias_ptr, M, L, D, V, smoothing,
-    STEPS: tl.constexpr, SPLITS: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, CHUNKS: tl.constexpr,
+    hidden_ptr, weight_ptr, bias_ptr, offsets_ptr, tokens_ptr, targets_ptr, notes_ptr,
+    d_weight_ptr, d_bias_ptr, M, N, D, V, smoothing,
+    SPLITS: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Computes dW [split, V, D] and db [split, V] of a tile of words from one split of the tokens."""
@@ -220,16 +219,14 @@ def _word_gradient_kernel(
     for start in range(split * share, tl.minimum((split + 1) * share, count), BLOCK_T):
         packed = start + tl.arange(0, BLOCK_T)
         valid = packed < count
-        row, place = find_tokens(offsets_ptr, packed, count, M, STEPS)
-        token = row * L + place
+        token = tl.load(tokens_ptr + packed, mask=valid, other=0)
         h = _tile(hidden_ptr, token, valid, columns, D, dtype)
         z = _logits(hidden_ptr, weight_ptr, bias_ptr, h, w, token, valid, words, D, V, dtype, CHUNKS, BLOCK_D)
-        z -= tl.load(stats_ptr + token)[:, None]
-        z -= tl.load(stats_ptr + M * L + token)[:, None]
+        z -= tl.load(notes_ptr + packed, mask=valid, other=0.0)[:, None]
+        z -= tl.load(notes_ptr + N + packed, mask=valid, other=0.0)[:, None]
         likely = at_most(tl.exp(z), 1.0) - smoothing / V
-        length = tl.minimum(tl.load(lengths_ptr + row), L)
-        d_nll = tl.where(valid, tl.load(d_nll_ptr + row) / length.to(tl.float32), 0.0)
-        target = tl.load(target_ptr + token)
+        d_nll = tl.load(notes_ptr + 2 * N + packed, mask=valid, other=0.0)
+        target = tl.load(targets_ptr + packed, mask=valid, other=-1)
         d_z = tl.where(words[None, :] == target[:, None], likely - (1.0 - smoothing), likely) * d_nll[:, None]
         if NEED_BIAS:
             d_bias += tl.sum(d_z, 0)
@@ -303,14 +300,14 @@ def forward(
     partial = floats(hidden, splits, 4, N)
     words = torch.empty((splits, N) if return_accuracy else 0, dtype=torch.int32, device=hidden.device)
     parts = floats(hidden, splits, N, D) if keep_expected else None
-    places = offsets(valid_lengths, L)
+    active = pack(valid_lengths, L)
     _forward_kernel[(tiles, splits, chunks if keep_expected else 1)](
-        hidden, weight, bias, target, places, partial, words, parts, M, L, D, V, N, per_split,
-        steps(M), return_accuracy, keep_expected, chunks, BLOCK_T, BLOCK_V, BLOCK_D,
+        hidden, weight, bias, target, active.offsets, active.tokens, partial, words, parts, M, D, V, N, per_split,
+        return_accuracy, keep_expected, chunks, BLOCK_T, BLOCK_V, BLOCK_D,
         num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
     )  # fmt: skip
     _combine_kernel[(M,)](
-        partial, words, parts, target, places, nll, accuracy, stats, expected, L, D, V, N, splits, per_split,
+        partial, words, parts, target, active.offsets, nll, accuracy, stats, expected, L, D, V, N, splits, per_split,
         label_smoothing, return_accuracy, keep_expected, min(triton.next_power_of_2(L), 16), BLOCK_D,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -354,13 +351,13 @@ def backward(
         return d_hidden, d_weight, d_bias
     tiles = triton.cdiv(V, BLOCK_V)
     splits = _splits(tiles * chunks, triton.cdiv(triton.cdiv(M * L, BLOCK_T), 4))
-    places = offsets(valid_lengths, L, d_nll)
+    active = pack(valid_lengths, L, d_nll, target, stats)
     parts = (d_weight, d_bias)
     if splits > 1:
         parts = (floats(hidden, splits, *d_weight.shape), floats(hidden, splits, *d_bias.shape))
     _word_gradient_kernel[(tiles, splits, chunks if need_weight else 1)](
-        d_nll, hidden, weight, bias, target, valid_lengths, stats, places, *parts, M, L, D, V, label_smoothing,
-        steps(M), splits, need_weight, need_bias, chunks, BLOCK_T, BLOCK_V, BLOCK_D,
+        hidden, weight, bias, *active, *parts, M, M * L, D, V, label_smoothing,
+        splits, need_weight, need_bias, chunks, BLOCK_T, BLOCK_V, BLOCK_D,
         num_warps=chosen.num_warps, enable_fp_fusion=True, num_stages=chosen.num_stages,
     )  # fmt: skip
     if splits > 1:

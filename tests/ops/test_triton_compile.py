@@ -31,7 +31,7 @@ KERNELS = {
         for name in ("forward", "weights", "query_gradient", "key_gradient", "moment_gradient")
     ),
     *(f"linear_nll.{name}" for name in ("forward", "combine", "hidden_gradient", "word_gradient", "sum")),
-    "packed_tokens.offsets",
+    "packed_tokens.list",
     *(f"dropout_add_layer_norm.{name}" for name in ("forward", "backward", "sum_parts")),
     "dropout.kernel",
     *(f"gaussian_mask.{name}" for name in ("forward", "backward")),
