@@ -35,9 +35,14 @@ def make_model() -> CNM:
     return CNM(config)
 
 
+def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take the way that they take on GPUs."""
+    monkeypatch.setattr(cnm.models.base, "MATMUL_BOUND_DEVICES", set())
+
+
 def assert_trains_as_torch(step: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses, norms and updated parameters of the PyTorch backend, with dropout, in the form that GPUs compute."""
-    monkeypatch.setattr(cnm.models.base, "MATMUL_BOUND_DEVICES", set())
+    as_on_gpus(monkeypatch)
     metrics, parameters = {}, {}
     batch = make_batch()
     masked = (torch.arange(batch.words.size(1)) == 1).expand(batch.words.size(0), -1)

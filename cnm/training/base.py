@@ -19,6 +19,8 @@ from cnm.models.base import Model
 from cnm.training.optim import MAX_GRADIENT_NORM, ScheduledAdam
 from cnm_kernels.parameter_uses import ParameterUses, fused
 
+CLIP_EPS = 1e-6  # what PyTorch adds to a norm before it clips by it
+
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:
     return bool(torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all())
@@ -136,8 +138,10 @@ class ModelStep(ABC):
                 parameter.grad = gradient
         everybody = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(everybody)
-        # Another group's gradients are not clipped: its next update overwrites them before they are used.
-        torch.nn.utils.clip_grads_with_norm_(optimizer.parameters, MAX_GRADIENT_NORM, norm)
+        # Another group's gradients are not clipped: its next update overwrites them before they are used. On a CPU the
+        # norm is at hand, and a loop over each gradient, which would multiply it by 1, is spared where that is small.
+        if norm.device.type not in models.MATMUL_BOUND_DEVICES or not norm + CLIP_EPS <= MAX_GRADIENT_NORM:
+            torch.nn.utils.clip_grads_with_norm_(optimizer.parameters, MAX_GRADIENT_NORM, norm)
         optimizer.apply()
         if self._uses is not None and optimizer is not self._last:
             self._uses.refresh()

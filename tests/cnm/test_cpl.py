@@ -12,6 +12,7 @@ import pytest
 import test_distributed
 import torch
 from small_runs import cpl_config, with_cpl, write_files
+from step_checks import as_on_gpus
 from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 from undrawn import draw_nothing
@@ -147,8 +148,9 @@ def model_and_batch(**changes: Any) -> tuple[CPL, Any]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("step", STEP_NAMES)
-def test_nothing_waits_for_the_host(step: str, precision: str) -> None:
+def test_nothing_waits_for_the_host(step: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have no values: a step that runs on them fits into a CUDA graph."""
+    as_on_gpus(monkeypatch)
     real, batch = model_and_batch()
     with FakeTensorMode() as mode:
         model = build(real.config).train()

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from small_runs import cpl_config
-from step_checks import V, make_batch, make_model
+from step_checks import V, as_on_gpus, make_batch, make_model
 from torch import Tensor
 
-import cnm.models.base
 import cnm_kernels
 from cnm.models import build
 from cnm.models.base import Model
@@ -136,7 +135,7 @@ def test_a_training_step_is_the_same_to_the_bit(
     make: Callable[[], Model], step: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Computes as on GPUs: narrow operands, nothing absorbed."""
-    monkeypatch.setattr(cnm.models.base, "MATMUL_BOUND_DEVICES", set())
+    as_on_gpus(monkeypatch)
     monkeypatch.setattr(reference, "_dtype_of_products", lambda x: x.dtype)
 
     def once(by_uses: bool) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], int]:

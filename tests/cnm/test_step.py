@@ -10,9 +10,10 @@ import pytest
 import torch
 from kept_memory import kept_bytes
 from small_runs import synthetic_config
-from step_checks import B, L, T, V, make_batch, make_model
+from step_checks import B, L, T, V, as_on_gpus, make_batch, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import cnm.training.base
 from cnm import CNM
 from cnm.data.batch import Batch
 from cnm.models.base import PRECISIONS
@@ -22,8 +23,9 @@ from cnm.training.step import STEPS, LeanStep, RecomputingStep
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("step", STEPS)
-def test_nothing_waits_for_the_host(step: str, precision: str) -> None:
+def test_nothing_waits_for_the_host(step: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have no values: whatever asked for one, or made a shape depend on one, would raise here."""
+    as_on_gpus(monkeypatch)
     with FakeTensorMode():
         model = make_model().train()
         model.compute_dtype = PRECISIONS[precision]
@@ -34,7 +36,9 @@ def test_nothing_waits_for_the_host(step: str, precision: str) -> None:
     assert all(value.shape == () for value in metrics.values())
 
 
-def test_the_check_above_can_fail() -> None:
+def test_the_check_above_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_gpus(monkeypatch)
+
     class Curious(LeanStep):
         def reconstruction_loss(self, batch: Batch, masked_words: torch.Tensor) -> torch.Tensor:
             loss = super().reconstruction_loss(batch, masked_words)
@@ -194,3 +198,21 @@ def test_replays_train_as_the_step_does() -> None:
         assert not graphs or call.graphs
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
     torch.testing.assert_close(*trained)
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [(10.0, 0), (1e-3, 2)])
+def test_small_gradients_are_not_multiplied_by_one(limit: float, clipped: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cnm.training.base, "MAX_GRADIENT_NORM", limit)
+    model = make_model().train()
+    step = STEPS["lean"](model, model.config)
+    calls = []
+    clip = torch.nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", lambda *given: (calls.append(given), clip(*given)))
+    metrics = step(make_batch())
+    norms = [metrics[f"grad_norm/{name}"] for name in ("reconstructor", "generator")]
+    assert all(1e-3 < norm < 10 for norm in norms)
+    assert len(calls) == clipped
+    for (parameters, _, norm), of_all in zip(calls, norms, strict=False):
+        assert norm == of_all
+        own = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        assert own <= limit * 1.001
