@@ -15,7 +15,12 @@ namespace cuda {
 namespace {
 
 constexpr int QUERIES = 16;
-constexpr int COLUMNS = 32;  // of dQ that a warp computes at a time
+// Columns of dQ that a warp computes at a time, as far as registers go.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int COLUMNS = 16;
+#else
+constexpr int COLUMNS = 32;
+#endif
 constexpr int MOST_WARPS = 16, MOST_THREADS = MOST_WARPS * WARP;
 constexpr int64_t MOST_HEADS = 65535;  // of a grid's y
 
