@@ -26,7 +26,11 @@ SHORT = (
     "layer_norm_parameters_kernel",
 )
 ATTENTION = "attention_kernel<float, 64>"
-OF_SHORT_ROWS = ("attention_short_kernel<bf16>", "attention_backward_short_kernel<bf16, 64, true>")
+OF_SHORT_ROWS = (
+    "attention_short_kernel<bf16>",
+    "attention_backward_short_kernel<bf16, 64, true>",
+    "attention_backward_short_kernel<bf16, 64, false>",
+)
 
 
 @cache

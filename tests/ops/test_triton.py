@@ -183,3 +183,27 @@ def test_every_class_that_is_tuned_is_one_of_the_table(monkeypatch: pytest.Monke
 def test_tuning_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert importlib.import_module("cnm_kernels.triton.autotune").main([]) == 1
     assert capsys.readouterr().err == "autotune: needs an NVIDIA GPU\n"
+
+
+@pytest.mark.parametrize(("M", "L"), [(5, 3), (3, 300), pytest.param(1030, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("graded", [False, True])
+def test_active_tokens_are_listed_in_order(M: int, L: int, graded: bool) -> None:
+    """Of several rows and tokens at a time: 1,024 and 128; a row whose gradient is 0 has none."""
+    packed_tokens = importlib.import_module("cnm_kernels.triton.packed_tokens")
+    generator = torch.Generator().manual_seed(M)
+    lengths = torch.randint(-1, L + 2, (M,), generator=generator).to(DEVICE)
+    gradient = torch.randn(M, generator=generator).to(DEVICE).where(torch.arange(M, device=DEVICE) % 3 != 1, 0.0)
+    target = torch.randint(90, (M, L), generator=generator).to(DEVICE)
+    stats = torch.randn(2, M, L, generator=generator).to(DEVICE)
+    given = (gradient, target, stats) if graded else ()
+    offsets, tokens, targets, notes = packed_tokens.pack(lengths, L, *given)
+    active = torch.arange(L, device=DEVICE) < lengths[:, None]
+    if graded:
+        active &= (gradient != 0)[:, None]
+    (wanted,) = active.flatten().nonzero(as_tuple=True)
+    assert offsets.tolist() == [0, *active.sum(1).cumsum(0).tolist()]
+    assert tokens[: len(wanted)].tolist() == wanted.tolist()
+    if graded:
+        assert targets[: len(wanted)].tolist() == target.flatten()[wanted].tolist()
+        assert torch.equal(notes[:2, : len(wanted)], stats.flatten(1)[:, wanted])
+        torch.testing.assert_close(notes[2, : len(wanted)], (gradient / lengths.clamp(1, L))[wanted // L])
