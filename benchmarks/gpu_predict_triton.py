@@ -28,6 +28,7 @@ ASSUMPTIONS = " ".join(
     what their bytes take; all else of them is unexplained.""".split()
 )
 MULTIPLY_ADDS = 16 * 8 * 16 / 32  # of a thread, in the product whose cycles PRODUCT_CYCLES gives
+MOST_UNEXPLAINED = 0.25  # of a launch's counts; more means that code and counts are not of the same source
 TRUST = {"product": 10.0}  # before the others, should they contradict it
 
 
@@ -124,6 +125,11 @@ def unexplained(wanted: dict[str, float], missing: dict[str, float], left: dict[
 
 
 def predict_launch(launch: Any) -> Prediction:
+    """Predicts a launch of one of our kernels.
+
+    Raises:
+        ValueError: its counts and its machine code disagree.
+    """
     import machine_code
     from triton_resources import resources
 
@@ -134,6 +140,9 @@ def predict_launch(launch: Any) -> Prediction:
         file.flush()
         ((_, code),) = machine_code.functions(Path(file.name))
     did = machine_code.flow(code, wanted, COUNTED, TRUST)
+    off = unexplained(wanted, missing, did.left)
+    if off > MOST_UNEXPLAINED:
+        raise ValueError(f"{launch.name}: {off:.0%} of what its programs do is not in its machine code")
     takes = resources(launch.kernel)
     block = Block(
         warps,
@@ -146,7 +155,7 @@ def predict_launch(launch: Any) -> Prediction:
         bytes=SECTOR * counts.sectors_of_programs / counts.programs,
     )
     distinct = min(SECTOR * len(counts.sectors) / counts.programs * launch.programs, launch.memory)
-    return block.predict(launch.name, launch.programs, distinct, unexplained(wanted, missing, did.left))
+    return block.predict(launch.name, launch.programs, distinct, off)
 
 
 def predict_pytorch(launch: Any) -> Prediction:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,7 @@ def test_the_interpreter_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None
 LAUNCHES = """
 import json, sys
 from math import prod
+from unittest import mock
 from benchmarks import gpu_predict, gpu_predict_triton
 gpu_predict.find_tools()
 import torch, cnm_kernels, triton_launches
@@ -170,11 +172,21 @@ def attention(B, causal):
     q, k, v = (torch.randn(B, 4, 50, 64).bfloat16().requires_grad_() for _ in range(3))
     return pair(lambda: cnm_kernels.weighted_attention(q, k, v, causal=causal), (q, k, v))
 
+def with_lines_of_another_source():
+    q, k, v = (torch.randn(2, 4, 50, 64).bfloat16() for _ in range(3))
+    with triton_launches.recorded() as launches:
+        cnm_kernels.weighted_attention(q, k, v)
+    with mock.patch("triton_ir.elements_per_thread", return_value={}):
+        try:
+            return str(gpu_predict_triton.predict_launch(launches[0]))
+        except ValueError as error:
+            return str(error)
+
 hidden, weight, bias = (torch.randn(*shape).bfloat16().requires_grad_() for shape in ((3, 5, 256), (70, 256), (70,)))
 loss = (hidden, weight, bias, torch.zeros(3, 5, dtype=torch.int64), torch.tensor([5, 0, 2]))
 print(json.dumps({
     "attention": attention(2, False), "causal": [attention(B, True) for B in (3, 30)],
-    "loss": pair(lambda: cnm_kernels.linear_nll(*loss), loss[:3]),
+    "loss": pair(lambda: cnm_kernels.linear_nll(*loss), loss[:3]), "refused": with_lines_of_another_source(),
 }))
 """
 
@@ -241,6 +253,14 @@ def test_the_machine_code_agrees(launches: Any) -> None:
     for launch in [launch for part in both for launch in part if "run" in launch]:
         assert launch["unexplained"] < 0.15, launch  # loops of two or three turns
         assert launch["instructions"] > 50, launch
+
+
+@needs_triton
+def test_counts_of_another_source_are_refused(launches: Any) -> None:
+    """As Triton's cache gives them after lines have moved."""
+    assert re.fullmatch(
+        r"attention.forward: \d+% of what its programs do is not in its machine code", launches["refused"]
+    )
 
 
 ROWS = """
