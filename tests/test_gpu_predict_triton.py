@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,6 @@ import triton_ir
 
 from benchmarks import gpu_predict_report, gpu_predict_triton
 
-ROOT = Path(__file__).resolve().parents[1]
 needs_triton = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("triton", "scipy")), reason="needs triton and scipy"
 )
@@ -194,8 +193,11 @@ print(json.dumps({
 def without_interpreter(program: str) -> Any:
     """What the program prints, where Triton may compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(  # elsewhere: in the repository its sources would hide an installed package
+        command, env=environment, cwd=tempfile.gettempdir(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
