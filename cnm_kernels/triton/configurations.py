@@ -4,7 +4,8 @@
 folder, from which this module reads them. No kernel is tuned while a model runs.
 
 The table was chosen by registers and shared memory, which ``tests/ops/test_triton_compile.py`` checks (no spills on
-sm_80, sm_90 and sm_100 with Triton 3.8 and 3.9, except float32 heads of 128). It has not been timed on a GPU yet.
+sm_80, sm_90 and sm_100 with Triton 3.8 and 3.9, except float32 heads of 128 and hidden states of 512). It has not been
+timed on a GPU yet.
 """
 
 from __future__ import annotations
