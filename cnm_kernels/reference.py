@@ -36,17 +36,22 @@ def _before(lengths: Tensor | None, tensor: Tensor, dim: int) -> Tensor:
 
 
 def gaussian_mask(
-    center: Tensor, width: Tensor, length: int, alpha: float, min_width: float, complement: bool
+    center: Tensor, width: Tensor, length: int, alpha: float, min_width: float, complement: bool, normalized: bool
 ) -> Tensor:
-    """g_j = exp(-alpha (x_j - c)^2 / max(w, min_width)^2), x = linspace(0, 1, length); 1 - g for the complement."""
+    """g_j = exp(-alpha (x_j - c)^2 / max(w, min_width)^2), x = linspace(0, 1, length); over its largest sample where
+    ``normalized``; 1 - g for the complement."""
     c = _wide(center).unsqueeze(-1)  # [..., 1]
     w = _wide(width).unsqueeze(-1)
     w = torch.where(w < min_width, min_width, w)  # clamp's gradient at equality changed between versions of torch
     x = torch.linspace(0, 1, length, dtype=c.dtype, device=c.device)
-    far = _is_far(x - c, w, alpha)
-    u = (x - c) / torch.where(far, 1, w)  # [..., length]; divided first: w^2 may be 0 or infinite
-    g = torch.exp(-(alpha * u) * u).masked_fill(far, 0)
+    g = _relative_to_the_largest(x, c, w, alpha) if normalized else _bell(x, c, w, alpha)  # [..., length]
     return (1 - g if complement else g).to(center.dtype)
+
+
+def _bell(x: Tensor, c: Tensor, w: Tensor, alpha: float) -> Tensor:
+    far = _is_far(x - c, w, alpha)
+    u = (x - c) / torch.where(far, 1, w)  # divided first: w^2 may be 0 or infinite
+    return torch.exp(-(alpha * u) * u).masked_fill(far, 0)
 
 
 def _is_far(distance: Tensor, width: Tensor, alpha: float) -> Tensor:
@@ -55,20 +60,15 @@ def _is_far(distance: Tensor, width: Tensor, alpha: float) -> Tensor:
     return (alpha * u) * u > 800
 
 
-def normalized_gaussian_mask(
-    center: Tensor, width: Tensor, length: int, alpha: float, min_width: float, complement: bool
-) -> Tensor:
-    """``gaussian_mask`` divided by its largest sample: exp(e - max e), which no narrow Gaussian underflows."""
-    c = _wide(center).unsqueeze(-1)  # [..., 1]
-    w = _wide(width).unsqueeze(-1)
-    least = max(min_width, 1e-15 * alpha**0.5)  # from here on down no number changes, but squares would overflow
-    w = torch.where(w < least, least, w)
-    x = torch.linspace(0, 1, length, dtype=c.dtype, device=c.device)
-    exponent = -alpha * ((x - c) / w).square()  # [..., length]
-    if length > 0:
-        exponent = exponent - exponent.max(-1, keepdim=True).values  # one sample is the largest, also where two tie
-    g = torch.exp(exponent)
-    return (1 - g if complement else g).to(center.dtype)
+def _relative_to_the_largest(x: Tensor, c: Tensor, w: Tensor, alpha: float) -> Tensor:
+    """exp(-alpha (u^2 - u_p^2)), u = (x - c) / w, p where x is nearest to c; the difference of squares as a product."""
+    if x.numel() == 0:
+        return x + c
+    peak = x[(x - c.detach().clamp(0, 1)).abs().argmin(-1, keepdim=True)]
+    most = torch.finfo(x.dtype).max  # finite: at the peak it is multiplied by 0
+    above = (x - peak) / w * ((x - c + (peak - c)) / w).clamp(-most, most)
+    above = torch.where(above < 0, above - above.detach(), above)  # rounding, where two tie
+    return torch.exp(-alpha * above)
 
 
 def weighted_attention(
@@ -135,7 +135,7 @@ def gaussian_attention(
     scale: float,
 ) -> Tensor:
     """``weighted_attention`` whose key weight is ``gaussian_mask(center, width)`` (not rounded in between)."""
-    mask = gaussian_mask(_wide(center), _wide(width), key.size(-2), alpha, min_width, complement)  # [B, Lk]
+    mask = gaussian_mask(_wide(center), _wide(width), key.size(-2), alpha, min_width, complement, False)  # [B, Lk]
     return weighted_attention(query, key, value, mask, causal, key_lengths, scale)
 
 

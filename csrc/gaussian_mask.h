@@ -16,6 +16,7 @@ struct GaussianMaskParams {
     int64_t rows, length;
     float alpha, min_width;
     bool complement;
+    bool normalized;  // by the largest sample
 };
 
 struct GaussianMaskBackwardParams {
@@ -28,6 +29,7 @@ struct GaussianMaskBackwardParams {
     int64_t rows, length;
     float alpha, min_width;
     bool complement;
+    bool normalized;  // by the largest sample
 };
 
 CNM_KERNEL(gaussian_mask, GaussianMaskParams)

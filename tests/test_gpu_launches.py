@@ -23,7 +23,7 @@ from cnm.training.steps import STEP_NAMES
 from cnm_kernels import native
 
 pytestmark = pytest.mark.skipif("cpu" in native.LOAD_ERRORS, reason="the C++ module is not built")
-MOST = {("CNM", "float32"): 966, ("CNM", "bf16"): 998, ("CPL", "float32"): 923, ("CPL", "bf16"): 945}
+MOST = {("CNM", "float32"): 959, ("CNM", "bf16"): 991, ("CPL", "float32"): 785, ("CPL", "bf16"): 807}
 
 
 @pytest.mark.skipif(bool(LOAD_ERRORS), reason="no C++ compiler for the emulator")

@@ -107,8 +107,9 @@ def the_rest() -> None:
     seed = torch.zeros((), dtype=torch.int64)
     dropout.dropout(torch.zeros(25600, 256, dtype=NARROW), 0.1, seed, 3)
     moment = (torch.zeros(128), torch.zeros(128))
-    mask = gaussian_mask.forward(*moment, 50, 5.5, 0.1, False)
-    gaussian_mask.backward(mask, *moment, 5.5, 0.1, False)
+    for normalized in (False, True):
+        mask = gaussian_mask.forward(*moment, 50, 5.5, 0.1, False, normalized)
+        gaussian_mask.backward(mask, *moment, 5.5, 0.1, False, normalized)
     nll = torch.zeros(128)
     loss = intra_video_contrastive_loss.forward(nll, nll, nll, 0.1, 0.15)
     intra_video_contrastive_loss.backward(loss, nll, nll, nll, 0.1, 0.15)

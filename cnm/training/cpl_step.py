@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import cnm_kernels as kernels
 from cnm.config import CPLConfig
 from cnm.data.batch import Batch
 from cnm.models.base import downsample
@@ -65,18 +66,16 @@ class TrainingStep(ModelStep):
         norm = self._update(self.optimizer, losses["loss/total"])
         nll = {"nll/positive": found.positive, "nll/reference": found.reference}
         nll |= {"nll/left": found.left, "nll/right": found.right}
-        values = losses | {name: value.mean() for name, value in nll.items()}
-        means = self._means([value.detach() for value in values.values()])
-        return {**dict(zip(values, means, strict=True)), "grad_norm": norm}
+        means = self._means(
+            [*(loss.detach() for loss in losses.values()), *torch.stack(list(nll.values())).detach().mean(1)]
+        )
+        return {**dict(zip([*losses, *nll], means, strict=True)), "grad_norm": norm}
 
     def losses(self, batch: Batch, masked_words: Tensor) -> tuple[dict[str, Tensor], Branches]:
         """The loss and its terms, differentiable in all parameters, and what they were made from."""
         found, loss = self.branches(batch, masked_words), self.loss
         reconstruction = (found.positive.mean() + found.reference.mean()) / 2
-        contrastive = sum_of_hinges(
-            found.positive,
-            [(found.reference, loss.margin_1), (found.left, loss.margin_2), (found.right, loss.margin_2)],
-        )
+        contrastive = sum_of_hinges(found, loss.margin_1, loss.margin_2)
         diversity = overlap(found.weights, loss.lambda_)
         total = reconstruction + loss.alpha_1 * contrastive + loss.alpha_2 * diversity
         return {
@@ -91,10 +90,13 @@ class TrainingStep(ModelStep):
         """Reconstructs the batch's masked words [B, L + 1] from the proposals."""
 
 
-def sum_of_hinges(positive: Tensor, negatives: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """For each (negative, margin): mean relu(positive - negative + margin), the gradient at the kink one half."""
-    hinges = [torch.maximum(positive - negative + margin, torch.zeros_like(positive)) for negative, margin in negatives]
-    return torch.stack(hinges).mean(1).sum()
+def sum_of_hinges(found: Branches, margin_1: float, margin_2: float) -> Tensor:
+    """mean relu(positive - reference + margin_1) + mean relu(positive - left + margin_2) + mean relu(positive - right +
+    margin_2), the gradient at a kink one half: CNM's loss, which has two of the three, and half of one with the third
+    twice."""
+    positive, hinges = found.positive, kernels.intra_video_contrastive_loss
+    two = hinges(positive, found.reference, found.left, beta_1=margin_1, beta_2=margin_2)
+    return two + hinges(positive, found.right, found.right, beta_1=margin_2, beta_2=margin_2) / 2
 
 
 def overlap(weights: Tensor, own: float) -> Tensor:
@@ -102,6 +104,12 @@ def overlap(weights: Tensor, own: float) -> Tensor:
     G = weights / weights.sum(-1, keepdim=True)
     target = own * torch.eye(G.size(1), dtype=G.dtype, device=G.device)
     return (target - G @ G.mT).square().sum((1, 2)).mean()
+
+
+def only(x: Tensor, which: Tensor) -> Tensor:
+    """x [B, K, ...] where ``which`` holds, of each sentence once: [B, ...]. An index would have its gradients sorted by
+    place before they are added, in nine launches on a GPU."""
+    return torch.where(which, x, x.new_zeros(())).sum(1)
 
 
 class PublishedStep(TrainingStep):
@@ -137,18 +145,19 @@ class LeanStep(TrainingStep):
         weights = model.positive_weights(center, width, P)  # [B, K, P]
 
         B, K = center.shape
-        place = torch.arange(B, device=center.device)
         with torch.no_grad():
             of_all = ctx.of_rows(None)
             best = sentences.nll(clips.under(weights.transpose(0, 1), of_all), of_all).min(0).indices  # [B]
-        chosen = model.negative_weights(center[place, best], width[place, best], P, self.growth)
-        positive = weights[place, best]
+        is_best = torch.arange(K, device=center.device) == best[:, None]  # [B, K]
+        chosen = model.negative_weights(only(center, is_best), only(width, is_best), P, self.growth)
+        positive = only(weights, is_best[:, :, None])
         key_weights = torch.stack([positive, *chosen, torch.ones_like(positive)])  # [4, B, P]
         # Row k B + b of the published (3 K + 1) B is proposal k of sentence b; then come the negatives.
         branch = torch.stack([best, K + best, 2 * K + best, torch.full_like(best, 3 * K)])
-        of_chosen = ctx.of_rows((branch * B + place).flatten())
+        of_chosen = ctx.of_rows((branch * B + torch.arange(B, device=center.device)).flatten())
         nll = sentences.nll(clips.under(key_weights, of_chosen), of_chosen)
-        return Branches(nll[0], nll[1], nll[2], nll[3], weights)
+        positive_nll, left_nll, right_nll, reference_nll = nll.unbind(0)
+        return Branches(positive_nll, left_nll, right_nll, reference_nll, weights)
 
 
 class RecomputingStep(LeanStep):

@@ -131,7 +131,7 @@ class LeanStep(TrainingStep):
     def reconstruction_loss(self, batch: Batch, masked_words: Tensor) -> Tensor:
         branches = _Branches(self.model, batch, masked_words, recompute=self.recompute)
         nll = branches.nll(branches.gaussian, torch.ones_like(branches.gaussian))
-        return nll[0].mean() + nll[1].mean()
+        return nll.mean(1).sum()
 
     def contrastive_loss(self, batch: Batch, masked_words: Tensor) -> tuple[Tensor, Tensor]:
         branches = _Branches(self.model, batch, masked_words)

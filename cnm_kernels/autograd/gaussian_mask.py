@@ -10,7 +10,7 @@ from torch import Tensor
 from cnm_kernels.autograd.operator import Operator, empty_like
 
 
-def _fake(center: Tensor, width: Tensor, length: int, alpha: float, min_width: float, complement: bool) -> Tensor:
+def _fake(center: Tensor, width: Tensor, length: int, *options: Any) -> Tensor:
     return center.new_empty((*center.shape, length))
 
 
@@ -28,15 +28,21 @@ def register(namespace: str) -> Callable[..., Any]:
     operator = Operator(namespace, "gaussian_mask")
 
     def gaussian_mask(
-        center: Tensor, width: Tensor, length: int, alpha: float, min_width: float, complement: bool
+        center: Tensor,
+        width: Tensor,
+        length: int,
+        alpha: float,
+        min_width: float,
+        complement: bool,
+        normalized: bool,
     ) -> Tensor:
-        return operator.forward(center, width, length, alpha, min_width, complement)
+        return operator.forward(center, width, length, alpha, min_width, complement, normalized)
 
     def backward(ctx: Any, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_out is None:
-            return (None,) * 6
+            return (None,) * 7
         d_center, d_width = operator.backward(d_out, *ctx.saved_tensors, *ctx.numbers)
-        return d_center, d_width, None, None, None, None
+        return d_center, d_width, None, None, None, None, None
 
     operator.register_fake(_fake, _fake_backward)
     operator.register_autograd(setup_context, backward)

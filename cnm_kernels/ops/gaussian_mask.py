@@ -2,10 +2,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cnm_kernels import reference
 from cnm_kernels.checks import Arguments
 from cnm_kernels.constants import MIN_PROPOSAL_WIDTH, MIN_WIDTH
-from cnm_kernels.ops._call import outside_autocast, run
+from cnm_kernels.ops._call import run
 from cnm_kernels.ops._checks import check_gaussian
 
 
@@ -32,8 +31,7 @@ def gaussian_mask(
         width: [...], fraction of the video.
         length: number of points, >= 0.
         alpha: sharpness (published: 5.5 Charades-STA, 5 ActivityNet).
-        sigma: standard deviations in a width, > 0 (published: 9), instead of ``alpha``. Such masks are computed by
-            PyTorch whatever the backend: they are small, and a tensor as weight goes anywhere.
+        sigma: standard deviations in a width, > 0 (published: 9), instead of ``alpha``.
         min_width: widths below are clamped to it, > 0; default 0.1, with ``sigma`` 0.01, as published.
         complement: give 1 - g, the easy negative's weight.
 
@@ -50,12 +48,13 @@ def gaussian_mask(
     if alpha is not None:
         min_width = MIN_WIDTH if min_width is None else min_width
         check_gaussian(check, alpha, min_width)
-        return run("gaussian_mask", center, center, width, length, alpha, min_width, complement)
+        return run("gaussian_mask", center, center, width, length, alpha, min_width, complement, False)
     assert sigma is not None
     min_width = MIN_PROPOSAL_WIDTH if min_width is None else min_width
     check.number("sigma", sigma, -float("inf"), float("inf"))
     if not 0 < sigma < float("inf"):
         raise ValueError(f"gaussian_mask: sigma must be a finite number above 0, got {sigma}")
-    check_gaussian(check, sigma**2 / 2, min_width)
-    arguments = (center, width, length, sigma**2 / 2, min_width, complement)
-    return outside_autocast(reference.normalized_gaussian_mask, center, *arguments)
+    alpha = sigma**2 / 2
+    check_gaussian(check, alpha, min_width)
+    min_width = max(min_width, 1e-15 * alpha**0.5)  # from here on down no number changes, but squares would overflow
+    return run("gaussian_mask", center, center, width, length, alpha, min_width, complement, True)

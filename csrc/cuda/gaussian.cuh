@@ -23,20 +23,73 @@ struct Gaussian {
           complement(complement),
           width_passes(!(width < min_width)) {}
 
+    __device__ static float point(int64_t j, int64_t length) { return position(j, length); }
+
     // g = exp(-alpha (x - c)^2 / w^2)
-    __device__ float bell(float x) const {
-        const float u = (x - center) / width;  // divided first: the width's square may be 0 or infinite
-        return expf(-(alpha * u) * u);
+    __device__ float value(float x) const {
+        const float u = scaled(x);
+        return value(u, u);
     }
-    __device__ float value(float x) const { return complement ? 1.0f - bell(x) : bell(x); }
 
     // Adds upstream . dm/dc and upstream . dm/dw: dg/dc = g 2 alpha (x - c) / w^2, dg/dw = g 2 alpha (x - c)^2 / w^3;
     // the clamp passes a gradient where `width_passes`.
     __device__ void add_gradient(float x, float upstream, float& d_center, float& d_width) const {
-        const float u = (x - center) / width, g = bell(x);
-        const float common = g == 0.0f ? 0.0f : upstream * g * u * ((complement ? -2.0f : 2.0f) * alpha) / width;
+        const float u = scaled(x);
+        add_gradient(u, u, upstream, d_center, d_width);
+    }
+
+  protected:
+    // (x - c) / w, divided before it is squared: the width's square may be 0 or infinite.
+    __device__ float scaled(float x) const { return (x - center) / width; }
+
+    // The same of exp(-alpha t s), where dt/dc = ds/dc = -1 / w or t does not depend on c.
+    __device__ float bell(float t, float s) const { return expf(-(alpha * t) * s); }
+    __device__ float value(float t, float s) const { return complement ? 1.0f - bell(t, s) : bell(t, s); }
+    __device__ void add_gradient(float t, float s, float upstream, float& d_center, float& d_width) const {
+        const float g = bell(t, s);
+        const float common = g == 0.0f ? 0.0f : upstream * g * t * ((complement ? -2.0f : 2.0f) * alpha) / width;
         d_center += common;
-        d_width += common * u;
+        d_width += common * s;
+    }
+};
+
+// g divided by its largest sample, which is at the position p nearest to the center, of two the first:
+// exp(-alpha (u^2 - u_p^2)) with u = (x - c) / w. The difference of squares is the product of t = u - u_p and
+// s = u + u_p, in which nothing cancels, and which gives the gradient too: 2 alpha t / w to c, 2 alpha t s / w to w.
+// Positions are counted, x = j / (length - 1), and j - c (length - 1) is rounded once.
+struct NormalizedGaussian : Gaussian {
+    float last, peak, scale;  // two positions, and how much of u a step is
+
+    __device__ NormalizedGaussian(const Gaussian& gaussian, int64_t length)
+        : Gaussian(gaussian),
+          last(length > 1 ? static_cast<float>(length - 1) : 1.0f),
+          peak(nearest(length)),
+          scale(1.0f / (last * width)) {}
+
+    __device__ static float point(int64_t j, int64_t) { return static_cast<float>(j); }
+
+    __device__ float value(float j) const { return Gaussian::value(from_peak(j), sum(j)); }
+    __device__ void add_gradient(float j, float upstream, float& d_center, float& d_width) const {
+        Gaussian::add_gradient(from_peak(j), sum(j), upstream, d_center, d_width);
+    }
+
+  private:
+    __device__ float from_peak(float j) const { return (j - peak) * scale; }
+    __device__ float from_center(float j) const { return fmaf(-center, last, j); }
+
+    // Finite: at the peak it is multiplied by 0. A NaN stays.
+    __device__ float sum(float j) const {
+        constexpr float MOST = 3.402823466e38f;
+        const float s = (from_center(j) + from_center(peak)) * scale;
+        return s > MOST ? MOST : s < -MOST ? -MOST : s;
+    }
+
+    __device__ float nearest(int64_t length) const {
+        const float place = center * last;
+        if (length <= 1 || !(place > 0)) return 0.0f;  // nor where the center is NaN, as all samples then are
+        if (place >= last) return last;
+        const float below = floorf(place);
+        return fabsf(from_center(below)) <= fabsf(from_center(below + 1)) ? below : below + 1;
     }
 };
 

@@ -16,8 +16,9 @@ __global__ void __launch_bounds__(THREADS) gaussian_mask_kernel(GaussianMaskPara
     const int64_t row = index / p.length;
     const Gaussian gaussian(to_float(load(static_cast<const T*>(p.center) + row)),
                             to_float(load(static_cast<const T*>(p.width) + row)), p.alpha, p.min_width, p.complement);
+    const auto value_of = [&](const auto& of_row) { return of_row.value(of_row.point(index % p.length, p.length)); };
     T value;
-    from_float(&value, gaussian.value(position(index % p.length, p.length)));
+    from_float(&value, p.normalized ? value_of(NormalizedGaussian(gaussian, p.length)) : value_of(gaussian));
     store(static_cast<T*>(p.out) + index, value);
 }
 
@@ -27,9 +28,16 @@ __global__ void __launch_bounds__(THREADS) gaussian_mask_backward_kernel(Gaussia
     const Gaussian gaussian(to_float(load(static_cast<const T*>(p.center) + row)),
                             to_float(load(static_cast<const T*>(p.width) + row)), p.alpha, p.min_width, p.complement);
     float d_center = 0, d_width = 0;
-    for (int64_t j = thread(); j < p.length; j += THREADS) {
-        const float upstream = to_float(load(static_cast<const T*>(p.d_out) + row * p.length + j));
-        gaussian.add_gradient(position(j, p.length), upstream, d_center, d_width);
+    const auto add = [&](const auto& of_row) {
+        for (int64_t j = thread(); j < p.length; j += THREADS) {
+            const float upstream = to_float(load(static_cast<const T*>(p.d_out) + row * p.length + j));
+            of_row.add_gradient(of_row.point(j, p.length), upstream, d_center, d_width);
+        }
+    };
+    if (p.normalized) {
+        add(NormalizedGaussian(gaussian, p.length));
+    } else {
+        add(gaussian);
     }
     float* const scratch = dynamic_shared<float>();
     d_center = sum_over_block(d_center, scratch);

@@ -295,8 +295,10 @@ def test_scores_depend_on_the_sentence_alone() -> None:
         )
         torch.manual_seed(row)
         found = model.proposals(alone)
+        # Where a video is short, proposals tie: rounding alone puts one first.
+        order, order_together = found.center[0].argsort(), together.center[row].argsort()
         for name in ("center", "width", "score"):
-            assert_agrees(name, getattr(found, name)[0], getattr(together, name)[row], 1e-5)
+            assert_agrees(name, getattr(found, name)[0, order], getattr(together, name)[row, order_together], 1e-5)
     other = model.proposals(batch, scoring=Scoring(seed=1))
     assert not torch.equal(other.score, together.score)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import cnm_kernels
 
 SIGMA = 9.0
+on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets("gaussian_mask", [torch.float32]))
 
 
 def published(length: int, center: Tensor, width: Tensor, sigma: float, min_width: float = 0.01) -> Tensor:
@@ -63,33 +64,64 @@ def test_negatives_are_the_published_ones(growth: float) -> None:
             torch.testing.assert_close(d_mine, d_other, rtol=1e-8, atol=1e-8)
 
 
-def test_a_mask_between_two_far_points_is_finite() -> None:
-    center, width = torch.tensor([0.25], requires_grad=True), torch.tensor([0.0], requires_grad=True)
-    mask = cnm_kernels.gaussian_mask(center, width, 3, sigma=SIGMA)
-    assert mask.tolist() == [[1.0, 1.0, 0.0]]
-    assert all(gradient.isfinite().all() for gradient in gradients(mask, center, width))
+@on_every_float32
+def test_a_mask_between_two_far_points_is_finite(backend: str, device: str, dtype: torch.dtype) -> None:
+    center = torch.tensor([0.25], device=device, requires_grad=True)
+    width = torch.tensor([0.0], device=device, requires_grad=True)
+    with cnm_kernels.use_backend(backend):
+        mask = cnm_kernels.gaussian_mask(center, width, 3, sigma=SIGMA)
+        assert mask.tolist() == [[1.0, 1.0, 0.0]]
+        assert all(gradient.isfinite().all() for gradient in gradients(mask, center, width))
     assert published(3, center, width, SIGMA).isnan().all()  # the density underflows to 0 / 0
 
 
 @pytest.mark.parametrize("min_width", [1e-30, 1e-20, 0.01])
-def test_widths_whose_squares_overflow_or_underflow(min_width: float) -> None:
+@on_every_float32
+def test_widths_whose_squares_overflow_or_underflow(
+    backend: str, device: str, dtype: torch.dtype, min_width: float
+) -> None:
     """The largest sample is 1 and any other 0, or all are 1; the gradients are finite."""
-    center = torch.tensor([0.27, 0.52, 1.0, 2.0, -1.0, 0.1, 0.0], requires_grad=True)
-    width = torch.tensor([0.0, 1e-20, -1.0, 1e-19, 3e-30, 3e30, 1e20], requires_grad=True)
-    mask = cnm_kernels.gaussian_mask(center, width, 6, sigma=SIGMA, min_width=min_width)
-    if min_width < 0.01:
-        nearest = torch.tensor([1, 3, 5, 5, 0])
-        assert torch.equal(mask[:5], F.one_hot(nearest, 6).to(mask))
+    center = torch.tensor([0.27, 0.52, 1.0, 2.0, -1.0, 0.1, 0.0], device=device, requires_grad=True)
+    width = torch.tensor([0.0, 1e-20, -1.0, 1e-19, 3e-30, 3e30, 1e20], device=device, requires_grad=True)
     wide = center.detach().double(), width.detach().double()
     exact = cnm_kernels.gaussian_mask(*wide, 6, sigma=SIGMA, min_width=min_width)
-    torch.testing.assert_close(mask.double(), exact, rtol=1e-4, atol=1e-6)
-    assert all(gradient.isfinite().all() for gradient in gradients(mask, center, width))
+    with cnm_kernels.use_backend(backend):
+        mask = cnm_kernels.gaussian_mask(center, width, 6, sigma=SIGMA, min_width=min_width)
+        if min_width < 0.01:
+            nearest = torch.tensor([1, 3, 5, 5, 0], device=device)
+            assert torch.equal(mask[:5], F.one_hot(nearest, 6).to(mask))
+        torch.testing.assert_close(mask.double(), exact, rtol=1e-4, atol=1e-6)
+        assert all(gradient.isfinite().all() for gradient in gradients(mask, center, width))
 
 
-def test_what_is_not_a_number_stays_so() -> None:
+@on_every_float32
+def test_what_is_not_a_number_stays_so(backend: str, device: str, dtype: torch.dtype) -> None:
     nan = float("nan")
-    mask = cnm_kernels.gaussian_mask(torch.tensor([nan, 0.5]), torch.tensor([0.5, nan]), 5, sigma=SIGMA)
-    assert mask.isnan().all()
+    center, width = torch.tensor([nan, 0.5], device=device), torch.tensor([0.5, nan], device=device)
+    with cnm_kernels.use_backend(backend):
+        assert cnm_kernels.gaussian_mask(center, width, 5, sigma=SIGMA).isnan().all()
+
+
+@on_every_float32
+def test_no_sample_is_above_1_where_two_tie_but_for_rounding(backend: str, device: str, dtype: torch.dtype) -> None:
+    length = 50
+    between = (torch.arange(length - 1) + 0.5) / (length - 1)
+    center = torch.cat([between, between.nextafter(torch.ones(())), between.nextafter(torch.zeros(()))]).to(device)
+    with cnm_kernels.use_backend(backend):
+        mask = cnm_kernels.gaussian_mask(center, torch.full_like(center, 1e-3), length, sigma=SIGMA, min_width=1e-3)
+    assert mask.max() == 1
+    assert (mask.max(-1).values == 1).all()
+
+
+@pytest.mark.parametrize("width", [0.5, 0.0])
+@on_every_float32
+def test_a_center_far_outside_leaves_the_nearest_sample(
+    backend: str, device: str, dtype: torch.dtype, width: float
+) -> None:
+    center, widths = torch.tensor([1e9, -1e9, 1e30], device=device), torch.full((3,), width, device=device)
+    with cnm_kernels.use_backend(backend):
+        mask = cnm_kernels.gaussian_mask(center, widths, 7, sigma=SIGMA, min_width=1e-30)
+    assert torch.equal(mask[:, [0, -1]], torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]], device=device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
