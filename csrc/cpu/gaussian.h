@@ -108,8 +108,8 @@ struct NormalizedGaussian : Gaussian {
   private:
     Vec from_peak(Vec j) const { return (j - set1(peak)) * set1(scale); }
 
-    // Finite: at the peak it is multiplied by 0. A NaN stays. No sample is larger than the peak's; lanes beyond the last
-    // sample, which would be, are as large.
+    // Finite: at the peak it is multiplied by 0. A NaN stays. No sample is larger than the peak's; lanes beyond the
+    // last sample, which would be, are as large.
     Vec sum(Vec j, Vec t) const {
         constexpr float MOST = std::numeric_limits<float>::max();
         const Vec steps = fnma(set1(center), set1(last), j) + set1(from_center(peak));
