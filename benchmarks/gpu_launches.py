@@ -5,12 +5,16 @@ sees every operation that would launch kernels there. Our operators are counted 
 emulator by tests), PyTorch's as ``KERNELS`` says: one each, but for those named. Assumed: a product is one kernel
 (cuBLAS may split one and add its parts), and no kernel is left out for being empty in a library. What would break a
 capture raises (a value read by the host, a shape that depends on one) or is listed (memory of the host).
+
+Whether launches are what a step's time goes into is told by the least time that its kernels take on an H100: of each
+operation the bytes of its operands and results, or its products, whichever takes longer, at the rates of
+``gpu_predict`` and ``PRODUCTS_PER_SECOND``.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -24,9 +28,10 @@ from torch import Tensor
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 import cnm_kernels
-from benchmarks import bench_cpl, bench_step
+from benchmarks import bench_cpl, bench_step, gpu_predict
 from benchmarks.report import markdown
 from cnm.models.base import PRECISIONS
 from cnm.training.base import ModelStep
@@ -41,7 +46,10 @@ CHUNK, CHUNKS, TENSORS = 65536, 320, (110, 64, 48, 36, 30)
 CAT_TENSORS = 128  # of a launch of cat
 SORT = 4  # values and places copied, two kernels of a segmented sort
 INDEX_PUT = 8  # that accumulates: the places are sorted first
+# An H100's floating-point operations by the bytes of an operand: guesses, 65% and 90% of what its data sheet says.
+PRODUCTS_PER_SECOND = {2: 0.65 * 989e12, 4: 0.9 * 67e12}
 HEADER = ["model", "precision", "eager", "ours", "products", "casts", "other", "with a graph: in it", "launched"]
+HEADER += ["kernels take, ms", "launches take, ms"]
 
 
 # ---- kernels of one operation ----
@@ -145,17 +153,48 @@ def copies(name: str, arguments: Sequence[Any]) -> tuple[int, int]:
     return packed, cast
 
 
+def _bytes_of(tensor: Tensor) -> int:
+    """What an operation moves of it: an expanded dimension is read once."""
+    elements = tensor.element_size()
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride != 0 else min(size, 1)
+    return elements
+
+
+def least_seconds(function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> float:
+    """The least time of an operation on an H100: that of its bytes, in from memory and out once, or of its products."""
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    touched = {id(tensor): _bytes_of(tensor) for tensor in given + returned}
+    written = [
+        leaf
+        for place, argument in enumerate(function._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write and place < len(args)
+        for leaf in tree_leaves(args[place])
+    ]
+    moved = sum(touched.values()) + sum(map(_bytes_of, written))
+    name, products, width = function._schema.name.partition("::")[2], 0, given[0].element_size() if given else 4
+    if function._overloadpacket in flop_registry:
+        products = flop_registry[function._overloadpacket](*args, **kwargs, out_val=result)
+    elif name.startswith("linear_nll"):  # of logits and with them, forward and backward
+        hidden, weight = args[1:3] if name.endswith("_backward") else args[:2]
+        products, width = 4 * hidden.numel() * weight.size(0), hidden.element_size()
+    return max(moved / gpu_predict.MEMORY, products / PRODUCTS_PER_SECOND.get(width, PRODUCTS_PER_SECOND[4]))
+
+
 class Launches(TorchDispatchMode):
     """Counts, by operation, the kernels that a GPU would be given.
 
     Attributes:
         kernels: by "aten.name" or "ours.name"; casts and copies for ours are PyTorch's.
+        seconds: by the same, the least time of the operations on an H100.
         of_host: operations that touch the host's memory, which a CUDA graph would hold as it was at capture.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.of_host: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -167,6 +206,7 @@ class Launches(TorchDispatchMode):
         touched = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] + outputs
         if any(tensor.device.type == "cpu" for tensor in touched):
             self.of_host.append(str(function))
+        before = self.total()
         if namespace.startswith("cnm_kernels"):
             packed, cast = copies(name, args)
             self.kernels[f"ours.{name}"] += OURS[name](*args)
@@ -174,6 +214,9 @@ class Launches(TorchDispatchMode):
             self.kernels["aten._to_copy"] += cast
         elif not function.is_view and name not in FREE and (not outputs or any(map(Tensor.numel, outputs))):
             self.kernels[f"aten.{name}"] += KERNELS[name](*args) if name in KERNELS else 1
+        if self.total() > before:
+            owner = "ours" if namespace.startswith("cnm_kernels") else "aten"
+            self.seconds[f"{owner}.{name}"] += least_seconds(function, args, kwargs, result)
         return result
 
     def total(self) -> int:
@@ -211,6 +254,7 @@ class Count:
         by_operation: the same, by operation.
         in_graph: held by the CUDA graph.
         launched: by the host where the graph is replayed: its launch, the batch's copies, the rates, the metrics.
+        seconds: of the kernels in the graph, by operation, the least that an H100 takes.
         of_host: operations on the host's memory, which no graph may hold.
     """
 
@@ -220,7 +264,13 @@ class Count:
     by_operation: dict[str, int]
     in_graph: int
     launched: int
+    seconds: dict[str, float]
     of_host: list[str]
+
+    @property
+    def launch_seconds(self) -> float:
+        """What the launches within the graph take besides."""
+        return self.in_graph * gpu_predict.NEXT_LAUNCH
 
     def share(self, kind: str) -> int:
         """Number of launches of a kind in ``eager``: "ours", "products" or "casts"."""
@@ -277,6 +327,7 @@ def count(make: Callable[[], tuple[ModelStep, Any]], model_name: str, precision:
         dict(eager.kernels.most_common()),
         in_graph.total(),
         around.total() + replay.replays,
+        dict(sorted(in_graph.seconds.items(), key=lambda item: -item[1])),
         in_graph.of_host,
     )
 
@@ -289,7 +340,8 @@ def text(counts: Sequence[Count]) -> str:
     for found in counts:
         shares = [found.share(kind) for kind in ("ours", "products", "casts")]
         numbers = (found.eager, *shares, found.eager - sum(shares), found.in_graph, found.launched)
-        lines.append([found.model, found.precision, *map(str, numbers)])
+        times = (f"{1e3 * seconds:.2f}" for seconds in (sum(found.seconds.values()), found.launch_seconds))
+        lines.append([found.model, found.precision, *map(str, numbers), *times])
     said = [markdown(lines), f"\nGoal: {GOAL} kernels in CNM's step."]
     for found in counts:
         if found.model == "CNM":
@@ -300,6 +352,9 @@ def text(counts: Sequence[Count]) -> str:
     for found in counts:
         most = list(found.by_operation.items())[:12]
         said.append(f"{found.model}, {found.precision}, most: " + ", ".join(f"{n} {name}" for name, n in most))
+        longest = ", ".join(f"{1e6 * seconds:.0f} us {name}" for name, seconds in list(found.seconds.items())[:12])
+        said.append(f"{found.model}, {found.precision}, longest: {longest}")
+    said.append("Times are of an H100, by bytes and products alone; nothing was measured.")
     return "\n".join(said)
 
 

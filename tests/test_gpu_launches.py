@@ -58,6 +58,26 @@ def test_multi_tensor_kernels_hold_so_many_tensors_and_chunks() -> None:
     assert gpu_launches.multi_tensor([small, large], 1) == 2
 
 
+def least(call: Any) -> float:
+    with gpu_launches.Launches() as counted:
+        call()
+    return sum(counted.seconds.values())
+
+
+def test_an_operation_takes_its_bytes_or_its_products() -> None:
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    x, row, bytes_a_second = meta(1000, 500), meta(500), gpu_predict.MEMORY
+    assert least(lambda: x + row) == pytest.approx((2 * 500_000 + 500) * 2 / bytes_a_second)
+    assert least(lambda: x + row.expand(1000, 500)) == pytest.approx((2 * 500_000 + 500) * 2 / bytes_a_second)
+    assert least(lambda: x.add_(row)) == pytest.approx((2 * 500_000 + 500) * 2 / bytes_a_second)
+    assert least(lambda: x.view(-1)) == 0
+    large, narrow = meta(8192, 8192), meta(8192, 8)
+    assert least(lambda: large @ large) == pytest.approx(2 * 8192**3 / gpu_launches.PRODUCTS_PER_SECOND[2])
+    assert least(lambda: large @ narrow) == pytest.approx((8192**2 + 2 * 8192 * 8) * 2 / bytes_a_second)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model", ["CNM", "CPL"])
 @pytest.mark.parametrize("step", STEP_NAMES)
@@ -128,6 +148,7 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = json.loads((tmp_path / "gpu_launches.json").read_text())["counts"]
     for found in counts:
         assert sum(found["by_operation"].values()) == found["eager"]
+        assert 0.5e-3 < sum(found["seconds"].values()) < 50e-3
 
 
 @pytest.mark.gpu
