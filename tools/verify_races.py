@@ -84,8 +84,8 @@ def ops() -> Iterator[torch.Tensor]:
     yield cnm_kernels.dropout(x, p=0.1, seed=1)
     nll = [torch.rand(37, requires_grad=True) for _ in range(3)]
     yield cnm_kernels.intra_video_contrastive_loss(*nll, beta_1=0.1, beta_2=0.15)
-    for form in ({"alpha": 5.5}, {"sigma": 9.0}):
-        yield cnm_kernels.gaussian_mask(*(torch.rand(3, requires_grad=True) for _ in range(2)), 50, **form)
+    for B, form in ((3, {"alpha": 5.5}), (4, {"sigma": 9.0})):
+        yield cnm_kernels.gaussian_mask(*(torch.rand(B, requires_grad=True) for _ in range(2)), 50, **form)
 
 
 def launches() -> list[Launch]:

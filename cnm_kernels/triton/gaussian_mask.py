@@ -37,9 +37,9 @@ def gaussian(x, center, width, alpha):
 @triton.jit
 def _nearest(center, length, last):
     """Finds the index nearest to the center, of two the first: where the largest sample is."""
-    place = center * last
-    below = tl.floor(tl.where(place > 0.0, tl.minimum(place, last - 1.0), 0.0))  # 0 also where the center is NaN
-    above = tl.abs(tl.fma(-center, last, below + 1.0)) < tl.abs(tl.fma(-center, last, below))
+    inside = tl.where(center > 0.0, tl.minimum(center, 1.0), 0.0)  # 0 also for a NaN
+    below = tl.floor(tl.minimum(inside * last, last - 1.0))
+    above = tl.abs(tl.fma(-inside, last, below + 1.0)) < tl.abs(tl.fma(-inside, last, below))
     return tl.where((length > 1) & above, below + 1.0, below)
 
 

@@ -46,8 +46,10 @@ struct Gaussian {
     __device__ float bell(float t, float s) const { return expf(-(alpha * t) * s); }
     __device__ float value(float t, float s) const { return complement ? 1.0f - bell(t, s) : bell(t, s); }
     __device__ void add_gradient(float t, float s, float upstream, float& d_center, float& d_width) const {
-        const float g = bell(t, s);
-        const float common = g == 0.0f ? 0.0f : upstream * g * t * ((complement ? -2.0f : 2.0f) * alpha) / width;
+        // The division is the same for all samples; finite, for t may be 0.
+        const float slope = fminf(2.0f * alpha / width, 3.402823466e38f), g = bell(t, s);
+        const float product = upstream * g * t * (complement ? -slope : slope);
+        const float common = g == 0.0f ? 0.0f : product;
         d_center += common;
         d_width += common * s;
     }
@@ -81,15 +83,15 @@ struct NormalizedGaussian : Gaussian {
     __device__ float sum(float j) const {
         constexpr float MOST = 3.402823466e38f;
         const float s = (from_center(j) + from_center(peak)) * scale;
-        return s > MOST ? MOST : s < -MOST ? -MOST : s;
+        return s == s ? fminf(fmaxf(s, -MOST), MOST) : s;
     }
 
+    // Without a branch on what is in memory, so that the kernels' barriers can be verified.
     __device__ float nearest(int64_t length) const {
-        const float place = center * last;
-        if (length <= 1 || !(place > 0)) return 0.0f;  // nor where the center is NaN, as all samples then are
-        if (place >= last) return last;
-        const float below = floorf(place);
-        return fabsf(from_center(below)) <= fabsf(from_center(below + 1)) ? below : below + 1;
+        const float inside = fminf(fmaxf(center, 0.0f), 1.0f);  // 0 also for a NaN
+        const float below = floorf(fminf(inside * last, last - 1.0f)), above = below + 1.0f;
+        const bool nearer = fabsf(fmaf(-inside, last, above)) < fabsf(fmaf(-inside, last, below));
+        return below + (length > 1 && nearer ? 1.0f : 0.0f);
     }
 };
 
