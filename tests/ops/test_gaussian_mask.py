@@ -37,7 +37,7 @@ def test_the_clamp_passes_the_gradient_at_equality_and_above(backend: str, devic
 
 @pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize("complement", [False, True])
-@pytest.mark.parametrize("min_width", [1e-20, 1e-30, 0.1])
+@pytest.mark.parametrize("min_width", [1e-38, 1e-30, 1e-20, 0.1])
 def test_widths_whose_squares_overflow_or_underflow(
     backend: str, device: str, dtype: torch.dtype, min_width: float, complement: bool
 ) -> None:

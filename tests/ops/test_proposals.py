@@ -113,6 +113,17 @@ def test_no_sample_is_above_1_where_two_tie_but_for_rounding(backend: str, devic
     assert (mask.max(-1).values == 1).all()
 
 
+@on_every_float32
+def test_of_two_samples_that_tie_the_first_stays_1(backend: str, device: str, dtype: torch.dtype) -> None:
+    center = torch.tensor(0.25, device=device, requires_grad=True)
+    width = torch.tensor(1.0, device=device, requires_grad=True)
+    with cnm_kernels.use_backend(backend):
+        first, second, _ = cnm_kernels.gaussian_mask(center, width, 3, sigma=SIGMA)
+        assert torch.autograd.grad(first, (center, width), retain_graph=True) == (0, 0)
+        d_center, d_width = torch.autograd.grad(second, (center, width))
+    assert (d_center.item(), d_width.item()) == (pytest.approx(SIGMA**2 / 2), 0)  # 2 alpha (x - x of the first) / w^2
+
+
 @pytest.mark.parametrize("width", [0.5, 0.0])
 @on_every_float32
 def test_a_center_far_outside_leaves_the_nearest_sample(
