@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 import cnm_kernels
 
@@ -195,13 +196,14 @@ def compiled(architecture: str, kind: str) -> list[Path]:
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}-{content[source]}-{architecture}.{kind}"
-        if target.exists():
-            return target
-        unfinished = target.with_suffix(".part")
+        unfinished = target.with_name(f"{target.name}.part")
         command = [str(tool("nvcc")), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DCNM_CUDA", f"-I{CUDA.parent}",
                    f"-I{CUDA}", f"-arch={architecture}", f"-{kind}", str(source), "-o", str(unfinished)]  # fmt: skip
-        subprocess.run(command, check=True)
-        return unfinished.replace(target)
+        with FileLock(f"{target}.lock"):  # of processes beside this one, which would compile it too
+            if not target.exists():
+                subprocess.run(command, check=True)
+                unfinished.replace(target)
+        return target
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(compile_one, content))

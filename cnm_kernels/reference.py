@@ -276,7 +276,8 @@ def dropout_add_layer_norm(
     offset: int,
     eps: float,
     sample_indices: Tensor | None = None,
-) -> Tensor:
+    twice: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm(residual + dropout(x)) over the last dimension; sample i has the mask of sample_indices[i]."""
     wide, residual = _wide(x), _wide(residual)
     size = _power_for(torch.maximum(wide.abs(), residual.abs()), 100, 0)  # at which no sum of a row overflows
@@ -298,7 +299,8 @@ def dropout_add_layer_norm(
     centered, root_eps = centered * again, eps**0.5 * size * again
     variance = centered.square().mean(-1, keepdim=True)
     normalized = centered * torch.rsqrt(variance + root_eps.square())
-    return (normalized * weight.to(total.dtype) + bias.to(total.dtype)).to(x.dtype)
+    out = (normalized * weight.to(total.dtype) + bias.to(total.dtype)).to(x.dtype)
+    return (out, out) if twice else out
 
 
 def _power_for(sizes: Tensor, goal: int, most: int) -> Tensor:

@@ -27,6 +27,7 @@ struct DropoutAddLayerNormParams {
 
 struct DropoutAddLayerNormBackwardParams {
     const void* d_out;     // [rows, D]
+    const void* d_again;   // [rows, D], the gradient of the result's second user; or null
     const void* x;         // [rows, D]
     const void* residual;  // [rows, D]
     const float* weight;   // [D]
@@ -36,7 +37,7 @@ struct DropoutAddLayerNormBackwardParams {
     float* partial;        // [layer_norm_chunks(rows, D), 2, D] scratch, or null: d_weight and d_bias are not wanted
     float* d_weight;       // [D] or null
     float* d_bias;         // [D] or null
-    Dtype dtype;           // of d_out, x, residual, d_x, d_residual
+    Dtype dtype;           // of d_out, d_again, x, residual, d_x, d_residual
     int64_t rows, D;
     double p;
     const int64_t* seed;  // [] where the tensors are

@@ -31,15 +31,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& residual, cons
     return {out, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_out, const Tensor& x, const Tensor& residual,
-                                                    const Tensor& weight, const Tensor& stats, double p,
-                                                    const Tensor& seed, int64_t offset,
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d_again,
+                                                    const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                    const Tensor& stats, double p, const Tensor& seed, int64_t offset,
                                                     const std::optional<Tensor>& sample_indices, bool need_x,
                                                     bool need_residual, bool need_weights) {
     const OnDevice device(x);
     const Tensor d = packed(d_out), in = packed(x), r = packed(residual), w = floats(weight), kept = packed(stats);
     const int64_t D = w.numel(), rows = D == 0 ? 0 : in.numel() / D;
-    const std::optional<Tensor> indices = packed(sample_indices);
+    const std::optional<Tensor> indices = packed(sample_indices), again = packed(d_again);
     const Tensor d_x = need_x ? empty_as(in, in.scalar_type()) : empty({0}, in.scalar_type());
     const Tensor d_residual = need_residual ? empty_as(in, in.scalar_type()) : empty({0}, in.scalar_type());
     const Tensor d_weight = empty({need_weights ? D : 0}, ScalarType::Float);
@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_out, const T
     float none[1];  // stands for a scratch of no chunks, which is wanted all the same
     float* scratch = rows == 0 ? none : partial.mutable_data_ptr<float>();
     dropout_add_layer_norm_backward(
-        {d.const_data_ptr(), in.const_data_ptr(), r.const_data_ptr(), w.const_data_ptr<float>(),
-         kept.const_data_ptr<float>(), need_x ? d_x.mutable_data_ptr() : nullptr,
+        {d.const_data_ptr(), again ? again->const_data_ptr() : nullptr, in.const_data_ptr(), r.const_data_ptr(),
+         w.const_data_ptr<float>(), kept.const_data_ptr<float>(), need_x ? d_x.mutable_data_ptr() : nullptr,
          need_residual ? d_residual.mutable_data_ptr() : nullptr, need_weights ? scratch : nullptr,
          d_weight.mutable_data_ptr<float>(), d_bias.mutable_data_ptr<float>(), dtype_of(in), rows, D, p,
          packed(seed).const_data_ptr<int64_t>(), offset, data_or_null<int64_t>(indices),
@@ -65,8 +65,8 @@ CNM_SCHEMAS(m) {
         "dropout_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float p, Tensor seed, "
         "int offset, float eps, Tensor? sample_indices) -> (Tensor, Tensor)");
     m.def(
-        "dropout_add_layer_norm_backward(Tensor d_out, Tensor x, Tensor residual, Tensor weight, Tensor stats, "
-        "float p, Tensor seed, int offset, Tensor? sample_indices, bool need_x, bool need_residual, "
+        "dropout_add_layer_norm_backward(Tensor d_out, Tensor? d_again, Tensor x, Tensor residual, Tensor weight, "
+        "Tensor stats, float p, Tensor seed, int offset, Tensor? sample_indices, bool need_x, bool need_residual, "
         "bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

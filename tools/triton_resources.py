@@ -100,7 +100,7 @@ def reconstruct(V: int, D: int, dtype: torch.dtype, M: int = 128, L: int = 20) -
 def add_and_norm(D: int, dtype: torch.dtype, N: int = 512) -> None:
     x, weight, seed = torch.zeros(N, D, dtype=dtype), torch.zeros(D), torch.zeros((), dtype=torch.int64)
     out, stats = dropout_add_layer_norm.forward(x, x, weight, weight, 0.1, seed, 3, 1e-5)
-    dropout_add_layer_norm.backward(out, x, x, weight, stats, 0.1, seed, 3, None, True, True, True)
+    dropout_add_layer_norm.backward(out, out, x, x, weight, stats, 0.1, seed, 3, None, True, True, True)
 
 
 def the_rest() -> None:

@@ -12,7 +12,7 @@ from cnm.config import CNMConfig
 from cnm.data.batch import Batch
 from cnm.masking import sample_masked_words
 from cnm.models.base import Model, Proposals, Scoring, VideoEncoding, downsample, vocabulary_size
-from cnm.models.layers import ForwardPass
+from cnm.models.layers import ForwardPass, States
 from cnm_kernels.absorption import Source
 from cnm_kernels.constants import MIN_WIDTH
 
@@ -84,7 +84,7 @@ class CNM(Model):
         states = self._project_frames(frames, ctx)
         first, *others = self.trans.decoder1.layers
         if others:
-            states = first.self_attention(states, frame_lengths, ctx)
+            states = first.self_attention(States.of(states), frame_lengths, ctx).inputs
         return VideoEncoding(states, frame_lengths)
 
     @torch.no_grad()

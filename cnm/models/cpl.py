@@ -13,7 +13,7 @@ from cnm.config import CPLConfig
 from cnm.data.batch import Batch
 from cnm.masking import fixed_masked_words, sample_masked_words
 from cnm.models.base import Model, Proposals, Scoring, VideoEncoding, downsample, vocabulary_size
-from cnm.models.layers import ForwardPass
+from cnm.models.layers import ForwardPass, States
 from cnm.models.reconstructor import MaskedSentences, WeightedClips
 from cnm_kernels.absorption import Source
 from cnm_kernels.constants import MIN_PROPOSAL_WIDTH
@@ -65,7 +65,7 @@ class CPL(Model):
         clips = downsample(states[:, :-1], frame_lengths)
         first, *others = self.trans.decoder1.layers
         if others:
-            states = first.self_attention(states, frame_lengths, ctx)
+            states = first.self_attention(States.of(states), frame_lengths, ctx).inputs
         return VideoEncoding(states, frame_lengths, clips)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,25 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import cnm_kernels as kernels
 from cnm_kernels import absorption
 from cnm_kernels.absorption import Projections, Source
+
+Result = TypeVar("Result")
+
+
+class States(NamedTuple):
+    """One tensor [B, L, D] for its two users. The LayerNorm that made it adds their gradients in its backward.
+
+    Attributes:
+        inputs: what the next sublayer reads.
+        residual: a term of the sum after that sublayer.
+    """
+
+    inputs: Tensor
+    residual: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> States:
+        """A tensor that no LayerNorm made."""
+        return cls(x, x)
 
 
 class Kept:
@@ -71,9 +90,9 @@ class ForwardPass:
     def on_input(self, x: Tensor) -> Tensor:
         return kernels.dropout(x, self.input_p, seed=self.seed, offset=self._next_offset())
 
-    def add_and_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+    def add_and_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> States:
         """LayerNorm(residual + dropout(x))."""
-        return kernels.dropout_add_layer_norm(
+        pair = kernels.dropout_add_layer_norm(
             x,
             residual,
             norm.weight,
@@ -83,7 +102,9 @@ class ForwardPass:
             offset=self._next_offset(),
             eps=norm.eps,
             sample_indices=self.rows if self.p > 0 else None,
+            twice=True,
         )
+        return States(*pair)
 
     def projected(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """The layer on x after input dropout, whose result is large and soon drawn again: it is not kept."""
@@ -95,17 +116,17 @@ class ForwardPass:
 
         return compute(self) if self.input_p == 0 else self._recomputed(compute)
 
-    def layer(self, compute: Callable[[ForwardPass], Tensor]) -> Tensor:
+    def layer(self, compute: Callable[[ForwardPass], Result]) -> Result:
         """``compute(ctx)``, with the same masks whenever it is computed."""
         return self._recomputed(compute) if self.recompute else compute(self)
 
-    def _recomputed(self, compute: Callable[[ForwardPass], Tensor]) -> Tensor:
+    def _recomputed(self, compute: Callable[[ForwardPass], Result]) -> Result:
         if not torch.is_grad_enabled():
             return compute(self)
         start = copy.copy(self)
         start.kept = Kept()
 
-        def compute_again() -> tuple[Tensor, int]:
+        def compute_again() -> tuple[Result, int]:
             ctx = copy.copy(start)
             return compute(ctx), ctx.offset
 
@@ -115,7 +136,7 @@ class ForwardPass:
             preserve_rng_state=False,
             context_fn=partial(create_selective_checkpoint_contexts, start.kept.policy),
         )
-        return cast(Tensor, result)
+        return cast(Result, result)
 
     def _next_offset(self) -> int:
         self.offset += 1
@@ -211,46 +232,46 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: States,
         lengths: Tensor,
         ctx: ForwardPass,
         weighting: Tensor | None = None,
         source: Source | None = None,
         *,
         last_only: bool = False,
-    ) -> Tensor:
+    ) -> States:
         """x [B, L, D] -> [B, L, D]; with ``last_only`` just the last position's state, [B, 1, D]."""
 
-        def compute(ctx: ForwardPass) -> Tensor:
+        def compute(ctx: ForwardPass) -> States:
             attended = self.self_attention(x, lengths, ctx, weighting, last_only=last_only)
             return self.after_self_attention(attended, lengths, ctx, source)
 
         return ctx.layer(compute)
 
     def self_attention(
-        self, x: Tensor, lengths: Tensor, ctx: ForwardPass, weighting: Tensor | None = None, *, last_only: bool = False
-    ) -> Tensor:
+        self, x: States, lengths: Tensor, ctx: ForwardPass, weighting: Tensor | None = None, *, last_only: bool = False
+    ) -> States:
         """The layer's first sublayer."""
         attention, rows = self.self_attn, self.rows(lengths, ctx)
         if last_only:
             # The last query sees every key, so its row of the causal mask is all ones.
-            source, x = Source(x, lengths, weighting), x[:, -1:]
-            attended = attention.attend_to(source, x, minimize_flops=ctx.minimize_flops)
-        else:
-            packed = attention.project(x, rows)
-            with ctx.kept.results():
-                attended = attention.attend(packed, None, lengths, weighting, causal=True, rows=rows)
-        return ctx.add_and_norm(attended, x, self.self_attn_layer_norm)
+            source, last = Source(x.inputs, lengths, weighting), x.residual[:, -1:]
+            attended = attention.attend_to(source, last, minimize_flops=ctx.minimize_flops)
+            return ctx.add_and_norm(attended, last, self.self_attn_layer_norm)
+        packed = attention.project(x.inputs, rows)
+        with ctx.kept.results():
+            attended = attention.attend(packed, None, lengths, weighting, causal=True, rows=rows)
+        return ctx.add_and_norm(attended, x.residual, self.self_attn_layer_norm)
 
-    def after_self_attention(self, x: Tensor, lengths: Tensor, ctx: ForwardPass, source: Source | None) -> Tensor:
+    def after_self_attention(self, x: States, lengths: Tensor, ctx: ForwardPass, source: Source | None) -> States:
         """The layer's remaining sublayers: cross attention where there is a source, and feed-forward."""
         rows = self.rows(lengths, ctx)
         if source is not None:
-            attended = self.encoder_attn.attend_to(source, x, rows, minimize_flops=ctx.minimize_flops)
-            x = ctx.add_and_norm(attended, x, self.encoder_attn_layer_norm)
-        hidden = apply_linear(self.fc1, x, rows, relu=True)
+            attended = self.encoder_attn.attend_to(source, x.inputs, rows, minimize_flops=ctx.minimize_flops)
+            x = ctx.add_and_norm(attended, x.residual, self.encoder_attn_layer_norm)
+        hidden = apply_linear(self.fc1, x.inputs, rows, relu=True)
         with ctx.kept.results():
-            return ctx.add_and_norm(apply_linear(self.fc2, hidden, rows), x, self.final_layer_norm)
+            return ctx.add_and_norm(apply_linear(self.fc2, hidden, rows), x.residual, self.final_layer_norm)
 
     def rows(self, lengths: Tensor, ctx: ForwardPass) -> Tensor | None:
         """Number of rows of each sample that products need to compute; None: all."""
@@ -275,18 +296,19 @@ class Decoder(nn.Module):
         last_only: bool = False,
     ) -> Tensor:
         """[B, L, D]; with ``last_only`` the last position's state [B, 1, D], the last layer computing nothing else."""
-        layers = self.layers
-        for layer in layers[:-1]:
-            x = layer(x, lengths, ctx, weighting, source)
-        return layers[-1](x, lengths, ctx, weighting, source, last_only=last_only)
+        *layers, last = self.layers
+        states = States.of(x)
+        for layer in layers:
+            states = layer(states, lengths, ctx, weighting, source)
+        return last(states, lengths, ctx, weighting, source, last_only=last_only).inputs
 
     def last_of_encoded(self, x: Tensor, lengths: Tensor, ctx: ForwardPass, source: Source) -> Tensor:
         """``forward`` with ``last_only`` from where the first of at least two layers has done its self-attention."""
         first, *middle, last = self.layers
-        x = first.after_self_attention(x, lengths, ctx, source)
+        states = first.after_self_attention(States.of(x), lengths, ctx, source)
         for layer in middle:
-            x = layer(x, lengths, ctx, None, source)
-        return last(x, lengths, ctx, None, source, last_only=True)
+            states = layer(states, lengths, ctx, None, source)
+        return last(states, lengths, ctx, None, source, last_only=True).inputs
 
     @property
     def layers(self) -> list[DecoderLayer]:

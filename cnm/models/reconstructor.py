@@ -35,7 +35,7 @@ class WeightedClips:
         clips = ctx.layer(lambda ctx: first.after_self_attention(entered, lengths, ctx, None))
         for layer in later:
             clips = layer(clips, lengths, ctx, weighting)
-        return Source(clips, lengths, weighting)
+        return Source(clips.inputs, lengths, weighting)
 
 
 class MaskedSentences:
@@ -70,5 +70,7 @@ class MaskedSentences:
         words = ctx.layer(lambda ctx: first.after_self_attention(entered, row_lengths, ctx, source))
         for layer in later:
             words = layer(words, row_lengths, ctx, source=source)
-        nll = kernels.linear_nll(words, self.head.weight, self.head.bias, self.word_ids.repeat(n, 1), row_lengths)
+        nll = kernels.linear_nll(
+            words.inputs, self.head.weight, self.head.bias, self.word_ids.repeat(n, 1), row_lengths
+        )
         return nll.view(n, -1)

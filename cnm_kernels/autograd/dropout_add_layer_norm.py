@@ -17,6 +17,7 @@ def _fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_backward(
     d_out: Tensor,
+    d_again: Tensor | None,
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -38,6 +39,11 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.save_for_backward(x, residual, weight, output[1], seed, sample_indices)
 
 
+def _transformed() -> bool:
+    """Whether ``torch.compile`` or ``torch.func`` wants operators only; they then add gradients as they do others."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def register(namespace: str) -> Callable[..., Any]:
     """The op on the operators of this namespace."""
     operator = Operator(namespace, "dropout_add_layer_norm")
@@ -52,10 +58,18 @@ def register(namespace: str) -> Callable[..., Any]:
         offset: int,
         eps: float,
         sample_indices: Tensor | None = None,
-    ) -> Tensor:
-        return operator.forward(x, residual, weight, bias, p, seed, offset, eps, sample_indices)[0]
+        twice: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        inputs = (x, residual, weight, bias, p, seed, offset, eps, sample_indices)
+        if twice and torch.is_grad_enabled() and not _transformed():
+            first, second = Twice.apply(*inputs)
+            return first, second
+        out: Tensor = operator.forward(*inputs)[0]
+        return (out, out) if twice else out
 
-    def backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None, d_again: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        if d_out is None:
+            d_out, d_again = d_again, None
         if d_out is None:
             return (None,) * 9
         x, residual, weight, stats, seed, sample_indices = ctx.saved_tensors
@@ -63,6 +77,7 @@ def register(namespace: str) -> Callable[..., Any]:
         shared = ctx.p == 0  # both inputs then have the same gradient
         d_x, d_residual, d_weight, d_bias = operator.backward(
             d_out,
+            d_again,
             x,
             residual,
             weight,
@@ -78,6 +93,21 @@ def register(namespace: str) -> Callable[..., Any]:
         gradients = (d_residual if shared else d_x, d_residual, d_weight, d_bias)
         wanted = (d if needed else None for d, needed in zip(gradients, ctx.needs_input_grad[:4], strict=True))
         return (*wanted, *[None] * 5)
+
+    class Twice(torch.autograd.Function):
+        """The result as two outputs, whose gradients the backward takes apart. An operator's outputs may not share
+        memory, so this is none."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+            output = operator.forward(*inputs)
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, inputs, output)
+            return output[0], output[0].view_as(output[0])
+
+        @staticmethod
+        def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+            return backward(ctx, *d_outputs)
 
     operator.register_fake(_fake, _fake_backward)
     operator.register_autograd(setup_context, backward, not_differentiable=[1])

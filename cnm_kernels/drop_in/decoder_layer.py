@@ -94,16 +94,22 @@ class AcceleratedLayer:
         seed: int | Tensor = torch.randint(SEEDS, (), device=x.device) if p > 0 else 0
         x = x.transpose(0, 1).contiguous()  # [B, L, D], as the layer before left it
         update, attention = self.self_attn.attend((x,), mask, self_attn_mask, tgt_gauss_weight, True)
-        x = _add_and_norm(update, x, self.self_attn_layer_norm, p, seed, 0)
+        x, residual = _add_and_norm(update, x, self.self_attn_layer_norm, p, seed, 0)
         if encoder_out is not None:
             source = encoder_out.transpose(0, 1).contiguous()
             update, attention = self.encoder_attn.attend((x, source), encoder_mask, None, src_gauss_weight, True)
-            x = _add_and_norm(update, x, self.encoder_attn_layer_norm, p, seed, 1)
+            x, residual = _add_and_norm(update, residual, self.encoder_attn_layer_norm, p, seed, 1)
         hidden = ops.linear(x, self.fc1.weight, self.fc1.bias, relu=True)
         update = ops.linear(hidden, self.fc2.weight, self.fc2.bias)
-        return _add_and_norm(update, x, self.final_layer_norm, p, seed, 2).transpose(0, 1), attention
+        x, _ = _add_and_norm(update, residual, self.final_layer_norm, p, seed, 2)
+        return x.transpose(0, 1), attention
 
 
-def _add_and_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, p: float, seed: int | Tensor, offset: int) -> Tensor:
-    """LayerNorm(residual + dropout(x)); under autocast in the wider dtype, as PyTorch's."""
-    return ops.dropout_add_layer_norm(x, residual, norm.weight, norm.bias, p, seed=seed, offset=offset, eps=norm.eps)
+def _add_and_norm(
+    x: Tensor, residual: Tensor, norm: nn.LayerNorm, p: float, seed: int | Tensor, offset: int
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm(residual + dropout(x)) for the next sublayer and for the sum after it; under autocast in the wider
+    dtype, as PyTorch's."""
+    return ops.dropout_add_layer_norm(
+        x, residual, norm.weight, norm.bias, p, seed=seed, offset=offset, eps=norm.eps, twice=True
+    )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from cnm_kernels.ops._checks import seed_tensor
 from cnm_kernels.parameter_uses import use
 
 
+@overload
 def dropout_add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -23,7 +25,35 @@ def dropout_add_layer_norm(
     offset: int = 0,
     eps: float = LAYER_NORM_EPS,
     sample_indices: Tensor | None = None,
-) -> Tensor:
+    twice: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    p: float,
+    *,
+    seed: int | Tensor,
+    offset: int = 0,
+    eps: float = LAYER_NORM_EPS,
+    sample_indices: Tensor | None = None,
+    twice: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    p: float,
+    *,
+    seed: int | Tensor,
+    offset: int = 0,
+    eps: float = LAYER_NORM_EPS,
+    sample_indices: Tensor | None = None,
+    twice: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm(residual + dropout(x)) over the last dimension, the end of every transformer sublayer.
 
     Differentiable in x, residual, weight and bias.
@@ -35,9 +65,12 @@ def dropout_add_layer_norm(
         eps: added to the variance.
         sample_indices: [B] int64, >= 0, for x [B, ..., D]: sample i drops what sample ``sample_indices[i]`` of a
             larger batch, of the same shape otherwise, would. None: each its own.
+        twice: returns the result as two tensors of one memory, one for each of two users, such as the next sublayer and
+            the sum after it: the backward adds their gradients where it reads them, not autograd in a pass of its own.
+            Neither may be changed in place.
 
     Returns:
-        [..., D] in the dtype of x (the wider one, where x and residual differ).
+        [..., D] in the dtype of x (the wider one, where x and residual differ); with ``twice`` a pair of it.
     """
     floating = all(isinstance(t, Tensor) and t.is_floating_point() and t.layout == torch.strided for t in (x, residual))
     if floating and x.dtype != residual.dtype:
@@ -51,13 +84,14 @@ def dropout_add_layer_norm(
     check.number("p", p, 0, 1)
     offset = check.whole("offset", offset, -(1 << 63), (1 << 63) - 1)
     check.number("eps", eps, 0, sys.float_info.max)
-    arguments = (x, residual, use(weight), use(bias), p, seed_tensor(check, seed, x), offset, eps, sample_indices)
-    if sample_indices is None:
-        return run("dropout_add_layer_norm", x, *arguments)
-    check.integer("sample_indices", sample_indices, "B")
-    if x.dim() < 2 or x.size(0) != sample_indices.size(0):
-        raise ValueError(
-            f"dropout_add_layer_norm: sample_indices must hold an index for each sample of x {list(x.shape)}, got "
-            f"{list(sample_indices.shape)}"
-        )
-    return run("dropout_add_layer_norm", x, *arguments)
+    if sample_indices is not None:
+        check.integer("sample_indices", sample_indices, "B")
+        if x.dim() < 2 or x.size(0) != sample_indices.size(0):
+            raise ValueError(
+                f"dropout_add_layer_norm: sample_indices must hold an index for each sample of x {list(x.shape)}, got "
+                f"{list(sample_indices.shape)}"
+            )
+    twice, seed = check.flag("twice", twice), seed_tensor(check, seed, x)
+    return run(
+        "dropout_add_layer_norm", x, x, residual, use(weight), use(bias), p, seed, offset, eps, sample_indices, twice
+    )

@@ -106,9 +106,10 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["threshold", "offset"])
 def _backward_kernel(
-    d_out_ptr, x_ptr, residual_ptr, weight_ptr, stats_ptr, seed_ptr, samples_ptr, d_x_ptr, d_residual_ptr, parts_ptr,
-    N, D, parts, sample_rows, threshold, kept_scale, offset,
-    DROPS: tl.constexpr, NEED_X: tl.constexpr, NEED_RESIDUAL: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
+    d_out_ptr, x_ptr, residual_ptr, weight_ptr, stats_ptr, d_again_ptr, seed_ptr, samples_ptr, d_x_ptr, d_residual_ptr,
+    parts_ptr, N, D, parts, sample_rows, threshold, kept_scale, offset,
+    AGAIN: tl.constexpr, DROPS: tl.constexpr, NEED_X: tl.constexpr, NEED_RESIDUAL: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     """dx = dropout'(dt), dresidual = dt = r (g - mean g - n mean(g n)), g = dout w, n = normalised; parts of dw, db."""
@@ -129,6 +130,8 @@ def _backward_kernel(
         place = rows.to(tl.int64)[:, None] * D + columns[None, :]
         inside = (rows < N)[:, None] & (columns < D)[None, :]
         d_out = tl.load(d_out_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        if AGAIN:
+            d_out += tl.load(d_again_ptr + place, mask=inside, other=0.0).to(tl.float32)
         normalized = tl.where(inside, (total - mean[:, None]) * deviation[:, None], 0.0)
         if NEED_WEIGHTS:
             d_weight += tl.sum(d_out * normalized, 0)
@@ -168,9 +171,9 @@ def _sum_parts_kernel(
 SCHEMAS = {
     "dropout_add_layer_norm": "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float p, Tensor seed, "
     "int offset, float eps, Tensor? sample_indices) -> (Tensor, Tensor)",
-    "dropout_add_layer_norm_backward": "(Tensor d_out, Tensor x, Tensor residual, Tensor weight, Tensor stats, "
-    "float p, Tensor seed, int offset, Tensor? sample_indices, bool need_x, bool need_residual, bool need_weights) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "dropout_add_layer_norm_backward": "(Tensor d_out, Tensor? d_again, Tensor x, Tensor residual, Tensor weight, "
+    "Tensor stats, float p, Tensor seed, int offset, Tensor? sample_indices, bool need_x, bool need_residual, "
+    "bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -220,6 +223,7 @@ def forward(
 
 def backward(
     d_out: Tensor,
+    d_again: Tensor | None,
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -241,10 +245,11 @@ def backward(
     parts = floats(x, count, 2, D) if need_weights else None
     samples, sample_rows = _samples(sample_indices, N)
     tensors = (tensor.contiguous() for tensor in (d_out, x, residual, weight, stats))
+    again = None if d_again is None else d_again.contiguous()
     _backward_kernel[(count,)](
-        *tensors, seed, samples, d_x, d_residual, parts, N, D, count, sample_rows, dropout_threshold(p), kept_scale(p),
-        offset, p > 0, need_x, need_residual, need_weights, rows, BLOCK_D, D % 8 == 0, sample_indices is not None,
-        **launch,
+        *tensors, again, seed, samples, d_x, d_residual, parts, N, D, count, sample_rows, dropout_threshold(p),
+        kept_scale(p), offset, again is not None, p > 0, need_x, need_residual, need_weights, rows, BLOCK_D, D % 8 == 0,
+        sample_indices is not None, **launch,
     )  # fmt: skip
     if need_weights:
         _sum_parts_kernel[(triton.cdiv(2 * D, 32),)](

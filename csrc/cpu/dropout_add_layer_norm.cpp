@@ -157,13 +157,15 @@ void backward(const DropoutAddLayerNormBackwardParams& p) {
             const T* x = static_cast<const T*>(p.x) + row * D;
             const T* residual = static_cast<const T*>(p.residual) + row * D;
             const T* d_out = static_cast<const T*>(p.d_out) + row * D;
+            const T* d_again = p.d_again == nullptr ? nullptr : static_cast<const T*>(p.d_again) + row * D;
             const float size = RowSize::of_kept(p.stats[2 * row + 1]);
             const Vec mean = set1(p.stats[2 * row]), inverse = set1(std::abs(p.stats[2 * row + 1]));
             Sum sum_g, sum_gn;
             for_each_vector(D, [&](int64_t j, int64_t n, int slot) {
                 const Vec t = sum_of<DROP>(x, residual, keep, dropout.scale, size, base, j, n);
                 const Vec normalized = (t - mean) * inverse;
-                const Vec upstream = load_tail(d_out + j, n);
+                Vec upstream = load_tail(d_out + j, n);
+                if (d_again != nullptr) upstream += load_tail(d_again + j, n);
                 const Vec product = upstream * load_tail(p.weight + j, n);  // 0 beyond the row
                 store_tail(normal + j, normalized, n);
                 store_tail(g + j, product, n);

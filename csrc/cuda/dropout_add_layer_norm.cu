@@ -173,10 +173,16 @@ __global__ void __launch_bounds__(WARPS* WARP)
         const float size = RowSize::of_kept(signed_inverse), inverse = fabsf(signed_inverse);
         const Total<T, HELD> total(p.x, p.residual, row, drawn_row(p, row), p.D, seed, dropout, aligned, size);
         const T* const upstream = static_cast<const T*>(p.d_out) + row * p.D;
+        const T* const again = static_cast<const T*>(p.d_again) + row * p.D;
         float g_sum = 0, along = 0;
         const auto group = [&](int k, int column, float(&n)[GROUP], float(&d_out)[GROUP], float(&weight)[GROUP]) {
             const uint32_t keep = total.get(k, n);
             load_group(upstream, column, D, aligned, d_out);
+            if (p.d_again != nullptr) {
+                load_group(again, column, D, aligned, weight);
+#pragma unroll
+                for (int i = 0; i < GROUP; ++i) d_out[i] += weight[i];
+            }
             load_group(p.weight, column, D, aligned, weight);
 #pragma unroll
             for (int i = 0; i < GROUP; ++i) n[i] = column + i < D ? (n[i] - mean) * inverse : 0.0f;
@@ -287,7 +293,7 @@ void dropout_add_layer_norm(const DropoutAddLayerNormParams& p) {
 void dropout_add_layer_norm_backward(const DropoutAddLayerNormBackwardParams& p) {
     check_rows(p.rows, p.sample_indices);
     const int64_t chunks = layer_norm_chunks(p.rows, p.D);
-    const bool aligned = cuda::all_aligned(p.D, {p.d_out, p.x, p.residual, p.weight, p.d_x, p.d_residual});
+    const bool aligned = cuda::all_aligned(p.D, {p.d_out, p.d_again, p.x, p.residual, p.weight, p.d_x, p.d_residual});
     if (chunks > 0) {
         cuda::dispatch(p.dtype, p.D, [&](auto* type, auto held) {
             using T = std::remove_pointer_t<decltype(type)>;

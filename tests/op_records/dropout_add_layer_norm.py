@@ -40,6 +40,7 @@ def dropout_add_layer_norm(
     offset: int = 0,
     eps: float = 1e-5,
     sample_indices: Tensor | None = None,
+    twice: bool = False,
 ) -> tuple[Tensor, ...]:
     """Mean and variance spelt out; of a larger batch the samples asked for."""
     if sample_indices is None or len(sample_indices) == 0:
@@ -49,7 +50,8 @@ def dropout_add_layer_norm(
         total = residual + x * dropout(scale, p, seed, offset)[0][sample_indices]
     centered = total - total.mean(-1, keepdim=True)
     deviation = (centered.square().mean(-1, keepdim=True) + eps).sqrt()
-    return (centered / deviation * weight.to(x.dtype) + bias.to(x.dtype),)
+    out = centered / deviation * weight.to(x.dtype) + bias.to(x.dtype)
+    return (out, out) if twice else (out,)
 
 
 def many(draw: Draw) -> Inputs:
@@ -84,6 +86,11 @@ SAMPLES: dict[str, Builder] = {
     "chosen-samples": lambda draw: chosen(draw, add_and_norm(draw, 4, 3, 24, p=0.4)),
     "chosen-odd": lambda draw: chosen(draw, add_and_norm(draw, 4, 2, 3, 37, p=0.4)),
     "chosen-without-dropout": lambda draw: chosen(draw, add_and_norm(draw, 4, 5, p=0.0)),
+    "twice": lambda draw: add_and_norm(draw, 3, 4, 256, twice=True),
+    "twice-odd": lambda draw: add_and_norm(draw, 5, 37, p=0.5, eps=1e-3, twice=True),
+    "twice-misaligned": lambda draw: misaligned(add_and_norm(draw, 3, 5, 13, p=0.0, twice=True)),
+    "twice-chosen": lambda draw: chosen(draw, add_and_norm(draw, 4, 3, 24, p=0.4, twice=True)),
+    "twice-no-rows": lambda draw: add_and_norm(draw, 0, 8, twice=True),
     "chosen-none": lambda draw: chosen(draw, add_and_norm(draw, 0, 2, 8), ()),
 }
 
@@ -91,7 +98,7 @@ RECORD = Record(
     reference=dropout_add_layer_norm,
     samples=SAMPLES,
     differentiable=("x", "residual", "weight", "bias"),
-    typical=("odd-5x37", "chosen-samples"),
+    typical=("odd-5x37", "chosen-samples", "twice-odd"),
     large=("thousand-columns",),
     smooth=("odd-5x37", "no-dropout"),
     valid="odd-5x37",

@@ -23,6 +23,7 @@ FLAGS = {  # bools
     "branched_attention": ("causal",),
     "linear": ("relu",),
     "linear_nll": ("return_accuracy",),
+    "dropout_add_layer_norm": ("twice",),
 }
 NUMBERS = {  # floats, with a value that NumPy's scalars hold exactly
     "gaussian_mask": {"alpha": 5.0, "sigma": 8.0, "min_width": 0.5},

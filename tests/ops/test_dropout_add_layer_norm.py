@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from op_checks import check_gradients, check_values
 from op_records.draw import Draw
 from op_records.dropout_add_layer_norm import add_and_norm
 from samples import run, sample, targets
+from torch.utils._python_dispatch import TorchDispatchMode
 
 OP = "dropout_add_layer_norm"
 on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))
@@ -59,6 +62,62 @@ def test_chosen_samples_drop_what_they_drop_among_all(backend: str, device: str,
         results.append((out, *torch.autograd.grad(out, list(leaves.values()), upstream)))
     for of_all, of_part in zip(*results, strict=True):
         assert torch.equal(of_all[chosen], of_part)
+
+
+@on_every_float32
+@pytest.mark.parametrize("user", [0, 1])
+def test_one_of_two_users_may_have_no_gradient(backend: str, device: str, dtype: torch.dtype, user: int) -> None:
+    inputs = sample(OP, "twice-odd", dtype, device)
+    leaves = {name: inputs[name].requires_grad_() for name in ("x", "residual", "weight", "bias")}
+    pair, (once,) = run(OP, inputs, backend), run(OP, inputs | {"twice": False}, backend)
+    assert all(torch.equal(out, once) for out in pair)
+    d_out = Draw("upstream", dtype, device).normal(*once.shape)
+    found, expected = (torch.autograd.grad(out, list(leaves.values()), d_out) for out in (pair[user], once))
+    assert all(map(torch.equal, found, expected))
+
+
+@on_every_float32
+def test_two_users_gradients_are_added_by_the_kernel(backend: str, device: str, dtype: torch.dtype) -> None:
+    """As one user's who has their sum; autograd, which would add them before, adds nothing."""
+    inputs = sample(OP, "twice-odd", dtype, device)
+    leaves = [inputs[name].requires_grad_() for name in ("x", "residual", "weight", "bias")]
+    draw = Draw("upstream", dtype, device)
+    d_out, d_again = draw.normal(5, 37), draw.normal(5, 37)
+    (once,), pair = run(OP, inputs | {"twice": False}, backend), run(OP, inputs, backend)
+    expected = torch.autograd.grad(once, leaves, d_out + d_again)
+    with Additions() as additions:
+        found = torch.autograd.grad(pair, leaves, (d_out, d_again))
+    assert all(map(torch.equal, found, expected)) or backend == "torch"
+    assert (additions.count == 0) == (backend != "torch")
+
+
+class Additions(TorchDispatchMode):
+    """Counts PyTorch's additions of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_)
+        return function(*args, **(kwargs or {}))
+
+
+@on_every_float32
+@pytest.mark.parametrize("user", [0, 1])
+def test_a_result_for_two_users_is_not_changed_in_place(
+    backend: str, device: str, dtype: torch.dtype, user: int
+) -> None:
+    if backend == "torch":
+        pytest.skip("PyTorch's own ops notice by themselves")
+    inputs = sample(OP, "twice-odd", dtype, device)
+    inputs["x"].requires_grad_()
+    pair = run(OP, inputs, backend)
+
+    def change_one_and_read_the_other() -> None:
+        pair[user].mul_(2)
+        pair[1 - user].sum().backward()
+
+    with pytest.raises(RuntimeError, match="view"):
+        change_one_and_read_the_other()
 
 
 def test_an_index_for_each_sample_is_asked_for() -> None:
