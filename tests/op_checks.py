@@ -110,6 +110,8 @@ def check_values(op: str, inputs: Inputs, backend: str) -> None:
     moved = [REFERENCES[op](**near) for near in nearby(op, inputs)]
     scale = max((output.abs().max().item() for output in exact if output.numel()), default=0.0)
     scale = 0.0 if math.isnan(scale) else scale
+    if inputs.get("complement"):
+        scale = max(scale, 1.0)  # 1 - g: a rounding of g is left where g is nearly 1
     assert len(outputs) == len(exact)
     for i, output in enumerate(outputs):
         assert output.dtype == expected_dtype, f"output {i} is {output.dtype}, expected {expected_dtype}"
@@ -135,7 +137,9 @@ def check_gradients(op: str, inputs: Inputs, backend: str, names: Sequence[str] 
     if op == "gaussian_attention":
         terms |= gaussian_terms(inputs)
     if op == "attention_weights":
-        terms |= attention_terms(inputs, GRADIENT_TERM) | key_weight_terms(inputs)
+        terms |= attention_terms(inputs, GRADIENT_TERM) | key_weight_terms(inputs, 1.0)
+    if op == "weighted_attention":
+        terms |= key_weight_terms(inputs, GRADIENT_TERM)
     for name in names:
         assert actual[name].dtype == inputs[name].dtype
         plain_gradient = plain[name].to(inputs[name].dtype)
@@ -183,13 +187,16 @@ def gaussian_terms(inputs: Inputs) -> dict[str, float]:
     return {name: GRADIENT_TERM * max(sizes(name).tolist(), default=0.0) for name in ("center", "width")}
 
 
-def key_weight_terms(inputs: Inputs) -> dict[str, float]:
-    """Size of the terms of d key_weight: P_ij / m_j, which small weights make large, times a difference of order 1."""
+def key_weight_terms(inputs: Inputs, difference: float) -> dict[str, float]:
+    """Size of the terms of d key_weight: P_ij / m_j, which small weights make large, times a difference dP_ij - delta_i
+    of two numbers of this size."""
     if inputs.get("key_weight") is None or inputs["key_weight"].numel() == 0:
         return {}
     inputs = in_dtype(inputs, torch.float64)
-    weights = REFERENCES["attention_weights"](**inputs)[0].detach().sum(1)  # [B, Lk]
-    return {"key_weight": max(1.0, (weights / (inputs["key_weight"].detach() + 1e-10)).max().item())}
+    scores = {name: value for name, value in inputs.items() if name != "value"}
+    weights = REFERENCES["attention_weights"](**scores)[0].detach().sum(1)  # [B, Lk]
+    ratio = (weights / (inputs["key_weight"].detach() + 1e-10)).max().item()
+    return {"key_weight": difference * max(1.0, ratio)}
 
 
 def check_gradients_one_at_a_time(op: str, inputs: Inputs, backend: str) -> None:
