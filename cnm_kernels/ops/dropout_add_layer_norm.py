@@ -22,10 +22,10 @@ def dropout_add_layer_norm(
     p: float,
     *,
     seed: int | Tensor,
-    offset: int = 0,
-    eps: float = LAYER_NORM_EPS,
-    sample_indices: Tensor | None = None,
-    twice: Literal[False] = False,
+    offset: int = ...,
+    eps: float = ...,
+    sample_indices: Tensor | None = ...,
+    twice: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
 def dropout_add_layer_norm(
@@ -36,9 +36,9 @@ def dropout_add_layer_norm(
     p: float,
     *,
     seed: int | Tensor,
-    offset: int = 0,
-    eps: float = LAYER_NORM_EPS,
-    sample_indices: Tensor | None = None,
+    offset: int = ...,
+    eps: float = ...,
+    sample_indices: Tensor | None = ...,
     twice: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def dropout_add_layer_norm(

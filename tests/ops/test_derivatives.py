@@ -15,6 +15,7 @@ from torch import Tensor
 
 ARGUMENTS = ("op", "name", "backend", "device", "dtype")
 ONE_EACH = {op: names[:1] for op, names in TYPICAL.items() if op not in ("dropout", "linear")}  # these are linear
+ONE_EACH["dropout_add_layer_norm"] += ("twice-odd",)  # another way through autograd
 
 
 def _function(op: str, inputs: Inputs, backend: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
