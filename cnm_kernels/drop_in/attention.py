@@ -21,7 +21,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cnm_kernels import absorption, ops
 from cnm_kernels.absorption import Absorb, Projections, Source
-from cnm_kernels.autograd.attention import unpack
 from cnm_kernels.constants import KEY_WEIGHT_EPS
 from cnm_kernels.drop_in.deferred import defer, versions
 
@@ -109,33 +108,21 @@ class AcceleratedAttention:
         key_weight = _key_weight(gauss_weight, padding, sources[0])
         others = (key_weight, padding.lengths, *cast(nn.Module, self).parameters())
         causal = seen == "past"
-        if not causal and (absorb := _absorbs(self, sources)) is not None:
+        absorb = None if causal else _absorbs(self, sources)
 
-            def absorbed(x: Tensor, states: Tensor) -> tuple[Tensor]:
-                return (absorb(_projections(self), x, Source(states, padding.lengths, key_weight), None),)
-
-            (out,) = _computed_again(absorbed, sources, others)
-            source = Source(sources[1], padding.lengths, key_weight)
-            return out, _weights_of(self, out.dtype, sources[0], source) if need_weights else None
-
-        def compute(*sources: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        def compute(*sources: Tensor) -> Tensor:
+            if absorb is not None:
+                return absorb(_projections(self), sources[0], Source(sources[1], padding.lengths, key_weight), None)
             packed = self._project(sources)
-            out = ops.weighted_attention(*packed, key_weight, causal=causal, key_lengths=padding.lengths)
-            return out, *packed
+            return ops.weighted_attention(*packed, key_weight, causal=causal, key_lengths=padding.lengths)
 
-        out, *packed = _computed_again(compute, sources, others)
-        result = _output(self, out.transpose(1, 2).flatten(2))
+        out = _computed_again(compute, sources, others)
+        if absorb is None:
+            out = _output(self, out.transpose(1, 2).flatten(2))
         if not need_weights:
-            return result, None
-
-        def averaged(*inputs: Tensor | None) -> Tensor:
-            *operands, weight, lengths = inputs
-            query, key, value = cast("tuple[Tensor, Tensor | None, Tensor | None]", operands)
-            query, key, _ = unpack(query, key, value)
-            return ops.attention_weights(query, key, weight, causal=causal, key_lengths=lengths)
-
-        like = torch.empty(out.size(0), Lq, Lk, dtype=out.dtype, device="meta")
-        return result, defer(averaged, like, *packed, key_weight, padding.lengths)
+            return out, None
+        keys = Source(sources[0] if len(sources) == 1 else sources[1], padding.lengths, key_weight)
+        return out, _weights_of(self, out.dtype, sources[0], keys, causal)
 
     def _project(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The operands of ``weighted_attention``, packed where two or three share a source."""
@@ -157,8 +144,8 @@ class AcceleratedAttention:
 
 
 def _computed_again(
-    compute: Callable[..., tuple[Any, ...]], sources: tuple[Tensor, ...], others: tuple[Tensor | None, ...]
-) -> tuple[Any, ...]:
+    compute: Callable[..., Tensor], sources: tuple[Tensor, ...], others: tuple[Tensor | None, ...]
+) -> Tensor:
     """``compute(*sources)``, of which on CPUs the backward keeps the sources alone; ``others``: what it reads besides.
 
     Projections are up to three times as wide as what they are made from, and are made anew faster than PyTorch's were
@@ -168,7 +155,7 @@ def _computed_again(
         return compute(*sources)
     before = versions(others)
 
-    def unchanged(*sources: Tensor) -> tuple[Any, ...]:
+    def unchanged(*sources: Tensor) -> Tensor:
         if versions(others) != before:  # PyTorch says so of what it keeps; this is not kept
             raise RuntimeError(
                 "parameters or weights of an accelerated attention were changed in place between forward and backward; "
@@ -176,7 +163,7 @@ def _computed_again(
             )
         return compute(*sources)
 
-    return cast("tuple[Any, ...]", checkpoint(unchanged, *sources, use_reentrant=False, preserve_rng_state=False))
+    return cast(Tensor, checkpoint(unchanged, *sources, use_reentrant=False, preserve_rng_state=False))
 
 
 def _output(module: AcceleratedAttention, joined: Tensor) -> Tensor:
@@ -201,8 +188,9 @@ def _projections(module: AcceleratedAttention) -> Projections:
     return Projections(module.num_heads, module.in_proj_weight, module.in_proj_bias, layer.weight, layer.bias)
 
 
-def _weights_of(module: AcceleratedAttention, dtype: torch.dtype, x: Tensor, source: Source) -> Tensor:
-    """The attention [B, Lq, Lk]; read after an update, it is still that of the parameters before it."""
+def _weights_of(module: AcceleratedAttention, dtype: torch.dtype, x: Tensor, source: Source, causal: bool) -> Tensor:
+    """The attention [B, Lq, Lk] of x's queries, made from the states when it is read: projections kept for that would
+    take twice their memory. Read after an update, it is still that of the parameters before it."""
     H, bias = module.num_heads, module.in_proj_bias
 
     def averaged(*inputs: Tensor | None) -> Tensor:
@@ -215,7 +203,7 @@ def _weights_of(module: AcceleratedAttention, dtype: torch.dtype, x: Tensor, sou
             ops.linear(side, W, b).unflatten(-1, (H, -1)).transpose(1, 2)
             for side, W, b in zip((x, states), weight.chunk(2), biases, strict=True)
         )
-        return ops.attention_weights(query, key, key_weight, key_lengths=lengths).to(dtype)
+        return ops.attention_weights(query, key, key_weight, causal=causal, key_lengths=lengths).to(dtype)
 
     like = torch.empty(x.size(0), x.size(1), source.states.size(1), dtype=dtype, device="meta")
     D = x.size(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from accelerate_checks import (
     draw,
     module_in,
 )
+from kept_memory import kept_bytes
 from torch import Tensor
 
 import cnm_kernels
@@ -210,6 +212,21 @@ def test_weights_are_computed_only_when_read(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(weights.sum(-1), torch.ones(B, 5))
     assert weights.mean().item() == pytest.approx(0.2)
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("queries", [200, 20])
+def test_unread_weights_keep_no_projection(queries: int, tmp_path: Path) -> None:
+    module = cnm_kernels.accelerate(MultiheadAttention(D, H))
+    source = torch.randn(200, B, D)
+    x = source if queries == 200 else torch.randn(queries, B, D)
+    with torch.no_grad():
+        without, with_weights = (
+            kept_bytes(lambda needed=needed: module(x, source, source, need_weights=needed), tmp_path)
+            for needed in (False, True)
+        )
+    states = {tensor.data_ptr(): tensor.nbytes for tensor in (x, source)}  # batch first
+    parameters = 2 * D * (D + 1) * 4
+    assert 0 < with_weights - without <= 1.05 * (sum(states.values()) + parameters)
 
 
 @pytest.mark.parametrize("queries", [5, 2, 40])
