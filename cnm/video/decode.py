@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -16,6 +17,8 @@ from cnm.errors import InputError
 
 MAX_PIXELS = 1 << 26  # of a frame, 8192 x 8192; a tiny file can declare huge frames
 TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
+MATROSKA_DURATION = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")  # a track's, of .mkv and .webm
+MICROSECONDS = 1_000_000  # FFmpeg's unit of a file's duration
 CUT_SHORT = 0.9  # a file is broken if its frames last less than this part of its declared duration
 
 
@@ -53,6 +56,7 @@ class VideoFile:
         self.path = path
         self.duration = 0.0
         self.frames = 0
+        self._first = 0.0  # time stamp of the first frame, seconds
         if not Path(path).is_file():
             raise InputError(f"{path}: there is no such video; check the path")
         av = require_av()
@@ -118,7 +122,9 @@ class VideoFile:
         with self._readable():
             for frame in self._container.decode(self._stream):
                 time = frame.pts * frame.time_base if frame.pts is not None else (first or 0) + self.frames * usual
-                first = time if first is None else first
+                if first is None:
+                    first = time
+                    self._first = float(first)
                 if held is not None:
                     if time - first <= start:  # out of order or repeated: a player shows the later frame
                         held = frame
@@ -133,9 +139,14 @@ class VideoFile:
             yield held, end
 
     def _declared_duration(self) -> float | None:
+        """In seconds, of the pictures alone. Matroska counts from 0, not from the first of them."""
         if self._stream.duration is not None:
             return float(self._stream.duration * self._stream.time_base)
-        return None  # a container's duration may be that of its sound
+        tag = MATROSKA_DURATION.fullmatch(self._stream.metadata.get("DURATION", ""))
+        if tag:
+            return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) - self._first
+        alone = len(self._container.streams) == 1  # else the file's duration may be that of its sound
+        return self._container.duration / MICROSECONDS - self._first if alone and self._container.duration else None
 
     def _picture(self, frame: Any, size: int) -> np.ndarray:
         self._check_size(frame.width, frame.height)

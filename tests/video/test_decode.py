@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_videos import real_clips, shade, turn_clockwise, write_pictures, write_sound, write_video
+from made_videos import add_sound, real_clips, shade, turn_clockwise, write_pictures, write_sound, write_video
 from PIL import Image
 
 from cnm import InputError
@@ -136,15 +136,19 @@ def test_a_video_without_frames(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.85])
-def test_a_truncated_video_is_refused(tmp_path: Path, part: float) -> None:
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "with sound.mkv"])
+def test_a_truncated_video_is_refused(tmp_path: Path, name: str, part: float) -> None:
     """A file for streaming has its index at its start, so that a missing part shows only at the end."""
     import av
 
     rng = np.random.default_rng(0)
-    path = tmp_path / "a.mp4"
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+    path = tmp_path / name
+    options = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        if "sound" in name:
+            add_sound(container, seconds=9)
         for _ in range(40):
             picture = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
@@ -153,5 +157,8 @@ def test_a_truncated_video_is_refused(tmp_path: Path, part: float) -> None:
     with VideoFile(path) as video:
         assert len(list(video.images(8, stride=1))) == 40
     path.write_bytes(content[: int(part * len(content))])
-    with pytest.raises(InputError, match=r"a\.mp4: is (cut short|no video that can be read)"), VideoFile(path) as video:
+    with (
+        pytest.raises(InputError, match=rf"{name}: is (cut short|no video that can be read)"),
+        VideoFile(path) as video,
+    ):
         list(video.images(8, stride=1))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import builtins
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from made_videos import real_clips
+from torch import Tensor, nn
 
 from cnm import InputError
 from cnm.video.clip import VisionTransformer
@@ -150,6 +152,37 @@ def test_what_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, name.partition("/")[0], None)
     with pytest.raises(InputError, match=rf"--encoder {name}: needs {name.partition('/')[0]} .*: pip install "):
         Encoder(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (lambda state: state, None),
+        (lambda state: state | {"head.weight": torch.ones(5, 4)}, None),  # the classifier, which is left out
+        (lambda state: {f"module.{name}": value for name, value in state.items()}, "no 'weight'"),
+        (lambda state: {"weight": state["weight"]}, "no 'bias'"),
+        (lambda state: state | {"weight": torch.ones(4, 2)}, "size mismatch"),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, refused: str | None
+) -> None:
+    """With a package in timm's place: its networks are made without a classifier, whose weights the file may hold."""
+
+    class Network(nn.Linear):
+        pretrained_cfg: ClassVar[dict[str, Any]] = {"input_size": (3, 8, 8), "mean": (0, 0, 0), "std": (1, 1, 1)}
+
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.mean((2, 3)))
+
+    timm = SimpleNamespace(create_model=lambda name, pretrained, num_classes: Network(3, 4))
+    monkeypatch.setitem(sys.modules, "timm", timm)  # type: ignore[arg-type]
+    torch.save(change({"weight": torch.ones(4, 3), "bias": torch.zeros(4)}), tmp_path / "a.pt")
+    if refused is None:
+        assert Encoder("timm/net", weights=tmp_path / "a.pt").width == 4
+        return
+    with pytest.raises(InputError, match=rf"a\.pt: its parameters do not fit .*{refused}"):
+        Encoder("timm/net", weights=tmp_path / "a.pt")
 
 
 def test_files_that_hold_no_weights(tmp_path: Path) -> None:

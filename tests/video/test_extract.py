@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from filelock import FileLock
 from made_videos import real_clips, shade, write_sound, write_video
 from typer.testing import CliRunner
 
@@ -61,8 +62,11 @@ def test_what_is_written(tmp_path: Path, videos: list[Path], name: str) -> None:
     written = record(output)
     assert written["encoder"] == "greys"
     assert (written["weights_sha256"], written["stride"], written["rate"], written["width"]) == ("0" * 64, 8, None, 3)
-    assert written["videos"]["v1"] == {"duration": pytest.approx(2.1), "frames": 21, "clips": 3, "fps": 10.0}
-    assert sorted(path.name for path in output.parent.iterdir()) == sorted([name, f"{name}.json"])
+    size = videos[1].stat().st_size
+    assert written["videos"]["v1"] == {
+        "duration": pytest.approx(2.1), "frames": 21, "clips": 3, "fps": 10.0, "bytes": size,
+    }  # fmt: skip
+    assert {path.name for path in output.parent.iterdir()} == {name, f"{name}.json", f".{name}.lock"}
 
 
 def test_it_goes_on_where_it_was(tmp_path: Path, videos: list[Path]) -> None:
@@ -141,6 +145,29 @@ def test_two_videos_of_one_name_are_refused(tmp_path: Path, videos: list[Path]) 
     with pytest.raises(InputError, match=r"other/v1\.mp4: has the same name as .*/v1\.mkv"):
         extract([*videos, twin], tmp_path / "out.hdf5", Greys(), Sampling(stride=8))
     assert not (tmp_path / "out.hdf5.json").exists()
+
+
+@pytest.mark.parametrize("name", ["out.hdf5", "out"])
+def test_another_video_of_a_name_that_is_there_is_refused(tmp_path: Path, videos: list[Path], name: str) -> None:
+    output = tmp_path / name
+    extract(videos, output, Greys(), Sampling(stride=8))
+    (tmp_path / "moved").mkdir()
+    moved = [path.rename(tmp_path / "moved" / path.name) for path in videos]
+    assert extract(moved, output, Greys(), Sampling(stride=8)).already == ["v0", "v1", "v2"]
+    twin = write_video(tmp_path / "v1.mkv", 40)
+    new = write_video(tmp_path / "new.mkv")
+    encoder = Greys()
+    with pytest.raises(InputError, match=r"v1\.mkv: .* holds features of another 'v1', of a file of \d+ bytes"):
+        extract([new, twin], output, encoder, Sampling(stride=8))
+    assert not encoder.batches  # said before hours of work
+
+
+def test_two_processes_do_not_extract_to_one_output(tmp_path: Path, videos: list[Path]) -> None:
+    output = tmp_path / "deep" / "out.hdf5"
+    output.parent.mkdir()
+    with FileLock(output.parent / ".out.hdf5.lock"), pytest.raises(InputError, match="another process extracts to it"):
+        extract(videos, output, Greys(), Sampling(stride=8))
+    assert extract(videos, output, Greys(), Sampling(stride=8)).done == ["v0", "v1", "v2"]
 
 
 def test_another_way_of_extraction_is_refused(tmp_path: Path, videos: list[Path]) -> None:

@@ -18,6 +18,7 @@ import cnm
 from cnm import InputError, checkpoint
 from cnm.cli import app
 from cnm.data import load_vocabulary
+from cnm.data.origin import Origin, split_source
 from cnm.video.extract import Sampling, extract
 
 pytest.importorskip("av", reason="PyAV is not installed")
@@ -69,6 +70,26 @@ def test_a_video_gives_what_its_features_give(tmp_path: Path, localizer: cnm.Loc
         encoded = localizer.encode(source)
         assert encoded.duration == pytest.approx(6.0)
         assert localizer.find(encoded, [QUERY]) == [found]
+
+
+def test_bare_names_and_colons_find_the_record(
+    tmp_path: Path, localizer: cnm.Localizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / "a:b.mkv", 60, rate=10)
+    monkeypatch.chdir(tmp_path)
+    extract([path], "features.hdf5", Greys(), Sampling(stride=3))  # type: ignore[arg-type]
+    extract([path], "features", Greys(), Sampling(stride=3))  # type: ignore[arg-type]
+    (tmp_path / "features" / "deep").mkdir()
+    for folder, source in ((".", "features.hdf5:a:b"), ("features", "a:b.npy"), ("features/deep", "../a:b.npy")):
+        monkeypatch.chdir(tmp_path / folder)
+        assert localizer.encode(source).duration == pytest.approx(6.0)
+        assert Origin.of(split_source(source)[0]).encoder == "greys"  # type: ignore[index, union-attr]
+
+
+def test_a_video_file_has_its_own_duration(tmp_path: Path, localizer: cnm.Localizer) -> None:
+    path = write_video(tmp_path / "a.mkv", 60, rate=10)
+    with pytest.raises(InputError, match=r"a\.mkv: a video file has its own duration"):
+        localizer.encode(path, duration=30.0)
 
 
 def test_features_of_another_encoder_are_refused(tmp_path: Path, localizer: cnm.Localizer) -> None:
