@@ -18,6 +18,10 @@ from cnm.data.names import name_problem
 from cnm.errors import InputError
 
 SUFFIXES = (".npz", ".npy")
+MOST_LONGER, MORE_CLIPS = (
+    1.5,
+    2,
+)  # features of a video beyond so many times the shortest, and clips, are of another rate
 
 
 class FeatureSource(Protocol):
@@ -129,7 +133,10 @@ class FeatureFolder(_Checked):
 
 
 class Joined(_Checked):
-    """Concatenates several sources along the width; a video gets the length of its shortest features."""
+    """Concatenates several sources along the width; a video gets the length of its shortest features.
+
+    Refuses features of lengths so different that rows side by side would be of different times.
+    """
 
     def __init__(self, parts: Sequence[FeatureSource]) -> None:
         self.path = " + ".join(str(part.path) for part in parts)
@@ -151,7 +158,7 @@ class Joined(_Checked):
 
     def shape(self, video: str) -> tuple[int, int]:
         lengths, widths = zip(*(part.shape(video) for part in self.parts), strict=True)
-        return min(lengths), sum(widths)
+        return self._length(video, lengths), sum(widths)
 
     def check(self, videos: Iterable[str], frame_dim: int | None) -> None:
         videos = list(videos)
@@ -161,13 +168,21 @@ class Joined(_Checked):
 
     def frames(self, video: str, frame_dim: int | None) -> np.ndarray:
         found = [part.frames(video, None) for part in self.parts]
-        n = min(map(len, found))
+        n = self._length(video, [len(frames) for frames in found])
         joined = np.concatenate([frames[:n] for frames in found], axis=1)
         self._check_width(video, joined.shape[1], frame_dim)
         return joined
 
     def identity(self, videos: Iterable[str]) -> Any:
         return [part.identity(videos) for part in self.parts]
+
+    def _length(self, video: str, lengths: Sequence[int]) -> int:
+        if max(lengths) > MOST_LONGER * min(lengths) + MORE_CLIPS:
+            raise InputError(
+                f"{self.path}: the features of video {video!r} are {', '.join(map(str, lengths))} clips long; features "
+                f"side by side must be of the same times, so extract all at one rate"
+            )
+        return min(lengths)
 
 
 def open_features(paths: str | Sequence[str], pattern: str | None = None, split: str = "") -> FeatureSource:

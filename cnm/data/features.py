@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -20,6 +19,7 @@ from torch import Tensor
 from cnm.data import cache
 from cnm.data.arrays import MAX_BYTES, read_array, what_it_is
 from cnm.data.names import name_problem
+from cnm.data.origin import hdf5_and_video
 from cnm.errors import InputError
 
 INNER_KEYS = ("c3d_features",)  # the dataset's name if a video is a group
@@ -203,10 +203,11 @@ def load_features(source: str, frame_dim: int, num_clips: int) -> np.ndarray:
     Raises:
         InputError: the file or video is missing, unreadable, of another shape, or holds NaN or infinity.
     """
-    in_file = re.fullmatch(r"(.+?\.(?:hdf5|h5|hdf)):(.*)", source, re.DOTALL)  # a video's name may hold colons
+    in_file = hdf5_and_video(source)
     if in_file:
-        with FeatureFile(in_file[1]) as file:
-            return pool(file.frames(in_file[2], frame_dim), num_clips)
+        path, video = in_file
+        with FeatureFile(path) as file:
+            return pool(file.frames(video, frame_dim), num_clips)
     if Path(source).suffix not in (".npy", ".npz"):
         raise InputError(f"{source}: features are given as FILE.npy or FILE.hdf5:VIDEO, or as FILE.npz")
     frames = read_array(source)

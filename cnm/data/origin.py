@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +18,8 @@ JOINT = " + "  # joins the encoders of concatenated features
 
 def record_path(output: str | Path) -> Path:
     """Returns the path of the record of a feature file or folder."""
-    output = Path(output)
-    return output.with_name(f"{output.name}.json")
+    output = Path(os.path.abspath(output))  # "." and ".." have names too
+    return output.parent / f"{output.name}.json"
 
 
 def read_record(output: str | Path) -> dict[str, Any] | None:
@@ -106,11 +108,17 @@ class Origin:
         return JOINT.join(f"{encoder} (weights {weights[:8]})" for encoder, weights in pairs)
 
 
+def hdf5_and_video(source: str) -> tuple[Path, str] | None:
+    """Splits ``F.hdf5:VIDEO``; None for other texts. A video's name may hold colons."""
+    found = re.fullmatch(rf"(.+?(?:{'|'.join(map(re.escape, HDF5_SUFFIXES))})):(.*)", source, re.DOTALL)
+    return (Path(found[1]), found[2]) if found else None
+
+
 def split_source(source: str) -> tuple[Path, str] | None:
     """Splits ``F.hdf5:VIDEO`` or ``FOLDER/VIDEO.npy`` into the file or folder and the video; None for other texts."""
-    path, separator, video = source.rpartition(":")
-    if separator and Path(path).suffix in HDF5_SUFFIXES:
-        return Path(path), video
+    in_file = hdf5_and_video(source)
+    if in_file:
+        return in_file
     if Path(source).suffix in (".npy", ".npz", *HDF5_SUFFIXES):
         return Path(source).parent, Path(source).stem
     return None

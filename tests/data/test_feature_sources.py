@@ -102,6 +102,20 @@ def test_several_sources_are_joined_and_cut_to_the_shortest(tmp_path: Path) -> N
             joined.check(["v", "w"], 6)
 
 
+@pytest.mark.parametrize(("lengths", "fits"), [((75, 73), True), ((3, 1), True), ((9, 15), True), ((225, 30), False)])
+def test_features_of_other_times_are_not_put_side_by_side(tmp_path: Path, lengths: tuple[int, int], fits: bool) -> None:
+    for name, length in zip(("clip", "slowfast"), lengths, strict=True):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "v.npy", np.ones((length, 3), np.float32))
+    with open_features([str(tmp_path / "clip"), str(tmp_path / "slowfast")]) as joined:
+        if fits:
+            assert joined.shape("v") == (min(lengths), 6)
+            return
+        for read in (lambda: joined.shape("v"), lambda: joined.check(["v"], 6), lambda: joined.frames("v", 6)):
+            with pytest.raises(InputError, match=r"features of video 'v' are 225, 30 clips long"):
+                read()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
