@@ -47,7 +47,7 @@ def write_predictions(
 
 
 def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[list[Window]]:
-    """Each sentence's predicted windows, best first, in the order of ``samples``; lines may come in any order.
+    """Each sentence's predicted windows, as the file orders them, in the order of ``samples``; lines may come in any.
 
     Raises:
         InputError: the file is unreadable or cut short, a line is malformed or about another sentence or video than the
@@ -91,11 +91,14 @@ def _windows(value: Any, where: str) -> list[Window]:
         if window[0] > window[1]:
             raise InputError(f"{where}: window {shortened(window)} ends before it starts; correct it")
         windows.append((float(window[0]), float(window[1]), float(window[2])))
-    return sorted(windows, key=lambda window: -window[2])  # stable: equal scores stay in the file's order
+    return windows
 
 
 def score(predicted: Sequence[Sequence[Window]], samples: Sequence[Sample]) -> dict[str, float]:
-    """R@1 and mIoU of each sentence's first window against the best of its moments, and QVHighlights' mAP of all.
+    """R@1 and mIoU of each sentence's first window against the best of its moments, and QVHighlights' mAP.
+
+    As in QVHighlights' own evaluation the file says which window is first and which are the first ten, and their
+    scores in which order mAP takes those ten.
 
     Args:
         predicted: as ``read_predictions`` gives them.
@@ -108,7 +111,12 @@ def score(predicted: Sequence[Sequence[Window]], samples: Sequence[Sample]) -> d
         for windows, sample in zip(predicted, samples, strict=True)
     ]
     precisions = [
-        qvhighlights.average_precision([window[:2] for window in windows], sample.windows)
+        qvhighlights.average_precision(_ranked(windows[: qvhighlights.MAX_WINDOWS]), sample.windows)
         for windows, sample in zip(predicted, samples, strict=True)
     ]
     return metrics.summary(ious) | qvhighlights.summary(precisions)
+
+
+def _ranked(windows: Sequence[Window]) -> list[tuple[float, float]]:
+    """Best first; of equal scores the file's first."""
+    return [(start, end) for start, end, _ in sorted(windows, key=lambda window: -window[2])]

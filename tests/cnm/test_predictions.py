@@ -78,6 +78,21 @@ def test_windows_are_written_best_first_and_read_back(tmp_path: Path) -> None:
     assert found == {name: pytest.approx(1) for name in (*metrics.SCORES, *qvhighlights.SCORES)}
 
 
+def test_the_file_says_which_window_is_first(tmp_path: Path) -> None:
+    """QVHighlights' evaluation takes the first window, and the first ten, as they stand, and ranks those by score."""
+    windows = {"right": [0, 10, 0.1], "wrong": [80, 90, 0.9], "half": [50, 60, 0.5]}
+    true = [(0.0, 10.0), (50.0, 70.0)]
+    for names in (("right", "wrong", "half"), ("wrong", "half", "right"), ("wrong",) * 10 + ("right",)):
+        predicted = [windows[name] for name in names]
+        path = tmp_path / "p.jsonl"
+        path.write_text(json.dumps({"qid": 5, "pred_relevant_windows": predicted}))
+        found = score(read_predictions(path, SAMPLES[:1]), SAMPLES[:1])
+        assert found["mIoU"] == pytest.approx(float(names[0] == "right"), abs=1e-6)
+        ranked = [window[:2] for window in sorted(predicted[:10], key=lambda window: -window[2])]
+        expected = [published_average_precision(ranked, true, threshold) for threshold in qvhighlights.THRESHOLDS]
+        assert found["mAP"] == pytest.approx(np.mean(expected))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
