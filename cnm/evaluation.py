@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cnm import metrics
-from cnm.data import Split
+from cnm.data import Split, Vocabulary
 from cnm.distributed import Group
 from cnm.errors import InputError
 from cnm.models.base import Model, Proposals, Scoring
@@ -152,25 +152,38 @@ def check_fits(model: Model, split: Split) -> None:
                 f"dataset.{name} is {found}, but the model was made for {expected}; use the configuration it was "
                 f"trained with"
             )
-    check_vocabulary(model, split.vocabulary.words)
+    check_vocabulary(model, split.vocabulary)
 
 
-def check_vocabulary(model: Model, words: list[str], stored: list[str] | None = None) -> None:
-    """Raises ``InputError`` where a vocabulary is not the one a model learnt.
+def check_vocabulary(model: Model, vocabulary: Vocabulary, stored: Vocabulary | None = None) -> None:
+    """Raises ``InputError`` where a vocabulary is not the one a model learnt, words and vectors.
 
     Args:
-        words: the vocabulary, ``words[0]`` the padding.
         stored: the vocabulary in the model's checkpoint, if it has one.
     """
-    expected = model.word_head.out_features
+    words, expected = vocabulary.words, model.word_head.out_features
     if len(words) != expected:
         raise InputError(
             f"vocabulary of {len(words)} words (padding included) does not fit the model, which has {expected}; check "
             f"dataset.vocab_path and dataset.vocab_size"
         )
-    if stored is not None and stored != words:
-        index = next(index for index, (ours, theirs) in enumerate(zip(words, stored, strict=True)) if ours != theirs)
+    if stored is None:
+        return
+    if stored.words != words:
+        pairs = enumerate(zip(words, stored.words, strict=True))
+        index = next(index for index, (ours, theirs) in pairs if ours != theirs)
         raise InputError(
             f"vocabulary does not fit the checkpoint: word {index} is {words[index]!r}, but the model learnt it as "
-            f"{stored[index]!r}; check dataset.vocab_path"
+            f"{stored.words[index]!r}; check dataset.vocab_path"
+        )
+    if stored.vectors.shape != vocabulary.vectors.shape:
+        raise InputError(
+            f"vocabulary does not fit the checkpoint: its vectors are {vocabulary.vectors.shape[1]} wide, those the "
+            f"model learnt {stored.vectors.shape[1]}; check dataset.vocab_path and dataset.word_dim"
+        )
+    others = np.flatnonzero((stored.vectors != vocabulary.vectors).any(1))
+    if len(others):
+        raise InputError(
+            f"vocabulary does not fit the checkpoint: {len(others):,} of its words, {words[others[0]]!r} the first, "
+            f"have other vectors than the model learnt; check dataset.vocab_path (of generated data: dataset.seed)"
         )

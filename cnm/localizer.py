@@ -117,7 +117,6 @@ class Localizer:
     Args:
         model: in evaluation mode.
         vocabulary: the words it was trained with.
-
         origin: of the features it was trained on, where it is known.
 
     Attributes:
@@ -129,7 +128,7 @@ class Localizer:
     """
 
     def __init__(self, model: Model, vocabulary: Vocabulary, origin: Origin | None = None) -> None:
-        check_vocabulary(model, vocabulary.words)
+        check_vocabulary(model, vocabulary)
         self.model = model
         self.vocabulary = vocabulary
         self.origin = origin
@@ -147,9 +146,10 @@ class Localizer:
         """
         content = checkpoint.load(path)
         model = load_content(content, path, device)
-        state = content.get("vocabulary") if vocab is None else None
-        if state is not None:
-            vocabulary = Vocabulary.from_state(state)
+        state = content.get("vocabulary")
+        stored = None if state is None else Vocabulary.from_state(state)
+        if stored is not None and vocab is None:
+            vocabulary = stored
             width, expected = vocabulary.vectors.shape[1], model.config.dataset.word_dim
             if width != expected:
                 raise InputError(
@@ -160,6 +160,7 @@ class Localizer:
             if vocab is not None:
                 dataset = dataset.model_copy(update={"vocab_path": str(vocab)})
             vocabulary = load_vocabulary(dataset)
+            check_vocabulary(model, vocabulary, stored)
         return cls(model, vocabulary, Origin.from_record(content.get("features")))
 
     def encode(self, source: np.ndarray | Tensor | str | Path, *, duration: float | None = None) -> Video:
@@ -167,16 +168,18 @@ class Localizer:
 
         Args:
             source: features [n, frame_dim], n >= 1; or where they are, ``F.npy`` or ``F.hdf5:VIDEO``; or a video file.
-            duration: of the video in seconds. Otherwise a video file's own, or as recorded beside the features; where
-                neither is known, moments come as fractions of the video.
+            duration: of the video in seconds, of features alone. Otherwise as recorded beside them; where neither is
+                known, moments come as fractions of the video. A video file has its own.
 
         Raises:
-            InputError: as ``encode_features`` and ``encode_video``.
+            InputError: as ``encode_features`` and ``encode_video``; or a video file was given a duration.
         """
         if not isinstance(source, (str, Path)):
             return self._encoded(pool(_checked(source, self._frame_dim), self._num_clips), duration)
         if split_source(str(source)) is not None:
             return self.encode_features(source, duration=duration)
+        if duration is not None:
+            raise InputError(f"{source}: a video file has its own duration; leave duration out")
         return self.encode_video(source)
 
     def encode_features(self, source: str | Path, *, duration: float | None = None) -> Video:

@@ -108,7 +108,7 @@ def evaluate_command(
         stored=stored,
         origin=Origin.from_record(checkpoint.load(checkpoint_path).get("features")),
     )
-    check_vocabulary(model, data.vocabulary.words, None if stored is None else stored.words)
+    check_vocabulary(model, data.vocabulary, stored)
     several, batch_size = model.num_proposals > 1, chosen.train.batch_size
     scoring = Scoring(masks, select=select)
     with products_of(name):

@@ -91,11 +91,16 @@ class RunFolder:
         if not self.metrics.exists():
             return []
         rows = []
-        for number, line in enumerate(read_text(self.metrics).split("\n"), start=1):
+        lines = read_text(self.metrics).split("\n")
+        for number, line in enumerate(lines, start=1):
             source = f"{self.metrics}: line {number}"
             try:
                 row = parse_json(line, source)
             except NoJson:
+                if number < len(lines):
+                    raise InputError(
+                        f"{source}: is not JSON; correct the line, or move the file away to go on without it"
+                    ) from None
                 break
             check_row(row, source)
             rows.append(row)
@@ -107,7 +112,5 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def keep_rows(self, count: int) -> None:
-        """Drops the rows written after the checkpoint that knew ``count`` of them."""
-        rows = self.rows()
-        if len(rows) > count or not self.metrics.exists():
-            replace_file(self.metrics, "".join(f"{json.dumps(row)}\n" for row in rows[:count]).encode())
+        """Drops what was written after the checkpoint that knew ``count`` rows, a line cut short among it."""
+        replace_file(self.metrics, "".join(f"{json.dumps(row)}\n" for row in self.rows()[:count]).encode())

@@ -373,7 +373,7 @@ class Trainer:
         self.model.eval()
         found = self.model.proposals(batch)
         items = [
-            plot.Localization.of(self.model, found, row, sample.sentence, sample.duration, sample.moment)
+            plot.Localization.of(self.model, found, row, sample.sentence, sample.duration, sample.windows)
             for row, sample in enumerate(split.samples[int(index)] for index in indices)
         ]
         replace_file(self.run.pictures / "localizations.png", plot.localizations(items))
@@ -413,9 +413,8 @@ class Trainer:
         self.last_save = time.monotonic()
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        words = self.train_split.vocabulary.words
-        stored = type(self.train_split.vocabulary).from_state(saved["vocabulary"]).words
-        check_vocabulary(self.model, words, stored)
+        vocabulary = self.train_split.vocabulary
+        check_vocabulary(self.model, vocabulary, type(vocabulary).from_state(saved["vocabulary"]))
         try:
             training = saved["training"]
             self.model.load_state_dict(saved["model_parameters"])

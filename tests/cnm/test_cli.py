@@ -474,6 +474,22 @@ def test_evaluate_refuses_another_vocabulary(from_files: Path, finished: Path) -
     assert "vocabulary of 6 words" in message
     message = error_line(run("evaluate", "--checkpoint", finished / "best.pt", "--config", from_files / "config.json"))
     assert "vocabulary" in message
+    message = error_line(run("evaluate", "--checkpoint", finished / "best.pt", "--set", "dataset.seed=9"))
+    assert (
+        "have other vectors than the model learnt; check dataset.vocab_path (of generated data: dataset.seed)"
+        in message
+    )
+
+
+def test_localize_refuses_another_vocabulary(from_files: Path, tmp_path: Path) -> None:
+    content = pickle.loads((from_files / "glove.pkl").read_bytes())
+    content["id2vec"] = content["id2vec"] + 1
+    (tmp_path / "other.pkl").write_bytes(pickle.dumps(content))
+    arguments = ["localize", "--checkpoint", from_files / "run" / "best.pt", "--query", "the man opens a door"]
+    arguments += ["--features", f"{from_files / 'features.hdf5'}:test0"]
+    assert run(*arguments, "--vocab", from_files / "glove.pkl").exit_code == 0
+    message = error_line(run(*arguments, "--vocab", tmp_path / "other.pkl"))
+    assert "have other vectors than the model learnt" in message
 
 
 def test_evaluate_from_another_folder(from_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

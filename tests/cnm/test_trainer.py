@@ -156,8 +156,9 @@ def test_interrupted_during_evaluation(straight: Path, tmp_path: Path, monkeypat
     assert_same_runs(straight, folder)
 
 
+@pytest.mark.parametrize("torn", ["a later row", "the first row after the checkpoint"])
 def test_after_a_crash_rows_newer_than_the_checkpoint_are_dropped(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: str
 ) -> None:
     def crash() -> None:
         raise RuntimeError("power failure")
@@ -170,8 +171,13 @@ def test_after_a_crash_rows_newer_than_the_checkpoint_are_dropped(
             start(synthetic_config(), folder).train()
     saved = checkpoint.load(folder / "last.pt")
     assert max(row["update"] for row in rows(folder)) > saved["num_updates"]
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "tra')  # the line that was under way
+    if torn == "a later row":
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write('{"kind": "tra')  # the line that was under way
+    else:
+        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        kept = saved["training"]["rows"]
+        (folder / "metrics.jsonl").write_text("".join(lines[:kept]) + lines[kept][:13])
     resume(folder).train()
     assert_same_runs(straight, folder)
 
@@ -227,6 +233,11 @@ def test_a_vocabulary_that_does_not_fit_the_checkpoint(straight: Path, tmp_path:
     content["vocabulary"]["words"][3] = "unheard"
     checkpoint.save(tmp_path / "last.pt", content)
     with pytest.raises(InputError, match=r"word 3 is .* but the model learnt it as 'unheard'"):
+        resume(tmp_path)
+    content = checkpoint.load(straight / "last.pt")
+    content["vocabulary"]["vectors"][3] += 1
+    checkpoint.save(tmp_path / "last.pt", content)
+    with pytest.raises(InputError, match=r"1 of its words, '.*' the first, have other vectors than the model learnt"):
         resume(tmp_path)
 
 

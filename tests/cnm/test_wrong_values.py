@@ -66,6 +66,16 @@ def test_rows_of_metrics_are_checked(tmp_path: Path, row: str) -> None:
         RunFolder(tmp_path).rows()
 
 
+def test_a_broken_row_of_metrics_is_the_last_or_an_error(tmp_path: Path) -> None:
+    row = '{"kind": "train", "epoch": 1, "update": 2}\n'
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(row + row[:9])
+    assert len(RunFolder(tmp_path).rows()) == 1
+    path.write_text(row + row[:9] + row + row)  # a process that went on behind a line cut short
+    with pytest.raises(InputError, match=r"metrics\.jsonl: line 2: is not JSON; correct the line"):
+        RunFolder(tmp_path).rows()
+
+
 @pytest.mark.parametrize("name", ["a\0b", "", ".", "..", "a//b", "/a", "a/./b", "../a", "\udc80"])
 def test_names_that_mean_another_video(tmp_path: Path, name: str) -> None:
     with h5py.File(tmp_path / "f.hdf5", "w") as file:
