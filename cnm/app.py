@@ -79,14 +79,14 @@ class Answerer:
     def _page(self, run: str, found: LocalizedMoment, video: Video, sample: Sample | None) -> str:
         duration = video.duration or 1.0
         annotated = sample is not None and sample.sentence == found.query
-        true = sample.moment if sample is not None and annotated else None
+        true = sample.windows if sample is not None and annotated else ()
         picture = timeline(self.run(run).localizer, found, duration, true, width=WIDTH, height=130)
         clicked = SEEK.format(time=f"(event.clientX - r.left) / r.width * {duration:.3f}")
         clicked = f"const r = event.currentTarget.querySelector('svg').getBoundingClientRect(); {clicked}"
         ticks = "".join(f"<span>{part * duration:.1f} s</span>" for part in (0, 0.25, 0.5, 0.75, 1))
         jump = SEEK.format(time=f"{found.start:.3f}")
         keys = [(BLUE, "found")] + [(GREY, "other proposals")] * (len(found.proposals) > 1)
-        keys += [(ORANGE, "true")] * (true is not None)
+        keys += [(ORANGE, "true")] * bool(true)
         key = "".join(f'<span style="color:{colour}">&#9632;</span> {name} &nbsp; ' for colour, name in keys)
         unknown = f"<p>not known, so ignored: {text(', '.join(found.unknown))}</p>" if found.unknown else ""
         return (

@@ -26,12 +26,12 @@ def timeline(
     localizer: Localizer,
     found: LocalizedMoment,
     duration: float | None,
-    true: tuple[float, float] | None = None,
+    true: Sequence[tuple[float, float]] = (),
     *,
     width: int = 360,
     height: int = 46,
 ) -> str:
-    """An SVG of all proposals' Gaussians over time, the found moment below them and the true one below that."""
+    """An SVG of all proposals' Gaussians over time, the found moment below them and the true ones below that."""
     scale = width / (duration or 1.0)
     top = height - 14  # of the bars; the curves are above
     parts = []
@@ -46,15 +46,17 @@ def timeline(
             f'stroke="{colour}" stroke-opacity="{opacity + 0.35}"/>'
         )
     parts.append(_bar(found.start * scale, found.end * scale, top + 1, BLUE, "found"))
-    if true is not None:
-        parts.append(_bar(true[0] * scale, true[1] * scale, top + 8, ORANGE, "true"))
-    label = f"found {found.start:.1f} to {found.end:.1f}" + (
-        "" if true is None else f", true {true[0]:.1f} to {true[1]:.1f}"
-    )
+    parts += [_bar(start * scale, end * scale, top + 8, ORANGE, "true") for start, end in true]
+    label = f"found {found.start:.1f} to {found.end:.1f}" + (f", true {spans(true)}" if true else "")
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{label}">'
         f'<rect width="{width}" height="{top}" fill="#f5f5f5"/>{"".join(parts)}</svg>'
     )
+
+
+def spans(moments: Sequence[tuple[float, float]]) -> str:
+    """Moments in words: "1.0 to 2.5, 7.0 to 9.0"."""
+    return ", ".join(f"{start:.1f} to {end:.1f}" for start, end in moments)
 
 
 def _bar(start: float, end: float, top: float, colour: str, kind: str) -> str:

@@ -31,8 +31,8 @@ _CURVE_POINTS = 400  # of a drawn Gaussian
 class Localization:
     """One sentence to draw. ``center`` and ``width`` are fractions of the video, ``duration`` and ``true`` seconds.
 
-    Without a duration the time axis is the fraction of the video, and so is ``true``. ``others`` are the centers and
-    widths of further proposals, best first.
+    ``true`` are all its true moments. Without a duration the time axis is the fraction of the video, and so are they.
+    ``others`` are the centers and widths of further proposals, best first.
     """
 
     query: str
@@ -40,7 +40,7 @@ class Localization:
     width: float
     alpha: float
     duration: float | None = None
-    true: tuple[float, float] | None = None
+    true: Sequence[tuple[float, float]] = ()
     min_width: float = MIN_WIDTH
     others: tuple[tuple[float, float], ...] = ()
 
@@ -52,7 +52,7 @@ class Localization:
         row: int,
         query: str,
         duration: float | None,
-        true: tuple[float, float] | None = None,
+        true: Sequence[tuple[float, float]] = (),
     ) -> Localization:
         """The proposals of one row of ``found``."""
         (center, width), *others = zip(found.center[row].tolist(), found.width[row].tolist(), strict=True)
@@ -60,7 +60,7 @@ class Localization:
 
 
 def localizations(items: Sequence[Localization]) -> bytes:
-    """One panel per sentence: its Gaussian, the predicted moment below it and the true one, where known. PNG"""
+    """One panel per sentence: its Gaussian, the predicted moment below it and the true ones, where known. PNG"""
     columns = 1 if len(items) == 1 else 2
     rows = -(-len(items) // columns)
     figure = Figure(figsize=(7.2 if columns == 1 else 11, 2.9 * rows), layout="constrained")
@@ -124,8 +124,8 @@ def _localization(axes: Axes, item: Localization) -> None:
     axes.fill_between(time * scale, gaussian, color=BLUE, alpha=0.12, linewidth=0)
     start, end = metrics.moments_from_gaussian(item.center, item.width) * scale
     _band(axes, start, end, -0.13, BLUE, None, "predicted moment")
-    if item.true is not None:
-        _band(axes, *item.true, -0.29, ORANGE, "///", "true moment")
+    for index, (start, end) in enumerate(item.true):
+        _band(axes, start, end, -0.29, ORANGE, "///", None if index else "true moment")
     title = axes.set_title("\n".join(textwrap.wrap(_drawable(item.query), 68)[:3]), fontsize=10)
     title.set_parse_math(False)  # a dollar sign in a query is a dollar sign
     axes.set(
@@ -143,7 +143,9 @@ def _drawable(text: str) -> str:
     return _UNDRAWABLE.sub("\ufffd", text)
 
 
-def _band(axes: Axes, start: float, end: float, bottom: float, colour: str, hatch: str | None, label: str) -> None:
+def _band(
+    axes: Axes, start: float, end: float, bottom: float, colour: str, hatch: str | None, label: str | None
+) -> None:
     axes.barh(
         bottom + 0.06, end - start, 0.12, start, color=colour, edgecolor="white", hatch=hatch, linewidth=0, label=label
     )

@@ -9,8 +9,10 @@ import numpy as np
 
 from cnm import metrics, plot
 from cnm.data import Split
+from cnm.data.known_splits import known_split
+from cnm.data.split import windows_of
 from cnm.errors import InputError
-from cnm.html import png, table, text, timeline
+from cnm.html import png, spans, table, text, timeline
 from cnm.training.finished import Answer, FinishedRun
 
 STYLE = """
@@ -53,16 +55,18 @@ def write_report(run: FinishedRun, split: Split, sentences: int) -> str:
 def _summary(run: FinishedRun, split: Split) -> str:
     updates = max((row["update"] for row in run.rows), default=0)
     epochs = max((row["epoch"] for row in run.rows), default=0)
+    known = known_split(split.samples)
+    name = f"{split.name} split" + ("" if known is None else f" ({known})")
     return (
-        f"{run.checkpoint.name}; {updates:,} updates in {epochs} epochs; {len(split):,} sentences in the {split.name} "
-        f"split; vocabulary of {len(run.localizer.vocabulary) - 1:,} words"
+        f"{run.checkpoint.name}; {updates:,} updates in {epochs} epochs; {len(split):,} sentences in the {name}; "
+        f"vocabulary of {len(run.localizer.vocabulary) - 1:,} words"
     )
 
 
 def _scores(run: FinishedRun, split: Split, answers: Sequence[Answer]) -> str:
     """Ours above the baselines that never look at the video."""
     ours = metrics.summary([answer.iou for answer in answers])
-    rows = {"this run": ours} | metrics.baselines(split.windows)
+    rows = {"this run": ours} | metrics.baselines(windows_of([answer.sample for answer in answers]))
     left_out = len(split) - len(answers)
     note = f"<p>{left_out} sentences without a known word are left out.</p>" if left_out else ""
     cells = [[text(name), *(f"{scores[score]:.4f}" for score in metrics.SCORES)] for name, scores in rows.items()]
@@ -79,9 +83,8 @@ def _sentences(run: FinishedRun, answers: Sequence[Answer], count: int) -> str:
             [
                 f"{answer.iou:.3f}",
                 f"{text(sample.sentence)}{unknown}<br><small>{text(sample.video)}, {sample.duration:.1f} s</small>",
-                timeline(run.localizer, found, sample.duration, sample.moment),
-                f"{found.start:.1f} to {found.end:.1f} s<br><small>true: {sample.moment[0]:.1f} to "
-                f"{sample.moment[1]:.1f} s</small>",
+                timeline(run.localizer, found, sample.duration, sample.windows),
+                f"{found.start:.1f} to {found.end:.1f} s<br><small>true: {spans(sample.windows)} s</small>",
             ]
         )
     some = (

@@ -138,9 +138,9 @@ def moment_text(found: LocalizedMoment | Proposal, duration: float | None) -> st
 
 
 def picture(
-    found: LocalizedMoment, model: Model, duration: float | None, true: tuple[float, float] | None = None
+    found: LocalizedMoment, model: Model, duration: float | None, true: Sequence[tuple[float, float]] = ()
 ) -> bytes:
-    """Draws the Gaussians and the moment over time to a PNG; ``duration`` and the ``true`` moment are seconds."""
+    """Draws the Gaussians and the moment over time to a PNG; ``duration`` and the ``true`` moments are seconds."""
     others = tuple((other.center, other.width) for other in found.proposals[1:])
     item = plot.Localization(
         found.query, found.center, found.width, model.alpha, duration, true, model.min_width, others

@@ -59,7 +59,7 @@ def demo(
     np.save(out / "example.npy", features)
     [found] = localizer.find(localizer.encode(features, duration=sample.duration), [sample.sentence])
     plot_path = out / "pictures" / "example.png"
-    replace_file(plot_path, picture(found, localizer.model, sample.duration, sample.moment))
+    replace_file(plot_path, picture(found, localizer.model, sample.duration, sample.windows))
     start, end = sample.moment
     typer.echo(
         f'\n"{sample.sentence}"\n  found: {moment_text(found, sample.duration)}\n  true:  {start:.1f} s to {end:.1f} s'

@@ -19,7 +19,7 @@ from cnm.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Answer:
-    """A sentence of a split, what was found for it, and how well: IoU with the true moment, 0 to 1."""
+    """A sentence of a split, what was found for it, and how well: IoU with the best of the true moments, 0 to 1."""
 
     sample: Sample
     found: LocalizedMoment
@@ -55,7 +55,7 @@ class FinishedRun:
         if name not in ("train", "val", "test"):
             raise InputError(f"split {name}: choose train, val or test")
         dataset, origin = self.localizer.model.config.dataset, self.localizer.origin
-        return open_split(dataset, name, origin=origin)  # type: ignore[arg-type]
+        return open_split(dataset, name, stored=self.localizer.vocabulary, origin=origin)  # type: ignore[arg-type]
 
     def encode(self, split: Split, index: int) -> Video:
         """The video of a split's sentence, encoded."""
@@ -74,5 +74,6 @@ class FinishedRun:
             for sample, found in zip(
                 samples, self.localizer.find(video, [sample.sentence for sample in samples]), strict=True
             ):
-                iou = float(metrics.best_iou((found.start, found.end), sample.windows))
-                yield Answer(sample, found, iou)
+                moment = metrics.moments_from_gaussian(found.center, found.width)  # in fractions: rows of one video may
+                iou = metrics.best_iou(moment, np.array(sample.windows) / sample.duration)  # disagree on its duration
+                yield Answer(sample, found, float(iou))

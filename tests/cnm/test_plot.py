@@ -42,7 +42,7 @@ def test_learning_curves(rows: list[dict]) -> None:
 
 def test_the_true_moment_is_drawn_where_it_is_known() -> None:
     without = pixels(plot.localizations([item()]))
-    with_true = pixels(plot.localizations([item(duration=30.0, true=(8.0, 14.0))]))
+    with_true = pixels(plot.localizations([item(duration=30.0, true=[(8.0, 14.0)])]))
     assert amount(without, plot.ORANGE) == 0
     assert amount(with_true, plot.ORANGE) > 500
 
@@ -54,7 +54,7 @@ def test_a_wider_moment_takes_more_room() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_any_number_of_panels(count: int) -> None:
-    assert pixels(plot.localizations([item(true=(0.1, 0.3))] * count)).size
+    assert pixels(plot.localizations([item(true=[(0.1, 0.3), (0.5, 0.6)])] * count)).size
 
 
 @pytest.mark.parametrize("query", ["costs $5 or $x^{", "x " * 300, "开门"], ids=["dollar", "long", "other script"])

@@ -11,7 +11,11 @@ import pytest
 from small_runs import assignments, write_files
 from typer.testing import CliRunner
 
+from cnm import metrics
 from cnm.cli import app
+from cnm.data.split import windows_of
+from cnm.report import write_report
+from cnm.training.finished import FinishedRun
 
 VOID = {"meta", "img", "br", "rect", "polygon"}
 
@@ -122,6 +126,40 @@ def test_a_true_bar_lies_where_the_moment_is(content: str) -> None:
     ):
         starts = [float(x) for x in re.findall(r"(?:found|true) ([\d.]+)", label)]
         assert [float(found), float(true)] == pytest.approx([360 * start / 20 for start in starts], abs=1.0)
+
+
+def test_all_true_moments_are_shown(run: Path, tmp_path: Path) -> None:
+    """The IoU is that with the best of them. Baselines are of the same sentences; rows may disagree on a duration."""
+    config = json.loads((run / "config.json").read_text())
+    rows = json.loads(Path(config["dataset"]["test_data"]).read_text())
+    lines = [
+        {"qid": index, "query": row[3], "vid": row[0], "duration": row[1] + index, "relevant_windows": windows}
+        for index, row in enumerate(rows)
+        for windows in [[[0.0, 0.5], row[2]]]
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    finished = FinishedRun(run)
+    finished.localizer.model.config.dataset.test_data = str(tmp_path / "test.jsonl")
+    split = finished.split("test")
+    page = Page(write_report(finished, split, 100))
+    answers = list(finished.answers(split))
+    assert len(answers) == len(split) - 1  # one has no word that is known
+    true = [attributes for tag, attributes in page.elements if tag == "rect" and attributes.get("class") == "true"]
+    assert len(true) == 2 * len(answers)
+    assert all(re.search(r"true: 0\.0 to 0\.5, \d+\.\d to \d+\.\d s", row[3]) for row in page.tables[1][1:])
+    for answer in answers:
+        moment = metrics.moments_from_gaussian(answer.found.center, answer.found.width)
+        windows = windows_of([answer.sample])[0]
+        assert answer.iou == pytest.approx(max(metrics.iou(moment, window) for window in windows))
+    [whole] = [row for row in page.tables[0] if row[0] == "whole video"]
+    expected = metrics.baselines(windows_of([answer.sample for answer in answers]))["whole video"]
+    assert whole[1:] == [f"{expected[name]:.4f}" for name in metrics.SCORES]
+
+
+def test_the_vocabulary_s_file_is_not_needed(run: Path, tmp_path: Path) -> None:
+    finished = FinishedRun(run)
+    finished.localizer.model.config.dataset.vocab_path = str(tmp_path / "gone.pkl")
+    assert len(finished.split("test")) == 11
 
 
 def test_names_are_no_html(content: str) -> None:
