@@ -71,6 +71,7 @@ struct GroupProducts : GroupTiles {
             return shared_address(keys) + static_cast<uint32_t>(tile % STAGES * Swizzled<KEYS>::bytes(COLUMNS));
         };
         float next[N][4];
+        uint32_t weights[KEYS / 16][4] = {};
         wait_async<1>();
         fence_async_proxy();
         sync_block();
@@ -96,14 +97,13 @@ struct GroupProducts : GroupTiles {
             }
             if constexpr (MORE) start_products(next, own, Swizzled<KEYS>::rows(address(tile + 1), 0));
             const auto changed = use(tile, tile % STAGES, z);
+            wait_group<0>();  // the sum of the tile before reads `weights` until it is done
+            settle(out);
+            settle(weights);
+            if constexpr (MORE) settle(next);
             if constexpr (!std::is_same_v<decltype(changed), const std::false_type>) {
-                if (any_lane(changed)) {  // seldom behind the first tiles: sums in flight go on where nothing changed
-                    wait_group<0>();
-                    settle(out);
-                    rescale();
-                }
+                if (any_lane(changed)) rescale();
             }
-            uint32_t weights[KEYS / 16][4];
 #pragma unroll
             for (int k = 0; k < KEYS / 16; ++k) {
                 RowsOperand<T> narrowed;
@@ -121,15 +121,12 @@ struct GroupProducts : GroupTiles {
             }
             commit_group();
             if (later) keep(fetch(tile + 2), (tile + 2) % STAGES);  // the wait for memory is the sum's time
-            if constexpr (MORE) {
-                wait_group<1>();  // for the products of tile + 1
-                settle(next);
-            }
         };
         for (int tile = 0; tile + 1 < tiles; ++tile) step(tile, std::true_type());
         step(tiles - 1, std::false_type());
         wait_group<0>();
         settle(out);
+        settle(weights);
     }
 };
 

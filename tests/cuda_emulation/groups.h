@@ -7,8 +7,8 @@
 //   copying thread is of another group, met at a barrier;
 // - between a wait, or the start, and the next product lies a wgmma.fence, and another one behind products of shared
 //   memory alone where rows come from registers, which were made meanwhile;
+// - registers that hold a product's rows keep their numbers until it was waited for;
 // - the four warps of a group issue the same products, commits and waits, and end with nothing in flight.
-// Not seen: registers of the rows that are overwritten while a product reads them (a copy is taken).
 #pragma once
 
 #include <array>
@@ -47,6 +47,8 @@ struct GroupProduct {
     std::vector<float*> target;  // of each lane
     std::shared_ptr<Accumulators> numbers;
     std::function<void()> compute;
+    std::vector<const uint32_t*> rows;           // of each lane, its registers; empty where rows are in shared memory
+    std::vector<std::array<uint32_t, 4>> given;  // what they held
     std::vector<size_t> reads;  // pieces of shared memory
     bool done = false;
 };
@@ -90,6 +92,19 @@ inline Groups& groups() {
 }
 inline int warp_number() { return machine().current->index / WARP; }
 
+// What every warp of a group does alike.
+inline void issue(const Issued& what) {
+    const int number = warp_number();
+    GroupWarp& warp = groups().warps[number];
+    auto& issued = groups().issued[number / GROUP_WARPS];
+    if (warp.issued == issued.size()) {
+        issued.push_back(what);
+    } else if (issued[warp.issued] != what) {
+        throw std::runtime_error("wgmma: warps of a group issue different ones");
+    }
+    ++warp.issued;
+}
+
 inline void carry_out(GroupProduct& product) {
     if (!product.done) product.compute();
     product.done = true;
@@ -102,12 +117,15 @@ inline void fence_group() {
     });
 }
 inline void commit_group() {
-    warp_instruction<int, int>("wgmma.commit_group", 0,
-                               [](const int**, int**) { groups().warps[warp_number()].groups.emplace_back(); });
+    warp_instruction<int, int>("wgmma.commit_group", 0, [](const int**, int**) {
+        issue({"wgmma.commit_group", 0, 0, false});
+        groups().warps[warp_number()].groups.emplace_back();
+    });
 }
 
 inline void wait_group(size_t pending) {
     warp_instruction<int, int>("wgmma.wait_group", 0, [pending](const int**, int**) {
+        issue({"wgmma.wait_group", pending, 0, false});
         GroupWarp& warp = groups().warps[warp_number()];
         warp.fenced = warp.rows_fenced = false;
         while (warp.groups.size() > pending + 1) {  // the open one is not committed
@@ -115,6 +133,11 @@ inline void wait_group(size_t pending) {
             warp.groups.pop_front();
             for (GroupProduct& product : finished) {
                 carry_out(product);
+                for (size_t lane = 0; lane < product.rows.size(); ++lane) {
+                    if (!std::equal(product.given[lane].begin(), product.given[lane].end(), product.rows[lane])) {
+                        throw std::runtime_error("wgmma: registers of its rows were written while it was in flight");
+                    }
+                }
                 for (const size_t piece : product.reads) {
                     --machine().pieces[piece].reading;
                     machine().pieces[piece].readers_wait[warp_number() / GROUP_WARPS % 8] =
@@ -166,29 +189,22 @@ void multiply_group(const char* name, float* c, int columns, const uint32_t* a, 
                     uint64_t b_descriptor, bool b_runs_along_columns, bool accumulate, Element element) {
     struct In {
         float* c;
-        uint32_t a[4];
+        const uint32_t* a;
         uint64_t a_descriptor, b_descriptor;
         bool accumulate;
-    } in{c, {}, a_descriptor, b_descriptor, accumulate};
-    if (a != nullptr) std::copy(a, a + 4, in.a);
+    } in{c, a, a_descriptor, b_descriptor, accumulate};
     const bool from_registers = a != nullptr;
     warp_instruction<In, int>(name, in, [=](const In** ins, int**) {
         Machine& m = machine();
         const int number = warp_number();
         GroupWarp& warp = groups().warps[number];
-        auto& issued = groups().issued[number / GROUP_WARPS];
         const Issued what{name, ins[0]->a_descriptor, ins[0]->b_descriptor, ins[0]->accumulate};
         for (int lane = 0; lane < WARP; ++lane) {
             if (Issued{name, ins[lane]->a_descriptor, ins[lane]->b_descriptor, ins[lane]->accumulate} != what) {
                 throw std::runtime_error("wgmma: lanes name different matrices");
             }
         }
-        if (warp.issued == issued.size()) {
-            issued.push_back(what);
-        } else if (issued[warp.issued] != what) {
-            throw std::runtime_error("wgmma: warps of a group name different matrices");
-        }
-        ++warp.issued;
+        issue(what);
         if (!from_registers) warp.rows_fenced = false;
         if (from_registers ? !warp.rows_fenced : !warp.fenced) {
             throw std::runtime_error("wgmma: no wgmma.fence since registers could be touched");
@@ -246,12 +262,13 @@ void multiply_group(const char* name, float* c, int columns, const uint32_t* a, 
                 std::fill(lane, lane + numbers, std::numeric_limits<float>::quiet_NaN());
             }
         }
-        std::vector<std::array<uint32_t, 4>> registers;
-        for (int lane = 0; lane < WARP; ++lane) {
-            registers.push_back({ins[lane]->a[0], ins[lane]->a[1], ins[lane]->a[2], ins[lane]->a[3]});
+        for (int lane = 0; from_registers && lane < WARP; ++lane) {
+            const uint32_t* const held = ins[lane]->a;
+            product.rows.push_back(held);
+            product.given.push_back({held[0], held[1], held[2], held[3]});
         }
         const bool adds = ins[0]->accumulate;
-        product.compute = [=, target = product.numbers] {
+        product.compute = [=, target = product.numbers, registers = product.given] {
             const auto shared = [](size_t offset) {
                 uint16_t bits;
                 std::memcpy(&bits, machine().shared.data() + offset, 2);

@@ -88,13 +88,12 @@ def test_groups_are_compiled_for_90a_alone(kernels: list[Kernel]) -> None:
 
 def test_products_of_groups_stay_in_flight(kernels: list[Kernel]) -> None:
     """Where the compiler does not follow, it waits after each of them."""
-    waits = {"linear_nll_kernel": 5, "linear_nll_word_gradient_kernel": 3}  # two more where sums change their scale
     barriers = {"linear_nll_kernel": 3, "linear_nll_word_gradient_kernel": 2}
     for kernel in kernels:
         if kernel.groups and not is_empty(kernel):
             assert kernel.count("HGMMA") == 2 * 16 + 2 * 4, kernel  # of the first and of other tiles, of the last
             assert kernel.count(r"WARPGROUP\.ARRIVE") == 4, kernel
-            assert kernel.count(r"WARPGROUP\.DEPBAR") == waits[kernel.op], kernel
+            assert kernel.count(r"WARPGROUP\.DEPBAR") == 4, kernel  # as often as the source says
             assert kernel.count("BAR") == barriers[kernel.op], kernel
             assert kernel.count(r"FENCE\.VIEW\.ASYNC") == 2, kernel
 
