@@ -220,9 +220,10 @@ def _batch_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...
 
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module has exactly this class and no hooks, so that its parameters determine its result."""
+    """Whether the module has exactly this class and no hooks or forward of its own: its parameters determine its
+    result."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks)
+    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
 
 
 @dataclass(frozen=True)
@@ -278,12 +279,19 @@ def _plainly(
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """One tensor, or two views of the same numbers."""
+    """One tensor, or two views of the same numbers, made by the same operation of the same tensor."""
     if a is b:
         return True
     if torch.compiler.is_compiling() or a.shape != b.shape or a.stride() != b.stride():
         return False
-    return a.data_ptr() == b.data_ptr()
+    if a.data_ptr() != b.data_ptr() or a.requires_grad != b.requires_grad:
+        return False
+    if not a.requires_grad:
+        return True
+    made, also = a.grad_fn, b.grad_fn
+    if made is None or also is None or isinstance(made, torch._C._FunctionBase):
+        return False  # leaves of their own, or somebody's autograd.Function, which may do anything to gradients
+    return made is also or (type(made) is type(also) and made.next_functions == also.next_functions)
 
 
 _facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

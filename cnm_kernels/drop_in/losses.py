@@ -39,7 +39,9 @@ class DeferredLinear(nn.Linear):
         autocast = torch.is_autocast_enabled(input.device.type)
         dtype = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
         like = torch.empty(*input.shape[:-1], self.out_features, dtype=dtype, device="meta")
-        return defer(_logits_under(autocast, dtype), like, input, self.weight, self.bias, by_row=True)
+        # Copies: logits read after an update are those before it, whether or not the optimizer lets its changes show.
+        weight, bias = self.weight.clone(), self.bias.clone()
+        return defer(_logits_under(autocast, dtype), like, input, weight, bias, by_row=True)
 
 
 def _logits_under(autocast: bool, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -214,6 +214,53 @@ def test_weights_are_computed_only_when_read(monkeypatch: pytest.MonkeyPatch) ->
     assert len(asked) == 1
 
 
+class Reversal(torch.autograd.Function):
+    """Gradient reversal: the same numbers in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *d_x: Tensor) -> Tensor:
+        return -d_x[0]
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        lambda x: (x, x.detach(), x.detach()),
+        lambda x: (x.detach(), x, x),
+        lambda x: (x, x.detach(), x),
+        lambda x: (x, Reversal.apply(x), Reversal.apply(x)),
+        lambda x: (x.transpose(0, 1).transpose(0, 1), x, x),
+    ],
+    ids=["keys and values detached", "queries detached", "keys detached", "reversal", "views"],
+)
+def test_equal_numbers_keep_gradients_of_their_own(sources: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    plain = MultiheadAttention(D, H)
+    accelerated = cnm_kernels.accelerate(copy.deepcopy(plain))
+    x, direction = torch.randn(5, B, D, requires_grad=True), torch.randn(5, B, D)
+    expected, found = (
+        torch.autograd.grad((module(*sources(x))[0] * direction).sum(), x)[0] for module in (plain, accelerated)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_views_made_alike_are_projected_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = cnm_kernels.accelerate(MultiheadAttention(D, H))
+    x = torch.randn(B, 5, D, requires_grad=True)
+    seen: list[int] = []
+    attend = AcceleratedAttention.attend
+    monkeypatch.setattr(
+        AcceleratedAttention,
+        "attend",
+        lambda self, sources, *others: seen.append(len(sources)) or attend(self, sources, *others),
+    )
+    module(x.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1))
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("queries", [200, 20])
 def test_unread_weights_keep_no_projection(queries: int, tmp_path: Path) -> None:
     module = cnm_kernels.accelerate(MultiheadAttention(D, H))

@@ -99,3 +99,22 @@ def test_a_hooked_layer_calls_its_parts() -> None:
     layer.fc1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     torch.testing.assert_close(layer(x, None)[0], expected)
     assert seen == [torch.Size([5, B, 2 * D])]
+
+
+@pytest.mark.parametrize("part", ["fc1", "self_attn", "final_layer_norm", "self_attn.out_proj"])
+def test_a_forward_set_on_a_part_is_called(part: str) -> None:
+    """As tools do that wrap a module's forward in place."""
+    layer = DecoderLayer(D, H, dropout=0.0).double()
+    cnm_kernels.accelerate(layer)
+    x = draw(5, B, D)
+    expected = layer(x, None)[0]
+    module: Any = layer.get_submodule(part)
+    own, calls = module.forward, []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(part)
+        return own(*arguments, **options)
+
+    module.forward = counted
+    torch.testing.assert_close(layer(x, None)[0], expected)
+    assert calls == [part]
