@@ -30,7 +30,7 @@ def main(epochs: int = 4, videos: int = 800, plain: bool = False) -> tuple[float
 
     def step(batch: dict[str, Tensor], epoch: int) -> dict[str, float]:
         optimizer.zero_grad()
-        output = model(**batch, epoch=epoch)
+        output = model(**batch, epoch=epoch + 1)  # as published: negatives grow from the first on
         reconstruction, numbers = cpl_losses.rec_loss(**output, **LOSS)
         contrast, more_numbers = cpl_losses.ivc_loss(**output, **LOSS)
         (reconstruction + contrast).backward()
