@@ -146,6 +146,8 @@ def check_fits(model: Model, split: Split) -> None:
     for name, found, expected in (
         ("frame_dim", batch.frames.size(-1), config.frame_dim),
         ("word_dim", batch.words.size(-1), config.word_dim),
+        ("max_num_frames", batch.frames.size(1), config.max_num_frames),
+        ("max_num_words", split.max_num_words, config.max_num_words),
     ):
         if found != expected:
             raise InputError(

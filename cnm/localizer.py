@@ -216,7 +216,7 @@ class Localizer:
         What is beyond the model's ``max_num_words`` known words of a sentence is ignored.
 
         Args:
-            scoring: how models that score their proposals do it.
+            scoring: how models that score their proposals do it, and how wide a moment a Gaussian stands for.
 
         Raises:
             InputError: a sentence is empty or has no word of the vocabulary, or the model's answer is not a number.
@@ -233,7 +233,10 @@ class Localizer:
                 raise InputError(
                     "the model's answer is not a number; its checkpoint, or the features, hold numbers too large"
                 )
-            moments = metrics.moments_from_gaussian(arrays[0], arrays[1]) * (video.duration or 1.0)  # [B, K, 2]
+            widths = arrays[1]
+            if scoring is not None and scoring.select is not None:
+                widths = metrics.width_above(scoring.select, widths, self.model.alpha, self.model.min_width)
+            moments = metrics.moments_from_gaussian(arrays[0], widths) * (video.duration or 1.0)  # [B, K, 2]
             for row, place in enumerate(places):
                 columns = (moments[row, :, 0], moments[row, :, 1], arrays[2][row], arrays[0][row], arrays[1][row])
                 ranked = tuple(Proposal(*map(float, values)) for values in zip(*columns, strict=True))

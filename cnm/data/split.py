@@ -75,6 +75,11 @@ class Split:
         """[N, M, 2] float64, all moments of each sentence as fractions; the first moment fills unused places."""
         return windows_of(self.samples)
 
+    @property
+    def max_num_words(self) -> int:
+        """Words of a sentence beyond this number were left out."""
+        return int(self._ids.shape[1])
+
     def longest(self, indices: np.ndarray) -> int:
         """Returns the number of words in the longest of these sentences, at least 1."""
         return max(int(self._lengths[indices].max(initial=0)), 1)

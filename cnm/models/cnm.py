@@ -126,7 +126,8 @@ class CNM(Model):
         self._check(frames, frame_lengths, words, word_lengths)
         if masked_words is None:
             if mask_weights is None:
-                mask_weights = torch.ones_like(word_ids, dtype=frames.dtype)
+                real = torch.arange(word_ids.size(1), device=word_ids.device) < word_lengths[:, None]
+                mask_weights = real.to(frames.dtype)
             masked_words = sample_masked_words(mask_weights, word_lengths)
         ctx = self.forward_pass(seed)
         frames, words = self.project_inputs(frames, words, word_lengths, ctx)

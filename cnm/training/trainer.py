@@ -503,9 +503,20 @@ def _with_vocabulary_size(config: Config, size: int) -> Config:
     return Config.from_json(content)
 
 
+def _with_growth_of(config: Config, epochs: int) -> Config:
+    """CPL's negatives grow over the epochs first planned, also in a run that is made longer or shorter."""
+    if not hasattr(config.model.config, "max_epoch"):
+        return config
+    content = config.to_dict()
+    content["model"]["config"]["max_epoch"] = config.model.config.max_epoch or epochs
+    return Config.from_json(content)
+
+
 def _resumed_config(stored: Config, given: Config) -> Config:
     """The configuration given for a resumed run; it may differ from the stored one in ``RESUMABLE_CHANGES`` alone."""
     given = _with_vocabulary_size(given, stored.model.config.vocab_size or 0)
+    planned = getattr(stored.model.config, "max_epoch", None) or stored.train.max_num_epochs
+    stored, given = (_with_growth_of(config, planned) for config in (stored, given))
     old, new = _flat(stored.to_dict()), _flat(given.to_dict())
     for name in sorted(old.keys() | new.keys()):
         if name not in RESUMABLE_CHANGES and old.get(name) != new.get(name):

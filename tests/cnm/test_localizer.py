@@ -13,6 +13,7 @@ import cnm
 from cnm import checkpoint, configs, metrics
 from cnm.data import load_vocabulary, open_split
 from cnm.data.features import pool
+from cnm.models import Scoring
 
 CONFIG = synthetic_config(**{"model.config.DualTransformer.num_decoder_layers1": 2})
 SENTENCES = [
@@ -85,6 +86,16 @@ def test_a_video_is_encoded_once(
     localizer.find(video, SENTENCES)
     localizer.find(video, SENTENCES)
     assert len(calls) == 1
+
+
+def test_a_level_chooses_the_width_as_in_evaluation(localizer: cnm.Localizer, features: np.ndarray) -> None:
+    video, model = localizer.encode(features), localizer.model
+    [plain] = localizer.find(video, SENTENCES[:1])
+    for level in (0.05, 0.7):
+        [found] = localizer.find(video, SENTENCES[:1], scoring=Scoring(select=level))
+        width = metrics.width_above(level, plain.width, model.alpha, model.min_width)
+        assert (found.start, found.end) == pytest.approx(metrics.moments_from_gaussian(plain.center, width))
+        assert found.width == plain.width  # the Gaussian's
 
 
 def test_all_proposals_of_a_model_come_best_first() -> None:

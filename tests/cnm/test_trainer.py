@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from small_runs import synthetic_config, write_files
+from small_runs import cpl_config, synthetic_config, write_files
 
 from cnm import checkpoint, files, metrics
 from cnm.config import CNMConfig
@@ -187,6 +187,18 @@ def test_a_finished_run_can_be_made_longer(straight: Path, tmp_path: Path) -> No
     start(synthetic_config(train__max_num_epochs=1), folder).train()
     resume(folder, synthetic_config()).train()
     assert rows(folder) == rows(straight)
+
+
+def test_a_longer_run_of_cpl_goes_on_with_grown_negatives(tmp_path: Path) -> None:
+    """The first plan says when they are grown, also when the run is made longer a second time."""
+    folder = tmp_path / "run"
+    start(cpl_config(train__max_num_epochs=1), folder).train()
+    for epochs in (2, 4):
+        longer = resume(folder, cpl_config(train__max_num_epochs=epochs))
+        assert (longer.step.max_epoch, longer.config.train.max_num_epochs) == (1, epochs)
+        if epochs == 2:
+            longer.train()
+    assert json.loads((folder / "config.json").read_text())["model"]["config"]["max_epoch"] == 1
 
 
 def test_a_second_signal_stops_at_once_without_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
