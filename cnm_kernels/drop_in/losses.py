@@ -23,7 +23,7 @@ from cnm_kernels.constants import LABEL_SMOOTHING
 from cnm_kernels.drop_in.attention import remembered
 from cnm_kernels.drop_in.deferred import Deferred, defer
 from cnm_kernels.drop_in.logits_nll import logits_nll
-from cnm_kernels.drop_in.trial import Failed, tried
+from cnm_kernels.drop_in.trial import Failed, differentiably, gradients, gradients_differ, tried
 
 Loss = tuple[Tensor, dict[str, float]]
 NAMES = ("cal_nll_loss", "rec_loss", "ivc_loss")
@@ -370,13 +370,18 @@ def loss_differs(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | 
 
     A function that cannot run here is not replaced: its name and arguments do not say what it computes.
     """
-    for arguments in _examples(list(inspect.signature(ours).parameters)):
-        try:
-            expected = tried(functools.partial(theirs, **arguments), _without_a_gpu)
-        except Failed as failed:
-            return f"it {failed}"
-        if not _alike(ours(**arguments), expected):
-            return "it gives other results than the published one on a small example"
+    with differentiably():
+        for arguments in _examples(list(inspect.signature(ours).parameters)):
+            inputs = [x.requires_grad_() for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point()]
+            try:
+                expected = tried(functools.partial(theirs, **arguments), _without_a_gpu)
+            except Failed as failed:
+                return f"it {failed}"
+            found = ours(**arguments)
+            if not _alike(found, expected):
+                return "it gives other results than the published one on a small example"
+            if gradients_differ(gradients(found[0], inputs), gradients(expected[0], inputs), PROBE_TOLERANCE):
+                return "it gives other gradients than the published one on a small example"
     return None
 
 

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from cnm_kernels import ops
 from cnm_kernels.drop_in.attention import in_silence
@@ -23,6 +24,7 @@ from cnm_kernels.drop_in.decoder_layer import SEEDS
 
 # ||ours - theirs|| / ||theirs|| on the small example: far above rounding, far below another formula.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+GRADIENT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.2}  # wrong: 1
 DROPOUT = 0.5  # of a trial in training
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -103,15 +105,20 @@ def _differs(module: nn.Module, ours: Any, calls: list[Call], around: Callable[[
         for arguments, options in calls
     ]
     for arguments, options in calls:
-        with torch.no_grad(), torch.random.fork_rng(), _fairseq():
+        inputs: list[Tensor] = []
+        with differentiably(module.parameters()), torch.random.fork_rng(), _fairseq():
+            taken = _leaves(arguments, inputs), _leaves(options, inputs)
             torch.manual_seed(0)
             try:
-                expected = tried(partial(own.forward, module, *arguments, **options), around)
+                expected = tried(partial(own.forward, module, *taken[0], **taken[1]), around)
             except Failed as failed:
                 return f"its own forward {failed}"
+            inputs += [parameter for parameter in module.parameters() if parameter.requires_grad]
+            theirs_of_it = gradients(expected[0] if isinstance(expected, tuple) else None, inputs)
             with _set(module, __class__=ours):
                 torch.manual_seed(0)
-                found = ours.forward(module, *arguments, **options)
+                found = ours.forward(module, *taken[0], **taken[1])
+                ours_of_it = gradients(found[0], inputs)
         if not isinstance(expected, tuple) or len(expected) != len(found):
             return "its own forward does not return an output and its attention"
         for name, mine, theirs in zip(("output", "attention"), found, expected, strict=True):
@@ -120,7 +127,52 @@ def _differs(module: nn.Module, ours: Any, calls: list[Call], around: Callable[[
             difference = torch.linalg.vector_norm(mine.double() - theirs.double())
             if not difference <= TOLERANCE[mine.dtype] * torch.linalg.vector_norm(theirs.double()):
                 return f"its own forward gives another {name} than the published one on a small example"
+        if gradients_differ(ours_of_it, theirs_of_it, GRADIENT_TOLERANCE[found[0].dtype]):
+            return "its own forward gives another gradient than the published one on a small example"
     return None
+
+
+@contextmanager
+def differentiably(parameters: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Autograd records whatever the caller's mode is; not where parameters cannot be differentiated by."""
+    recorded = not any(parameter.is_inference() for parameter in parameters)
+    with torch.inference_mode(False), torch.set_grad_enabled(recorded):
+        yield
+
+
+def gradients(result: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of a result along one direction, float64; zero where the input has none."""
+    if not isinstance(result, Tensor) or not result.requires_grad:
+        return [torch.zeros((), dtype=torch.float64) for _ in inputs]
+    direction = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result)
+    found = torch.autograd.grad(result, inputs, direction, allow_unused=True)
+    return [torch.zeros((), dtype=torch.float64) if x is None else x.double().cpu() for x in found]
+
+
+def gradients_differ(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether a gradient differs from theirs by more than ``tolerance`` of its norm."""
+    norm = torch.linalg.vector_norm
+    pairs = zip(ours, theirs, strict=True)
+    return any(not norm(mine - other) <= tolerance * norm(other) + tolerance**2 for mine, other in pairs)
+
+
+def _leaves(value: Any, found: list[Tensor]) -> Any:
+    """A copy of tuples and dicts whose floating tensors require a gradient, but for masks of -inf; noted in ``found``.
+
+    What was one tensor is one tensor.
+    """
+    known: dict[int, Tensor] = {}
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if id(x) not in known:
+            known[id(x)] = x.detach().clone()
+            if x.is_floating_point() and not x.isinf().any() and torch.is_grad_enabled():
+                found.append(known[id(x)].requires_grad_())
+        return known[id(x)]
+
+    return tree_map(leaf, value)
 
 
 def _real(module: nn.Module) -> nn.Module:

@@ -365,6 +365,19 @@ def test_margins_as_constants_are_left_alone() -> None:
     assert mine.ivc_loss is ivc_loss
 
 
+def test_a_loss_that_stops_gradients_is_left_alone() -> None:
+    def ivc_loss(words_logit, words_id, words_mask, hard_neg_words_logit=None, easy_neg_words_logit=None, **kwargs):
+        hard, easy = (x if x is None else x.detach() for x in (hard_neg_words_logit, easy_neg_words_logit))
+        return cnm_losses.ivc_loss(words_logit, words_id, words_mask, hard, easy, **kwargs)
+
+    mine = loss_module(ivc_loss=ivc_loss, rec_loss=cnm_losses.rec_loss)
+    with pytest.warns(RuntimeWarning, match="ivc_loss is left alone: it gives other gradients"):
+        cnm_kernels.accelerate_losses(mine)
+    assert mine.ivc_loss is ivc_loss
+    with torch.inference_mode():
+        cnm_kernels.accelerate_losses(loss_module(rec_loss=cnm_losses.rec_loss))
+
+
 def test_static_methods_are_replaced_and_methods_named() -> None:
     class Losses:
         rec_loss: Any

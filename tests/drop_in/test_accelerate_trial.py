@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -142,3 +143,40 @@ def test_a_trial_changes_no_random_state_and_no_mode() -> None:
     assert isinstance(layer, AcceleratedLayer)
     assert layer.dropout == 0.1
     assert not any(part.training for part in layer.modules())
+
+
+class Detached(MultiheadAttention):
+    """Its weights of keys learn nothing from it."""
+
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        gauss_weight = None if gauss_weight is None else gauss_weight.detach()
+        return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
+
+
+class DetachedLayer(DecoderLayer):
+    def forward(self, x, mask, encoder_out=None, encoder_mask=None, self_attn_mask=None, src_gauss_weight=None,
+                tgt_gauss_weight=None):  # fmt: skip
+        encoder_out = None if encoder_out is None else encoder_out.detach()
+        return super().forward(x, mask, encoder_out, encoder_mask, self_attn_mask, src_gauss_weight, tgt_gauss_weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [lambda: Detached(D, H), lambda: DetachedLayer(D, H, dropout=0.1)])
+def test_what_stops_a_gradient_is_left_alone(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    module = make().to(dtype)
+    kind = type(module)
+    with pytest.warns(RuntimeWarning, match=f"{kind.__name__} is left alone: its own forward gives another gradient"):
+        cnm_kernels.accelerate(module)
+    assert type(module) is kind
+
+
+def test_a_trial_in_inference_mode() -> None:
+    module, layer = MultiheadAttention(D, H), DecoderLayer(D, H, dropout=0.1)
+    with torch.inference_mode():
+        made = MultiheadAttention(D, H)
+        for one in (module, layer, made):
+            cnm_kernels.accelerate(one)
+    assert isinstance(module, AcceleratedAttention)
+    assert isinstance(layer, AcceleratedLayer)
+    assert isinstance(made, AcceleratedAttention)
