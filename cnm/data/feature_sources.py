@@ -18,10 +18,8 @@ from cnm.data.names import name_problem
 from cnm.errors import InputError
 
 SUFFIXES = (".npz", ".npy")
-MOST_LONGER, MORE_CLIPS = (
-    1.5,
-    2,
-)  # features of a video beyond so many times the shortest, and clips, are of another rate
+# Features of a video that are longer than so many times the shortest, and so many clips, are of another rate.
+MOST_LONGER, MORE_CLIPS = 1.5, 2
 
 
 class FeatureSource(Protocol):
