@@ -2,9 +2,9 @@
 
     python tools/kill_rounds.py --rounds 50
 
-Every other round waits for a file to be half written. After every kill the folder must hold whole files only and the
-run must go on; in the end its metrics and parameters must be, bit for bit, those of the unbroken run. A checkpoint is
-written after every epoch of a few updates.
+In every other round the run kills itself when it has written half of a file, one of the next twenty. After every kill
+the folder must hold whole files only and the run must go on; in the end its metrics and parameters must be, bit for
+bit, those of the unbroken run. A checkpoint is written after every epoch of a few updates.
 """
 
 from __future__ import annotations
@@ -31,9 +31,27 @@ EPOCHS_PER_ROUND = 60  # more than a round survives
 NOT_COMPARED = ("time", "samples_per_second", "epoch_seconds")
 
 
-def train(arguments: list[str]) -> subprocess.Popen[str]:
+# The command line that dies with half of its N-th file on the disk; a file is whole once it is flushed.
+DIES_IN_A_WRITE = """
+import os, signal, sys
+from cnm.cli import main
+left, flush = int(sys.argv.pop(1)), os.fsync
+def fsync(descriptor):
+    global left
+    left -= 1
+    if left == 0:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    flush(descriptor)
+os.fsync = fsync
+main()
+"""
+
+
+def train(arguments: list[str], dies_in_write: int | None = None) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "cnm", "train", *arguments, "--device", "cpu"]
+    program = ["-m", "cnm"] if dies_in_write is None else ["-c", DIES_IN_A_WRITE, str(dies_in_write)]
+    command = [sys.executable, *program, "train", *arguments, "--device", "cpu"]
     where = tempfile.gettempdir()  # not the source tree, where python -m would look first
     return subprocess.Popen(
         command, env=environment, cwd=where, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -48,8 +66,8 @@ def finish(arguments: list[str]) -> None:
 
 
 def unfinished(run: Path) -> bool:
-    """Whether a file is being written, or was when its writer died."""
-    return run.is_dir() and any(name.endswith(".tmp") for name in os.listdir(run))
+    """Whether a file was being written when its writer died."""
+    return any(run.rglob(".*.tmp"))
 
 
 def rows(run: Path) -> list[dict[str, object]]:
@@ -73,20 +91,20 @@ def main(rounds: int, folder: Path, seed: int = 0) -> dict[str, int]:
         start = checkpoint.load(run / "last.pt")["training"]["epoch"] if resumable else 0
         epochs = start + EPOCHS_PER_ROUND
         where = ["--resume", str(run)] if resumable else ["--config", str(config), "--run", str(run)]
-        process = train([*where, "--set", f"train.max_num_epochs={epochs}"])
-        # Once it trains, which importing takes seconds to come to, it may live for up to half a second.
-        before = (run / "last.pt").stat().st_mtime_ns if resumable else 0
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            changed = (run / "last.pt").exists() and (run / "last.pt").stat().st_mtime_ns != before
-            if changed or (turn % 10 == 9 and run.exists()):
-                break
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.5))
-        if turn % 2 == 1:  # a write takes a millisecond: every other round waits for one
-            until = time.monotonic() + 5
-            while process.poll() is None and time.monotonic() < until and not unfinished(run):
-                pass
+        dies_in_write = chance.randint(1, 20) if turn % 2 == 1 else None
+        process = train([*where, "--set", f"train.max_num_epochs={epochs}"], dies_in_write)
+        if dies_in_write is None:
+            # Once it trains, which importing takes seconds to come to, it may live for up to half a second.
+            before = (run / "last.pt").stat().st_mtime_ns if resumable else 0
+            deadline = time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline:
+                changed = (run / "last.pt").exists() and (run / "last.pt").stat().st_mtime_ns != before
+                if changed or (turn % 10 == 8 and run.exists()):
+                    break
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.5))
+        else:
+            process.wait(timeout=120)
         process.kill()
         _, said = process.communicate()
         if process.returncode not in (-9, 0):
@@ -106,8 +124,7 @@ def main(rounds: int, folder: Path, seed: int = 0) -> dict[str, int]:
     for name, value in unbroken["model_parameters"].items():
         assert torch.equal(killed["model_parameters"][name], value), f"{name} differs from the unbroken run's"
     assert rows(run) == rows(whole), "metrics differ from the unbroken run's"
-    leftovers = [path.name for path in run.iterdir() if path.name.endswith(".tmp")]
-    assert not leftovers, f"left behind: {leftovers}"
+    assert not unfinished(run), "left behind: a file half written"
     counts["updates compared"] = killed["num_updates"]
     return counts
 

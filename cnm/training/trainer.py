@@ -449,15 +449,19 @@ class Trainer:
         return open_split(dataset, "val", **opened)
 
     def _check_stop(self, *, logged: bool = True) -> None:
-        """Saves and stops if a signal asked for it; processes that train together do so after the same update."""
+        """Saves and stops if a signal asked for it; processes that train together do so after the same update.
+
+        A signal may come at any moment here, and before or after the other processes hear of it: what counts is what
+        all of them agreed on, so that none stops alone.
+        """
+        asked = self.stop
         if self.group is not None:
             if self.device.type == "cuda" and not logged:  # a GPU is not waited for after every update
                 return
-            if self.group.any(self.stop is not None, self.device):
-                self.stop = self.stop or signal.SIGTERM
-        if self.stop is not None:
+            asked = (asked or signal.SIGTERM) if self.group.any(asked is not None, self.device) else None
+        if asked is not None:
             self._save()
-            raise Interrupted(self.stop, self.run.last)
+            raise Interrupted(asked, self.run.last)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

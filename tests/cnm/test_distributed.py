@@ -22,7 +22,7 @@ from cnm.data import open_split
 from cnm.distributed import Group
 from cnm.evaluation import evaluate
 from cnm.models.cnm import CNM
-from cnm.training.trainer import Trainer
+from cnm.training.trainer import Interrupted, Trainer
 
 NO_DROPOUT = {"model__config__dropout": 0.0, "model__config__DualTransformer__dropout": 0.0}
 UNDRAWN = str(Path(__file__).parents[1] / "undrawn.py")
@@ -151,6 +151,46 @@ def test_sigterm_stops_all_after_the_same_update(config_file: Path) -> None:
     code, said = stopped(config_file, config_file.parent / "stopped", lambda job: job.send_signal(signal.SIGTERM))
     assert code != 0
     assert b"lost another process of the job" not in said  # nobody was left waiting
+
+
+class Voting(Group):
+    """One process of a job: the others do what it does, but ``vote`` may change what each update's vote finds."""
+
+    def __init__(self, vote: Callable[[int, bool], bool]) -> None:
+        super().__init__(0, 1)
+        self.vote, self.votes = vote, 0
+
+    def sum(self, tensors, share):
+        return list(tensors)
+
+    def any(self, flag, device):
+        self.votes += 1
+        return self.vote(self.votes, flag)
+
+    def share_parameters(self, model):
+        pass
+
+
+@pytest.mark.parametrize("moment", ["during a vote", "after another's"])
+def test_no_process_stops_alone(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that comes when its process has voted counts in the next vote, and in none where all stop anyway."""
+
+    def signal_self() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def vote(number: int, flag: bool) -> bool:
+        if number == 2 and moment == "during a vote":
+            signal_self()
+        return flag or (number == 3 and moment == "after another's")
+
+    trainer = Trainer(synthetic_config(), tmp_path / "run", quiet=True, group=Voting(vote))
+    if moment == "after another's":
+        save = checkpoint.save
+        monkeypatch.setattr(checkpoint, "save", lambda *arguments: (signal_self(), save(*arguments)))
+    with pytest.raises(Interrupted) as stopped:
+        trainer.train()
+    assert stopped.value.signum == signal.SIGTERM
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["num_updates"] == 3
 
 
 @pytest.mark.parametrize(("count", "size"), [(8, 2), (8, 3), (5, 3), (1, 3)])
