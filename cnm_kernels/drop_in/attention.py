@@ -97,15 +97,18 @@ class AcceleratedAttention:
         seen = _seen(attn_mask, Lq, Lk)
         dropout = getattr(self, "dropout", 0.0) if cast(nn.Module, self).training else 0.0
         padding = _padding(key_padding_mask, seen == "past")
-        if seen == "other" or dropout > 0 or padding.starves:
+        if seen == "other" or dropout > 0 or padding.needs_mask:
             if seen == "other":
                 _say_once("an attention mask other than a causal one is computed by PyTorch, without acceleration")
             elif dropout > 0:
                 _say_once("dropout on the attention is computed by PyTorch, without acceleration")
+            else:
+                _say_once("padding before a real key, or of all keys, is computed by PyTorch, without acceleration")
             out, weights = _plainly(self._project(sources), attn_mask, padding.mask, gauss_weight, dropout)
             return _output(self, out.transpose(1, 2).flatten(2)), weights if need_weights else None
 
-        key_weight = _key_weight(gauss_weight, padding, sources[0])
+        wide = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
+        key_weight = None if gauss_weight is None else gauss_weight.to(wide)
         others = (key_weight, padding.lengths, *cast(nn.Module, self).parameters())
         causal = seen == "past"
         absorb = None if causal else _absorbs(self, sources)
@@ -228,26 +231,14 @@ def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 @dataclass(frozen=True)
 class _Padding:
-    """A padding mask as kernels take it: key lengths, or a mask if padding is scattered or some query sees no key."""
+    """A padding mask, and the key lengths that kernels take instead of it."""
 
-    mask: Tensor | None = None  # [B, Lk] bool, True where padded
-    lengths: Tensor | None = None  # [B] int64, where padding only follows the real keys
-    starves: bool = False  # some query sees no real key
+    mask: Tensor | None = None  # [B, Lk] bool, True where padded; None without padding
+    lengths: Tensor | None = None  # [B] int64; None where a real key follows padding, or a query sees no real key
 
-
-def _key_weight(gauss_weight: Tensor | None, padding: _Padding, query: Tensor) -> Tensor | None:
-    """Weights [B, Lk] for ``weighted_attention``; scattered padding gets the one weight that leaves a key out."""
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    scattered = padding.mask is not None and padding.lengths is None
-    if gauss_weight is None and not scattered:
-        return None
-    weight = None if gauss_weight is None else gauss_weight.to(dtype)
-    if not scattered:
-        return weight
-    assert padding.mask is not None
-    if weight is None:
-        weight = torch.ones(padding.mask.shape, dtype=dtype, device=padding.mask.device)
-    return weight.masked_fill(padding.mask, -KEY_WEIGHT_EPS)  # the op adds the eps: exactly 0
+    @property
+    def needs_mask(self) -> bool:
+        return self.mask is not None and self.lengths is None
 
 
 def _plainly(
@@ -345,9 +336,7 @@ def _padding(mask: Tensor | None, causal: bool) -> _Padding:
         some, ends, starves = torch.stack([padded.any(), follows.all(), starving.any()]).tolist()
         if not some:
             return _Padding()
-        if starves:
-            return _Padding(padded, starves=True)
-        return _Padding(padded, (~padded).sum(1) if ends else None)
+        return _Padding(padded, None if starves or not ends else (~padded).sum(1))
 
     return cast(_Padding, remembered(mask, ("padding", causal), classify))
 

@@ -31,7 +31,7 @@ def weighted_attention(
         key: [B, H, Lk, d], the query's dtype; without value both packed, [B, Lk, 2, H, d].
         value: [B, H, Lk, d], the query's dtype.
         key_weight: m, [B, Lk] or, for K proposals of each of B / K sentences, [B / K, K, Lk]; >= 0, the query's dtype
-            or float32; None weighs all keys alike. A weight of -1e-10 leaves its key out.
+            or float32; None weighs all keys alike.
         causal: query i sees keys 0 to i.
         key_lengths: [B] int64; keys from there on are padding. None: all keys are real.
         scale: default d ** -0.5.
