@@ -30,8 +30,8 @@ def check_attention(
         check.floating("value", given[2], "B H Lk d")
     if key_lengths is not None:
         check.integer("key_lengths", key_lengths, "B")
-    if given[0].size(-1) == 0:
-        raise ValueError(f"{check.op}: query must have a head dim of at least 1, got shape {list(given[0].shape)}")
+    if given[0].size(-1) == 0 or given[0].size(-2 if key is None else 1) == 0:
+        raise ValueError(f"{check.op}: query must have a head and a head dim, both >= 1, got {list(given[0].shape)}")
     return given[0], given[1] if key is not None else None, given[2] if value is not None else None
 
 

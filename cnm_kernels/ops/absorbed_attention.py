@@ -44,6 +44,8 @@ def absorbed_attention(
     given = autocast(query, key) if value is None else autocast(query, key, value)
     check.floating("query", given[0], "B Lq D")
     check.floating("key", given[1], "B H Lk D")
+    if given[1].size(1) == 0:
+        raise ValueError(f"absorbed_attention: key must have at least one head, got shape {list(given[1].shape)}")
     if value is not None:
         check.floating("value", given[2], "B H Lk D")
     check.number("scale", scale, -float("inf"), float("inf"))

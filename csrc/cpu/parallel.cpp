@@ -13,6 +13,31 @@ namespace cnm {
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 
+namespace {
+
+// How a thread rounds, and whether it flushes denormal numbers (torch.set_flush_denormal is of the calling thread
+// alone): while this lives, as the thread where `mode` was read.
+class FloatMode {
+  public:
+#ifdef __SSE__
+    static unsigned current() { return __builtin_ia32_stmxcsr(); }
+    explicit FloatMode(unsigned mode) { __builtin_ia32_ldmxcsr(mode); }
+    ~FloatMode() { __builtin_ia32_ldmxcsr(own_); }
+#else
+    static unsigned current() { return 0; }
+    explicit FloatMode(unsigned) {}
+#endif
+    FloatMode(const FloatMode&) = delete;
+    FloatMode& operator=(const FloatMode&) = delete;
+#ifdef __SSE__
+
+  private:
+    const unsigned own_ = current();
+#endif
+};
+
+}  // namespace
+
 Buffer::Buffer(size_t bytes) {
     if (bytes == 0) return;
     data_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
@@ -28,10 +53,12 @@ void parallel_chunks(int64_t chunks, void (*body)(int64_t, void*), void* context
     }
     std::atomic<int64_t> next{0};
     const bool measures = contention.measures() && threads == all;
-    torch::stable::parallel_for(0, threads, 1, [&, caller = &contention](int64_t, int64_t) {
-        for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) body(chunk, context);
-        if (measures) caller->add_own_time();
-    });
+    torch::stable::parallel_for(
+        0, threads, 1, [&, caller = &contention, mode = FloatMode::current()](int64_t, int64_t) {
+            const FloatMode of_caller(mode);
+            for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) body(chunk, context);
+            if (measures) caller->add_own_time();
+        });
     if (measures) contention.decide();
 }
 

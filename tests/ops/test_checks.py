@@ -159,7 +159,23 @@ def test_heads_of_no_dim(op: str) -> None:
     inputs = valid(op)
     for name in ("query", "key", "value"):
         inputs[name] = inputs[name][..., :0]
-    refused(op, inputs, ValueError, "query must have a head dim of at least 1", ", 0]")
+    refused(op, inputs, ValueError, "query must have a head and a head dim, both >= 1", ", 0]")
+
+
+@pytest.mark.parametrize("op", ATTENTION)
+def test_no_heads(op: str) -> None:
+    inputs = valid(op)
+    for name in ("query", "key", "value"):
+        inputs[name] = inputs[name][:, :0]
+    refused(op, inputs, ValueError, "query must have a head and a head dim, both >= 1", "0, ")
+
+
+def test_no_heads_to_absorb() -> None:
+    inputs = valid("absorbed_attention")
+    for name in ("key", "value", "key_bias"):
+        if inputs.get(name) is not None:
+            inputs[name] = inputs[name][:, :0]
+    refused("absorbed_attention", inputs, ValueError, "key must have at least one head", "0, ")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Idle threads sleep soon, unless the user has decided otherwise or torch is loaded already."""
+"""Idle threads sleep soon, unless the user has decided otherwise or torch is loaded already; busy ones round as their
+caller does."""
 
 from __future__ import annotations
 
@@ -39,3 +40,22 @@ def test_what_the_user_sets_stays() -> None:
 def test_the_process_that_loaded_torch_first_is_left_as_it_is() -> None:
     code = f"import os, torch, cnm_kernels; assert '{SPIN_VARIABLE}' not in os.environ"
     assert spins(code) != str(SPIN_COUNT)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_threads_flush_what_their_caller_flushes(flush: bool) -> None:
+    """torch.set_flush_denormal is of one thread: those of the pool that were there before know nothing of it."""
+    code = f"""if True:
+    import torch, cnm_kernels
+    torch.set_num_threads(2)
+    x, weight = torch.full((4096, 64), 1e-30), torch.full((64, 64), 1e-11)
+    with cnm_kernels.use_backend("native"):
+        cnm_kernels.linear(x, weight)
+        torch.set_flush_denormal({flush})
+        out = cnm_kernels.linear(x, weight)
+        weight.neg_()  # and again, by whichever threads
+        again = cnm_kernels.linear(x, weight)
+    assert (out == 0).all() if {flush} else (out > 0).all(), out.count_nonzero()
+    assert torch.equal(again, -out)
+    """
+    spins(code)
