@@ -59,6 +59,7 @@ NVCC_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Xfatbin=-compress-all",
 ]
+OLDEST_MAJOR = 8
 ARCHITECTURES = ("8.0", "8.6", "9.0a", "10.0+PTX")
 
 
@@ -213,7 +214,7 @@ def cuda_toolkit() -> tuple[Path, str]:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """Arguments of -gencode."""
+    """Arguments of -gencode. Older GPUs in a list, as containers set it for all that they build, are left out."""
     given = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     codes: list[str] = []
@@ -222,14 +223,20 @@ def architectures(nvcc: str) -> list[str]:
         if form is None:
             raise RuntimeError(f'TORCH_CUDA_ARCH_LIST: "{item}" is none; write them like "8.0;9.0a+PTX"')
         major, minor, variant, ptx = form.groups()
-        number = major + minor + variant
+        if int(major) < OLDEST_MAJOR:
+            print(f"TORCH_CUDA_ARCH_LIST: {item} is left out, the kernels are for GPUs of {OLDEST_MAJOR}.0 and later")
+            continue
         if f"sm_{major}{minor}" not in known:
             if any(given):
                 raise RuntimeError(f"TORCH_CUDA_ARCH_LIST: {nvcc} cannot compile for {item}")
             continue
-        codes.append(f"arch=compute_{number},code=sm_{number}")
+        number = major + minor + variant
+        binary = "90a" if number == "90" else number  # the same GPUs, wgmma among their instructions
+        codes.append(f"arch=compute_{binary},code=sm_{binary}")
         if ptx:
             codes.append(f"arch=compute_{number},code=compute_{number}")
+    if not codes:
+        raise RuntimeError(f'TORCH_CUDA_ARCH_LIST: no GPU of {OLDEST_MAJOR}.0 or later; unset it, or add "8.0"')
     return codes
 
 

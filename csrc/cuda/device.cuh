@@ -351,9 +351,15 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_byt
 template <class... Params, class... Arguments>
 void launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_bytes, const Arguments&... arguments) {
     if (shared_bytes > 48 << 10) {
+        const int most = most_shared_bytes();
+        if (shared_bytes > static_cast<size_t>(most)) {
+            throw std::runtime_error("cnm_kernels: a block of this GPU has too little shared memory: " +
+                                     std::to_string(most) + " bytes, " + std::to_string(shared_bytes) + " wanted");
+        }
+        // Not what this launch wants: another thread's launch of the same kernel may come in between.
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_bytes)),
-              "a block of this GPU has too little shared memory");
+                                   most),
+              "a kernel's shared memory could not be set");
     }
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
     // clang-format would take the launch apart.

@@ -19,6 +19,7 @@ using Stream = cudaStream_t;
 
 inline void check(cudaError_t status, const char* what) {
     if (status != cudaSuccess) {
+        cudaGetLastError();  // else the next call that asks would report this one
         throw std::runtime_error(std::string("cnm_kernels: ") + what + ": " + cudaGetErrorString(status));
     }
 }

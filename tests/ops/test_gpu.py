@@ -73,10 +73,11 @@ def test_the_loss_never_holds_the_logits(backend: str) -> None:
 
 @on_backends
 def test_float32_products_are_not_tf32(backend: str) -> None:
-    """Three tf32 products err at most twice what plain float32 errs."""
+    """Three tf32 products, which tensor cores cut off instead of rounding, err a few times what plain float32 errs; one
+    alone errs a thousand times that."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 4, 50, 64, generator=generator) for _ in range(3))
     exact = torch.softmax(q.double() @ k.double().mT / 8, -1) @ v.double()
     plain = torch.softmax(q @ k.mT / 8, -1) @ v
     (ours,) = run("weighted_attention", {"query": q.cuda(), "key": k.cuda(), "value": v.cuda()}, backend)
-    assert (ours.cpu().double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
+    assert (ours.cpu().double() - exact).abs().max() <= 16 * (plain.double() - exact).abs().max()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 import cnm_kernels
@@ -163,3 +165,32 @@ def test_the_cuda_module_links_and_imports() -> None:
     with cnm_kernels.use_backend("native"):
         out = cnm_kernels.weighted_attention(query, query, query)
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, query, query))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("7.5 8.0 8.6 9.0+PTX", ["80,code=sm_80", "86,code=sm_86", "90a,code=sm_90a", "90,code=compute_90"]),
+        ("9.0", ["90a,code=sm_90a"]),
+        ("8.0;9.0a+PTX", ["80,code=sm_80", "90a,code=sm_90a", "90a,code=compute_90a"]),
+        ("", ["80,code=sm_80", "86,code=sm_86", "90a,code=sm_90a"]),  # the default's that this nvcc knows
+        ("7.0;7.5", "no GPU of 8.0 or later"),
+        ("8.0 12.0", "cannot compile for 12.0"),
+        ("Ampere", '"Ampere" is none'),
+    ],
+)
+def test_gpus_to_compile_for(
+    given: str, wanted: list[str] | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf '%s\\n' sm_75 sm_80 sm_86 sm_90\n", encoding="utf-8")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.chdir(ROOT)
+    architectures = runpy.run_path(str(ROOT / "setup.py"))["architectures"]
+    if isinstance(wanted, str):
+        with pytest.raises(RuntimeError, match=re.escape(wanted)):
+            architectures(str(nvcc))
+    else:
+        assert architectures(str(nvcc)) == [f"arch=compute_{code}" for code in wanted]
