@@ -27,6 +27,7 @@ namespace {
 
 constexpr int64_t BLOCK_ROWS = 48;         // maximum number of queries in a block
 constexpr int64_t BLOCK_ELEMENTS = 16384;  // maximum number of scores in a block: 64 KiB
+constexpr int64_t FEW_SAMPLES = 64;
 
 // A block of query rows; its rows see at most the first `keys` keys.
 struct Block {
@@ -448,17 +449,21 @@ class Attention {
     bool weights_at_once_ = false;  // with a single branch, `exponential` applies the weights
 };
 
-// Calls body(attention, head) for every head; before a batch entry's heads begin_batch, after them end(attention).
+// Calls body(attention, head) for every head. A task's heads are of one batch entry: before them begin_batch, after
+// them end(attention). Tasks are single heads where few entries would leave threads idle, unless `together`: something
+// is summed over an entry's heads.
 template <class T, class Params, class Body, class End>
-void for_each_head(const Params& p, bool backward, const Body& body, const End& end) {
+void for_each_head(const Params& p, bool backward, bool together, const Body& body, const End& end) {
     const size_t bytes = Attention<T>(p, p.branches, backward, nullptr).bytes();
-    const int64_t threads = thread_count();
-    parallel_for(p.B, [&](int64_t b) {
+    const int64_t threads = thread_count(), heads = together || p.B > FEW_SAMPLES ? p.H : 1;
+    parallel_for(p.B * p.H / heads, [&](int64_t task) {
         Attention<T> attention(p, p.branches, backward, thread_scratch(bytes));
-        attention.begin_batch(b);
-        for (int64_t h = 0; h < p.H; ++h) {
-            attention.set_next(h + 1 < p.H ? b : b + threads, (h + 1) % p.H);
-            body(attention, h);
+        const int64_t first = task * heads, last = first + heads - 1;  // of all entries' heads
+        attention.begin_batch(first / p.H);
+        for (int64_t head = first; head <= last; ++head) {
+            const int64_t next = head < last ? head + 1 : first + threads * heads;
+            attention.set_next(next / p.H, next % p.H);
+            body(attention, head % p.H);
         }
         end(attention);
     });
@@ -469,7 +474,7 @@ void for_each_head(const Params& p, bool backward, const Body& body, const End& 
 void branched_attention(const BranchedAttentionParams& p) {
     with_type(p.dtype, [&](auto* type) {
         for_each_head<std::remove_pointer_t<decltype(type)>>(
-            p, false, [&](auto& attention, int64_t h) { attention.forward(p, h); },
+            p, false, p.weights != nullptr, [&](auto& attention, int64_t h) { attention.forward(p, h); },
             [](auto& attention) { attention.finish(); });
     });
 }
@@ -477,7 +482,8 @@ void branched_attention(const BranchedAttentionParams& p) {
 void branched_attention_backward(const BranchedAttentionBackwardParams& p) {
     with_type(p.dtype, [&](auto* type) {
         for_each_head<std::remove_pointer_t<decltype(type)>>(
-            p, true, [&](auto& attention, int64_t h) { attention.backward(p, h); },
+            p, true, p.d_key_weight != nullptr || p.d_center != nullptr,
+            [&](auto& attention, int64_t h) { attention.backward(p, h); },
             [&](auto& attention) {
                 attention.end_batch(p);
                 attention.finish();

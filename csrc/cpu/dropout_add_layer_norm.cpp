@@ -161,30 +161,33 @@ void backward(const DropoutAddLayerNormBackwardParams& p) {
             const float size = RowSize::of_kept(p.stats[2 * row + 1]);
             const Vec mean = set1(p.stats[2 * row]), inverse = set1(std::abs(p.stats[2 * row + 1]));
             Sum sum_g, sum_gn;
-            for_each_vector(D, [&](int64_t j, int64_t n, int slot) {
-                const Vec t = sum_of<DROP>(x, residual, keep, dropout.scale, size, base, j, n);
-                const Vec normalized = (t - mean) * inverse;
-                Vec upstream = load_tail(d_out + j, n);
-                if (d_again != nullptr) upstream += load_tail(d_again + j, n);
-                const Vec product = upstream * load_tail(p.weight + j, n);  // 0 beyond the row
-                store_tail(normal + j, normalized, n);
-                store_tail(g + j, product, n);
-                sum_g.parts[slot] += product;
-                sum_gn.parts[slot] = fma(product, within(normalized, n), sum_gn.parts[slot]);
-                if (d_weight != nullptr) {
-                    store_tail(d_weight + j, fma(upstream, normalized, load_tail(d_weight + j, n)), n);
-                    store_tail(d_bias + j, upstream + load_tail(d_bias + j, n), n);
-                }
-            });
+            // Compilers find these too long to inline five times; called, they would keep sums in memory.
+            for_each_vector(
+                D, [&](int64_t j, int64_t n, int slot) __attribute__((always_inline)) {
+                    const Vec t = sum_of<DROP>(x, residual, keep, dropout.scale, size, base, j, n);
+                    const Vec normalized = (t - mean) * inverse;
+                    Vec upstream = load_tail(d_out + j, n);
+                    if (d_again != nullptr) upstream += load_tail(d_again + j, n);
+                    const Vec product = upstream * load_tail(p.weight + j, n);  // 0 beyond the row
+                    store_tail(normal + j, normalized, n);
+                    store_tail(g + j, product, n);
+                    sum_g.parts[slot] += product;
+                    sum_gn.parts[slot] = fma(product, within(normalized, n), sum_gn.parts[slot]);
+                    if (d_weight != nullptr) {
+                        store_tail(d_weight + j, fma(upstream, normalized, load_tail(d_weight + j, n)), n);
+                        store_tail(d_bias + j, upstream + load_tail(d_bias + j, n), n);
+                    }
+                });
             const Vec mean_g = set1(sum_g.total() / count), mean_gn = set1(sum_gn.total() / count);
-            for_each_vector(D, [&](int64_t j, int64_t n, int) {
-                const Vec centered = load_tail(g + j, n) - mean_g;
-                const Vec d = fnma(load_tail(normal + j, n), mean_gn, centered) * inverse * set1(size);
-                if (p.d_residual != nullptr) write(static_cast<T*>(p.d_residual) + row * D + j, d, n);
-                if (p.d_x == nullptr) return;
-                const Vec kept = DROP ? select(keep.lanes(base + j), d * set1(dropout.scale), set1(0)) : d;
-                write(static_cast<T*>(p.d_x) + row * D + j, kept, n);
-            });
+            for_each_vector(
+                D, [&](int64_t j, int64_t n, int) __attribute__((always_inline)) {
+                    const Vec centered = load_tail(g + j, n) - mean_g;
+                    const Vec d = fnma(load_tail(normal + j, n), mean_gn, centered) * inverse * set1(size);
+                    if (p.d_residual != nullptr) write(static_cast<T*>(p.d_residual) + row * D + j, d, n);
+                    if (p.d_x == nullptr) return;
+                    const Vec kept = DROP ? select(keep.lanes(base + j), d * set1(dropout.scale), set1(0)) : d;
+                    write(static_cast<T*>(p.d_x) + row * D + j, kept, n);
+                });
         }
         write.finish();
     });
