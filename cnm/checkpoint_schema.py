@@ -14,10 +14,14 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _real(tensor: Tensor) -> Tensor:
+def _float(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided or tensor.dtype not in _FLOATS or tensor.device.type != "cpu":
         raise ValueError(f"must hold real numbers, found {tensor.dtype} ({tensor.layout}, {tensor.device})")
-    if not tensor.isfinite().all():
+    return tensor
+
+
+def _real(tensor: Tensor) -> Tensor:
+    if not _float(tensor).isfinite().all():
         raise ValueError("holds NaN or infinity")
     return tensor
 
@@ -28,6 +32,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+Float = Annotated[Tensor, AfterValidator(_float)]
 Real = Annotated[Tensor, AfterValidator(_real)]
 Bytes = Annotated[Tensor, AfterValidator(_bytes)]
 
@@ -100,7 +105,7 @@ class Training(_Part):
     best: Best
     rows: Count
     metric_names: list[str]
-    pending: list[Real]
+    pending: list[Float]  # NaN in the rows of updates that were skipped
     random: Random
 
     @model_validator(mode="after")

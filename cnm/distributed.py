@@ -41,6 +41,8 @@ class Group:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield None
             return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where objects are gathered
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:

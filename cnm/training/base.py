@@ -128,7 +128,9 @@ class ModelStep(ABC):
         gradients: Sequence[Tensor] = by(loss, optimizer.parameters)
         if self.group is not None:
             gradients = self.group.sum(gradients, self.share)
-        if self.skip_nonfinite and not _all_finite([loss, *gradients]):  # waits for the device
+        # Gradients alone decide among processes: summed, they are the same in all, and all skip the same updates.
+        looked_at = gradients if self.group is not None else [loss, *gradients]
+        if self.skip_nonfinite and not _all_finite(looked_at):  # waits for the device
             return loss.new_full((), math.nan)
         places = [parameter.grad for parameter in optimizer.parameters if parameter.grad is not None]
         if self.fixed_gradients and len(places) == len(gradients):

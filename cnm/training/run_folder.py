@@ -56,7 +56,7 @@ class RunFolder:
 
     def check_new(self, option: str = "--run") -> None:
         """Raises ``InputError`` where something is already there: a run is never written over. ``option`` names it."""
-        occupied = any(self.path.iterdir()) if self.path.is_dir() else self.path.exists()
+        occupied = any(path != self.lock for path in self.path.iterdir()) if self.path.is_dir() else self.path.exists()
         if occupied:
             resume = f", or continue it with `cnm train --resume {self.path}`" if self.last.exists() else ""
             raise InputError(

@@ -53,9 +53,11 @@ class TrainingStep(ModelStep):
         reconstructor_norm = self._update(self.reconstructor, reconstruction_loss)
 
         self._reconstructor_requires_grad(False)
-        contrastive_loss, nll = self.contrastive_loss(batch, second)
-        generator_norm = self._update(self.generator, contrastive_loss)
-        self._reconstructor_requires_grad(True)
+        try:
+            contrastive_loss, nll = self.contrastive_loss(batch, second)
+            generator_norm = self._update(self.generator, contrastive_loss)
+        finally:  # where a CUDA graph could not be captured, the step runs again
+            self._reconstructor_requires_grad(True)
 
         means = self._means([reconstruction_loss.detach(), contrastive_loss.detach(), *nll.detach().mean(1)])
         names = ("loss/reconstruction", "loss/contrastive", "nll/positive", "nll/hard", "nll/easy")

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from cnm.data.origin import Origin
 from cnm.distributed import Group
 from cnm.errors import InputError
 from cnm.evaluation import Evaluation, check_vocabulary, evaluate
-from cnm.files import replace_file
+from cnm.files import cannot_write, replace_file
 from cnm.masking import sample_masked_words
 from cnm.models import build
 from cnm.precision import NAMES, compute_dtype, products_of
@@ -37,6 +37,7 @@ from cnm.training.steps import STEP_NAMES, make_step
 
 LOG_EVERY = 20  # updates per metrics row; only then does the host wait for the device
 SAVE_SECONDS = 300.0  # between two checkpoints within an epoch
+ECHO_SECONDS = 5.0  # in which a signal comes a second time from a launcher
 PICTURED_SENTENCES = 6  # of the test split, in the picture refreshed after each epoch
 RESUMABLE_CHANGES = {"train.max_num_epochs", "train.model_saved_path", "dataset.cache_path"}  # need no new run
 
@@ -203,11 +204,15 @@ class Trainer:
         """
         epochs = self.config.train.max_num_epochs
         keep_freed_memory()
-        if self.saved is None and self.writes:
-            self.run.create(self.config)
         with self._locked(), products_of(self.options["precision"]):
+            if self.group is not None:
+                self._check_same_state(self.group)
+            if self.saved is None and self.writes:
+                self.run.check_new()
+                self.run.create(self.config)
             if self.saved is not None:
                 if self.writes:
+                    self._check_still_last(self.saved)
                     self.run.clean()
                     self.run.keep_rows(self.rows)
                     self.run.write_config(self.config)
@@ -267,18 +272,23 @@ class Trainer:
         return self.step(batch, masked_words=masks)
 
     def _log(self, rate: float) -> dict[str, str]:
-        """One metrics row: means over the updates since the last one. Returns the figures for the progress display."""
+        """One metrics row: means over the updates since the last one. Returns the figures for the progress display.
+
+        None where all of a short row's updates were skipped: they count in the next one.
+        """
         finite = self._finite_pending()
-        skipped = len(self.pending) - len(finite)
-        self.pending.clear()
-        losses = dict(zip(self.metric_names, finite.mean(0).tolist(), strict=True))
-        if self.step.skip_nonfinite:
-            losses["skipped"] = skipped
         now = time.monotonic()
         elapsed, self.row_started = now - self.row_started, now
         self.seconds += elapsed
         speed = self.row_samples / max(elapsed, 1e-9)
         self.row_samples = 0
+        if len(finite) == 0:
+            return {}
+        skipped = len(self.pending) - len(finite)
+        self.pending.clear()
+        losses = dict(zip(self.metric_names, finite.mean(0).tolist(), strict=True))
+        if self.step.skip_nonfinite:
+            losses["skipped"] = skipped
         self._append(
             "train", losses | {"learning_rate": rate, "samples_per_second": round(speed, 2)}, time=self.seconds
         )
@@ -292,24 +302,28 @@ class Trainer:
         """Metrics [updates, names] since the last row, on the host, which waits for the device here.
 
         Raises:
-            InputError: one of them is not finite, or all updates were skipped; what was last saved was saved before.
+            InputError: one of them is not finite; or, where such updates are skipped, all of a row's were. What was
+                last saved was saved before.
         """
         values = torch.stack(self.pending).cpu()
         broken = (~values.isfinite()).nonzero()
         finite = values[values.isfinite().all(1)]
-        if len(broken) and not (self.step.skip_nonfinite and len(finite)):
+        goes_on = self.step.skip_nonfinite and (len(finite) > 0 or len(values) < self.log_every)
+        if len(broken) and not goes_on:
             row, column = broken[0].tolist()
             ago = len(values) - 1 - row
+            place = f"epoch {self.epoch + 1}, batch {self.batch - ago}" if ago < self.batch else "an epoch before"
             rates = " and ".join(f"train.{name}.lr" for name in self.step.optimizers)
             raise InputError(
                 f"{self.run.path}: {self.metric_names[column]} became {values[row, column].item()} in update "
-                f"{self.step.num_updates - ago} (epoch {self.epoch + 1}, batch {self.batch - ago}); lower {rates}, or "
-                f"lengthen the warmup_updates there"
+                f"{self.step.num_updates - ago} ({place}); lower {rates}, or lengthen the warmup_updates there"
             )
         return finite
 
     def _finish_epoch(self) -> None:
         """Evaluation, checkpoints and pictures after an epoch's last update."""
+        if self.group is not None:  # whose processes do not stop in an evaluation, and may be killed in a long one
+            self._save()
         score = None
         seconds = self.seconds - self.epoch_began
         trained = f"epoch {self.epoch + 1}: {seconds:.1f} s of training"
@@ -340,14 +354,17 @@ class Trainer:
             self.group.gather(None)  # process 0 has written the checkpoint by now
         if self.chooses_best and self.best:
             path, epoch = self.run.best, self.best["epoch"]
-            self.model.load_state_dict(checkpoint.load(path)["model_parameters"])
-        scores = self._evaluate(self.test_split).scores
+            if self.writes:
+                self.model.load_state_dict(checkpoint.load(path)["model_parameters"])
+            if self.group is not None:
+                self.group.share_parameters(self.model)
+        scores = self._evaluate(self.test_split, self._check_stop_of_result).scores
         self._append("result", {"checkpoint": path.name, **scores}, split=self.test_split.name, epoch=epoch)
         self._draw()
         return Result(path, epoch, scores, metrics.baselines(self.test_split.windows, top=self.model.num_proposals > 1))
 
-    def _evaluate(self, split: Split) -> Evaluation:
-        check = self._check_stop if self.group is None else None
+    def _evaluate(self, split: Split, check_stop: Callable[[], None] | None = None) -> Evaluation:
+        check = (check_stop or self._check_stop) if self.group is None else None
         return evaluate(self.model, split, self.config.train.batch_size, check=check, group=self.group)
 
     def _append(self, kind: str, values: dict[str, Any], *, epoch: int | None = None, **also: Any) -> None:
@@ -389,7 +406,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.last_save = time.monotonic()
-        if self.pending:
+        if self.pending and not self.step.skip_nonfinite:  # which leaves the parameters finite
             self._finite_pending()
         if not self.writes:
             return
@@ -461,19 +478,35 @@ class Trainer:
             asked = (asked or signal.SIGTERM) if self.group.any(asked is not None, self.device) else None
         if asked is not None:
             self._save()
+            if self.group is not None:
+                self.group.gather(None)  # torchrun ends all once one leaves: process 0 has written by now
             raise Interrupted(asked, self.run.last)
+
+    def _check_stop_of_result(self) -> None:
+        """Stops if a signal asked for it. The last epoch's state is saved; the model may be the best by now."""
+        if self.stop is not None:
+            raise Interrupted(self.stop, self.run.last)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a stop after the current update; the second one stops at once."""
+        """SIGINT and SIGTERM ask for a stop after the current update; the second one stops at once.
+
+        Not so where it comes right behind the first among several processes: a terminal or service signals all of them,
+        and torchrun its own once more.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
+        first = 0.0
+
         def ask(signum: int, _frame: object) -> None:
+            nonlocal first
             if self.stop is not None:
+                if self.group is not None and time.monotonic() - first < ECHO_SECONDS:
+                    return
                 raise KeyboardInterrupt
-            self.stop = signum
+            self.stop, first = signum, time.monotonic()
             if not self.quiet:  # not through print: the signal may have come in the middle of one
                 with suppress(OSError):  # nobody may be reading any more
                     os.write(2, b"\nsaving after this update; a second signal stops at once without saving\n")
@@ -485,12 +518,44 @@ class Trainer:
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
 
+    def _check_same_state(self, group: Group) -> None:
+        """Processes on other machines read their own disks: they must have found the same.
+
+        Raises:
+            InputError: they did not.
+        """
+        found = {
+            "updates": self.step.num_updates,
+            "epochs": self.epoch,
+            "batches of the epoch": self.batch,
+            "sentences": len(self.train_split),
+            "words": len(self.train_split.vocabulary),
+            "precision": self.options["precision"],
+        }
+        for rank, other in enumerate(group.gather(found)):
+            for name, value in found.items():
+                if other[name] != value:
+                    raise InputError(
+                        f"{self.run.path}: process {rank} of the job has {name} {other[name]}, process {group.rank} "
+                        f"{value}; give all machines the same files and the same run folder"
+                    )
+
+    def _check_still_last(self, saved: dict[str, Any]) -> None:
+        """Raises ``InputError`` where another process trained on between the reading of the checkpoint and the lock."""
+        now = checkpoint.load(self.run.last)
+        if (now["num_updates"], now["training"]["rows"]) != (saved["num_updates"], saved["training"]["rows"]):
+            raise InputError(f"{self.run.path}: another process trained on in this folder meanwhile; resume once more")
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """One process at a time writes to a folder."""
         if not self.writes:
             yield
             return
+        try:
+            self.run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self.run.path, error) from None
         try:
             with FileLock(self.run.lock, timeout=0):
                 yield

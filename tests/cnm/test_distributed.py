@@ -20,6 +20,7 @@ from small_runs import synthetic_config
 from cnm import checkpoint
 from cnm.data import open_split
 from cnm.distributed import Group
+from cnm.errors import InputError
 from cnm.evaluation import evaluate
 from cnm.models.cnm import CNM
 from cnm.training.trainer import Interrupted, Trainer
@@ -167,11 +168,14 @@ class Voting(Group):
         self.votes += 1
         return self.vote(self.votes, flag)
 
+    def gather(self, value):
+        return [value]
+
     def share_parameters(self, model):
         pass
 
 
-@pytest.mark.parametrize("moment", ["during a vote", "after another's"])
+@pytest.mark.parametrize("moment", ["during a vote", "after another's", "twice, as a launcher passes it on"])
 def test_no_process_stops_alone(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal that comes when its process has voted counts in the next vote, and in none where all stop anyway."""
 
@@ -179,8 +183,10 @@ def test_no_process_stops_alone(moment: str, tmp_path: Path, monkeypatch: pytest
         os.kill(os.getpid(), signal.SIGTERM)
 
     def vote(number: int, flag: bool) -> bool:
-        if number == 2 and moment == "during a vote":
+        if number == 2 and moment != "after another's":
             signal_self()
+            if moment != "during a vote":
+                signal_self()
         return flag or (number == 3 and moment == "after another's")
 
     trainer = Trainer(synthetic_config(), tmp_path / "run", quiet=True, group=Voting(vote))
@@ -191,6 +197,18 @@ def test_no_process_stops_alone(moment: str, tmp_path: Path, monkeypatch: pytest
         trainer.train()
     assert stopped.value.signum == signal.SIGTERM
     assert checkpoint.load(tmp_path / "run" / "last.pt")["num_updates"] == 3
+
+
+def test_machines_with_other_states_are_refused(tmp_path: Path) -> None:
+    class Elsewhere(Voting):
+        def gather(self, value):
+            return [value, value | {"updates": 40}]
+
+    trainer = Trainer(synthetic_config(), tmp_path / "run", quiet=True, group=Elsewhere(lambda number, flag: flag))
+    with pytest.raises(
+        InputError, match=r"process 1 of the job has updates 40, process 0 0; give all machines the same"
+    ):
+        trainer.train()
 
 
 @pytest.mark.parametrize(("count", "size"), [(8, 2), (8, 3), (5, 3), (1, 3)])

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,28 @@ def test_interrupted_during_evaluation(straight: Path, tmp_path: Path, monkeypat
         with pytest.raises(Interrupted):
             start(synthetic_config(), folder).train()
     assert "eval" not in [row["kind"] for row in rows(folder)]
+    resume(folder).train()
+    assert_same_runs(straight, folder)
+
+
+def test_interrupted_in_the_last_evaluation_keeps_the_last_state(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the model is the best epoch's, which last.pt must not take for the last one's."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        evaluate = trainer.evaluate
+
+        def interrupted(model: Any, split: Any, *args: Any, **kwargs: Any) -> Any:
+            if split.name == "test":
+                with torch.no_grad():
+                    next(model.parameters()).add_(1)  # the best epoch may be the last
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(model, split, *args, **kwargs)
+
+        patched.setattr(trainer, "evaluate", interrupted)
+        with pytest.raises(Interrupted):
+            start(synthetic_config(), folder).train()
     resume(folder).train()
     assert_same_runs(straight, folder)
 
@@ -329,6 +352,70 @@ def test_a_skipped_update_changes_nothing_but_the_count(monkeypatch: pytest.Monk
     assert trainer_.step.num_updates == 2
     after = trainer_.model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in names)
+
+
+@pytest.mark.parametrize("update", [2, 3])
+def test_interrupted_after_a_skipped_update(update: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metrics row is of three updates."""
+    folder = tmp_path / "run"
+    options: dict[str, Any] = {"log_every": 3, "quiet": True, "skip_nonfinite": True}
+    poison(monkeypatch, {update})
+    with monkeypatch.context() as patched:
+        at_update(patched, update, send(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            Trainer(synthetic_config(), folder, **options).train()
+    assert checkpoint.load(folder / "last.pt")["num_updates"] == update
+    Trainer(None, folder, resume=True, **options).train()
+    Trainer(synthetic_config(), tmp_path / "unbroken", **options).train()
+    assert_same_runs(tmp_path / "unbroken", folder)
+    assert sum(row["skipped"] for row in rows(folder) if row["kind"] == "train") == 1
+
+
+def test_a_short_row_of_skipped_updates_joins_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last row of an epoch is of what is left of it."""
+    trainer_ = Trainer(synthetic_config(), tmp_path / "run", log_every=3, quiet=True, skip_nonfinite=True)
+    per_epoch = len(trainer_.loader)
+    assert per_epoch % 3 == 1
+    poison(monkeypatch, {per_epoch})
+    trainer_.train()
+    trained = [row for row in rows(tmp_path / "run") if row["kind"] == "train"]
+    assert per_epoch not in [row["update"] for row in trained]
+    assert sum(row["skipped"] for row in trained) == 1
+
+
+def test_a_step_that_fails_half_way_can_be_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = start(synthetic_config(), tmp_path / "run").step
+
+    def fails(self: LeanStep, *args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    wanted = [parameter.requires_grad for parameter in step.model.parameters()]
+    monkeypatch.setattr(LeanStep, "contrastive_loss", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(next(iter(start(synthetic_config(), tmp_path / "other").loader.epoch(0)))[1])
+    assert [parameter.requires_grad for parameter in step.model.parameters()] == wanted
+
+
+def test_of_two_that_begin_in_one_folder_the_second_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    one, other = start(synthetic_config(), folder), start(synthetic_config(train__seed=7), folder)
+    one.train()
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(InputError, match="exists and is not written over"):
+        other.train()
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_checkpoint_replaced_before_the_lock_is_not_gone_back_behind(straight: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    longer = synthetic_config(train__max_num_epochs=3)
+    late = resume(folder, longer)
+    resume(folder, longer).train()
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="another process trained on in this folder meanwhile; resume once more"):
+        late.train()
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_run_whose_every_update_is_skipped_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
