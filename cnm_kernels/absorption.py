@@ -45,7 +45,10 @@ Absorb = Callable[[Projections, Tensor, Source, Tensor | None], Tensor]
 
 
 def cheapest(D: int, H: int, Lq: int, Lk: int) -> Absorb | None:
-    """The function with the fewest products for Lq queries and Lk keys; None: projecting both sides takes fewer."""
+    """The function with the fewest products for Lq queries and Lk keys; None: projecting both sides takes fewer, or
+    there are no keys, whose values would bring the output's bias."""
+    if Lk == 0:
+        return None
     scores = 2 * H * Lq * Lk  # against H heads of d = D / H columns; all in products of D numbers
     costs: dict[Absorb | None, int] = {
         None: 2 * (Lq + Lk) * D + 2 * Lq * Lk,

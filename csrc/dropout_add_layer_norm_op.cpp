@@ -21,6 +21,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& residual, cons
     const int64_t D = w.numel(), rows = D == 0 ? 0 : in.numel() / D;
     std::vector<int64_t> sizes(in.sizes().begin(), in.sizes().end());
     const std::optional<Tensor> indices = packed(sample_indices);
+#if !defined(CNM_CUDA)  // reading indices on a GPU would synchronise
+    for (int64_t i = 0; indices && i < indices->numel(); ++i) {
+        const int64_t index = indices->const_data_ptr<int64_t>()[i];
+        STD_TORCH_CHECK(index >= 0, "dropout_add_layer_norm: sample_indices must be >= 0, got ", index, " for sample ",
+                        i);
+    }
+#endif
     const Tensor out = empty_as(in, in.scalar_type());
     sizes.back() = 2;
     const Tensor stats = empty(sizes.data(), static_cast<int64_t>(sizes.size()), ScalarType::Float);

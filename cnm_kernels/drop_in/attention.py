@@ -104,7 +104,8 @@ class AcceleratedAttention:
                 _say_once("dropout on the attention is computed by PyTorch, without acceleration")
             else:
                 _say_once("padding before a real key, or of all keys, is computed by PyTorch, without acceleration")
-            out, weights = _plainly(self._project(sources), attn_mask, padding.mask, gauss_weight, dropout)
+            packed = self._project(sources, self.in_proj_weight, self.in_proj_bias)
+            out, weights = _plainly(packed, attn_mask, padding.mask, gauss_weight, dropout)
             return _output(self, out.transpose(1, 2).flatten(2)), weights if need_weights else None
 
         wide = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
@@ -112,11 +113,14 @@ class AcceleratedAttention:
         others = (key_weight, padding.lengths, *cast(nn.Module, self).parameters())
         causal = seen == "past"
         absorb = None if causal else _absorbs(self, sources)
+        # The module may hold others by the time of the backward, which computes this again (functional_call).
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        projections = None if absorb is None else _projections(self)
 
         def compute(*sources: Tensor) -> Tensor:
-            if absorb is not None:
-                return absorb(_projections(self), sources[0], Source(sources[1], padding.lengths, key_weight), None)
-            packed = self._project(sources)
+            if absorb is not None and projections is not None:
+                return absorb(projections, sources[0], Source(sources[1], padding.lengths, key_weight), None)
+            packed = self._project(sources, weight, bias)
             return ops.weighted_attention(*packed, key_weight, causal=causal, key_lengths=padding.lengths)
 
         out = _computed_again(compute, sources, others)
@@ -127,23 +131,26 @@ class AcceleratedAttention:
         keys = Source(sources[0] if len(sources) == 1 else sources[1], padding.lengths, key_weight)
         return out, _weights_of(self, out.dtype, sources[0], keys, causal)
 
-    def _project(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _project(
+        self, sources: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The operands of ``weighted_attention``, packed where two or three share a source."""
         D = sources[0].size(-1)
-        if len(sources) == 1:
-            return self._heads(sources[0], 0, 3 * D), None, None
-        query = self._heads(sources[0], 0, D)[:, :, 0].transpose(1, 2)  # [B, H, Lq, d]
-        if len(sources) == 2:
-            return query, self._heads(sources[1], D, 3 * D), None
-        key, value = self._heads(sources[1], D, 2 * D), self._heads(sources[2], 2 * D, 3 * D)
-        return query, key[:, :, 0].transpose(1, 2), value[:, :, 0].transpose(1, 2)
 
-    def _heads(self, x: Tensor, start: int, end: int) -> Tensor:
-        """x [B, L, D] through rows ``start`` to ``end`` of the input projection: [B, L, parts, H, d]."""
-        whole = end - start == self.in_proj_weight.size(0)
-        weight = self.in_proj_weight if whole else self.in_proj_weight[start:end]
-        bias = self.in_proj_bias if whole or self.in_proj_bias is None else self.in_proj_bias[start:end]
-        return ops.linear(x, weight, bias).unflatten(-1, (-1, self.num_heads, self.head_dim))
+        def heads(x: Tensor, start: int, end: int) -> Tensor:
+            """x [B, L, D] through rows ``start`` to ``end`` of the input projection: [B, L, parts, H, d]."""
+            whole = end - start == weight.size(0)
+            rows = weight if whole else weight[start:end]
+            shift = bias if whole or bias is None else bias[start:end]
+            return ops.linear(x, rows, shift).unflatten(-1, (-1, self.num_heads, self.head_dim))
+
+        if len(sources) == 1:
+            return heads(sources[0], 0, 3 * D), None, None
+        query = heads(sources[0], 0, D)[:, :, 0].transpose(1, 2)  # [B, H, Lq, d]
+        if len(sources) == 2:
+            return query, heads(sources[1], D, 3 * D), None
+        key, value = heads(sources[1], D, 2 * D), heads(sources[2], 2 * D, 3 * D)
+        return query, key[:, :, 0].transpose(1, 2), value[:, :, 0].transpose(1, 2)
 
 
 def _computed_again(
@@ -290,12 +297,20 @@ _facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 @torch.compiler.disable
 def remembered(mask: Tensor, question: Any, answer: Callable[[Tensor], Any]) -> Any:
-    """``answer(mask)``, which waits for the device, asked once per mask: layers share their masks.
+    """``answer(mask)``, which on a GPU waits for the device, asked once there per mask: layers share their masks.
 
     Views of one tensor that are made anew for every layer are known by the tensor they view.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, whose replays could not look at their masks.
     """
-    if mask.is_inference():
+    if mask.device.type == "cpu" or mask.is_inference():  # NumPy may have changed what lies there
         return answer(mask)
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "cnm_kernels.accelerate: masks decide which kernels run, so a CUDA graph would replay those of this mask "
+            "for all; capture without masks, or the model as it was (cnm_kernels.restore)"
+        )
     whole = mask if mask._base is None else mask._base
     view = (question, mask._version, mask.dtype, mask.storage_offset(), tuple(mask.shape), mask.stride())
     facts: dict[Any, Any] = _facts.setdefault(whole, {})

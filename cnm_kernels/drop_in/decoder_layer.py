@@ -109,7 +109,9 @@ def _add_and_norm(
     x: Tensor, residual: Tensor, norm: nn.LayerNorm, p: float, seed: int | Tensor, offset: int
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm(residual + dropout(x)) for the next sublayer and for the sum after it; under autocast in the wider
-    dtype, as PyTorch's."""
+    dtype, as PyTorch's, which on GPUs is float32 whatever comes in."""
+    if residual.is_cuda and torch.is_autocast_enabled("cuda"):
+        residual = residual.float()
     return ops.dropout_add_layer_norm(
         x, residual, norm.weight, norm.bias, p, seed=seed, offset=offset, eps=norm.eps, twice=True
     )

@@ -7,7 +7,7 @@ tensor first, once, with its autograd graph; from then on it is that tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,14 +34,26 @@ class Deferred(Tensor):
     _inputs: tuple[Tensor | None, ...]
     _value: Tensor | None
     _grad_enabled: bool
+    _node: Any  # its place in the graph when it was made
     _versions: tuple[int, ...]
     _by_row: bool = False
     _whole: tuple[Deferred, Any] | None = None
 
     @property
     def pending(self) -> bool:
-        """Nobody has read it yet, nor what it is a part of."""
-        return self._value is None and (self._whole is None or self._whole[0].pending)
+        """Nobody has read it yet, nor what it is a part of, and ``inputs`` are what its gradient goes to."""
+        return self._value is None and not self._moved and (self._whole is None or self._whole[0].pending)
+
+    @property
+    def grad_enabled(self) -> bool:
+        """Whether gradients were recorded when it was made."""
+        return self._grad_enabled
+
+    @property
+    def _moved(self) -> bool:
+        """A function that it was returned from has given it another place in the graph, as checkpoints do."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn is not self._node
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -68,7 +80,7 @@ class Deferred(Tensor):
             with torch.set_grad_enabled(self._grad_enabled):
                 self._value = self._function(*self.inputs)
             self._inputs, self._versions = (), ()
-        return self._value
+        return cast(Tensor, _AtPlaceOf.apply(self, self._value)) if self._moved else self._value
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,7 +106,7 @@ class Deferred(Tensor):
             return None
         first, *others = self.inputs
         assert first is not None
-        with torch.set_grad_enabled(self._grad_enabled and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self._grad_enabled):  # a view's gradient is that of what it views
             rows = first[slices[: first.dim() - 1]]
             if rows.numel() == 0:
                 return None
@@ -119,11 +131,14 @@ def defer(function: Callable[..., Tensor], like: Tensor, *inputs: Tensor | None,
         inputs: everything it depends on; they are kept alive, and must not change in place before it is read.
         by_row: the last dimension of the first input alone makes that of the result; slices are deferred too.
     """
-    if torch.compiler.is_compiling() or any(isinstance(tensor, Deferred) for tensor in inputs):
+    given = [tensor for tensor in inputs if tensor is not None]
+    # Inference tensors do not say that they were changed in place.
+    if torch.compiler.is_compiling() or any(isinstance(tensor, Deferred) or tensor.is_inference() for tensor in given):
         return function(*inputs)
-    device = next(tensor.device for tensor in inputs if tensor is not None)
-    result: Deferred = _Defer.apply(function, like, device, *inputs)
+    result: Deferred = _Defer.apply(function, like, given[0].device, *inputs)
     result._grad_enabled = torch.is_grad_enabled()
+    with torch._C.DisableTorchFunctionSubclass():
+        result._node = result.grad_fn
     result._by_row = by_row
     return result
 
@@ -153,6 +168,18 @@ class _Defer(torch.autograd.Function):
         wanted: Any = [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed]
         gradients = iter(torch.autograd.grad(result, wanted, d_result, allow_unused=True))
         return (None, None, None, *(next(gradients) if needed else None for needed in needs))
+
+
+class _AtPlaceOf(torch.autograd.Function):
+    """A value whose gradient goes where that of ``place`` goes."""
+
+    @staticmethod
+    def forward(ctx: Any, place: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor, None]:
+        return d_value, None
 
 
 def _read(value: Any) -> Any:

@@ -119,7 +119,8 @@ def _nll_and_accuracy(
         if lengths is not None:
             hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor]", logits.inputs)
             options: dict[str, Any] = {"label_smoothing": LABEL_SMOOTHING, "return_accuracy": accuracy}
-            result = ops.linear_nll(hidden, weight, bias, target, lengths, **options)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and logits.grad_enabled):
+                result = ops.linear_nll(hidden, weight, bias, target, lengths, **options)
             nll, shares = result if accuracy else (result, torch.zeros(()))
             return nll.to(dtype), (shares * lengths).sum() / lengths.sum() if accuracy else shares
         logits = logits.read()

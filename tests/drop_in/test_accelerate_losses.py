@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import cnm_kernels
 from benchmarks.bench_accelerate import LOSS
@@ -439,3 +440,37 @@ def test_losses_that_move_things_to_a_gpu_are_tried_without_one() -> None:
 def test_no_layer_over_the_vocabulary() -> None:
     with pytest.raises(ValueError, match=r"has no nn.Linear with as many outputs as its vocab_size"):
         cnm_kernels.accelerate_losses(cnm_losses, nn.Sequential(nn.Linear(3, 4)))
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_logits_made_without_gradients_have_none(fuse: bool, part: bool) -> None:
+    """A view that is taken there of others has, in PyTorch."""
+    layer = nn.Linear(D, V)
+    if fuse:
+        cnm_kernels.accelerate_losses(cnm_losses, layer)
+    arguments, states = batch("CNM", ("words_logit",), torch.float32, "prefix")
+    hidden = states["words_logit"].requires_grad_()
+    with torch.set_grad_enabled(part):
+        logits = layer(hidden)
+    with torch.no_grad():
+        logits = logits[:, :] if part else logits
+    assert isinstance(logits, Deferred) == fuse
+    nll = cnm_losses.cal_nll_loss(logits, arguments["words_id"], arguments["words_mask"])[0]
+    assert nll.requires_grad == part
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_logits_of_a_reentrant_checkpoint_train_their_layer(fuse: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(D, V)
+    arguments, states = batch("CNM", ("words_logit",), torch.float32, "prefix")
+    hidden = states["words_logit"].requires_grad_()
+    wanted = cnm_losses.cal_nll_loss(layer(hidden), arguments["words_id"], arguments["words_mask"])[0].sum()
+    wanted = torch.autograd.grad(wanted, [hidden, layer.weight, layer.bias])
+    if fuse:
+        cnm_kernels.accelerate_losses(cnm_losses, layer)
+    logits = checkpoint(layer, hidden, use_reentrant=True)
+    cnm_losses.cal_nll_loss(logits, arguments["words_id"], arguments["words_mask"])[0].sum().backward()
+    for parameter, gradient in zip([hidden, layer.weight, layer.bias], wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate_checks import (
@@ -23,7 +24,7 @@ from accelerate_checks import (
     module_in,
 )
 from kept_memory import kept_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 import cnm_kernels
 from cnm_kernels import absorption
@@ -120,6 +121,40 @@ def test_padding_between_real_keys_may_be_anything() -> None:
     with pytest.warns(RuntimeWarning, match="padding before a real key"):
         found = fast(x, x, x, mask)[0]
     torch.testing.assert_close(found, module(x, x, x, mask)[0])
+
+
+@pytest.mark.parametrize("queries", [2, 5, 40])
+def test_gradients_are_those_of_parameters_that_were_lent(queries: int) -> None:
+    """functional_call gives the module its own back before the backward, which computes some of the forward again."""
+    module = module_in(lambda: MultiheadAttention(D, H), torch.float64, "cpu")
+    x, states = draw(queries, B, D), draw(5, B, D, seed=1)
+    lent = {name: (2 * value + 0.1).detach().requires_grad_() for name, value in module.named_parameters()}
+
+    def gradients() -> tuple[Tensor, ...]:
+        out = torch.func.functional_call(module, lent, (x, states, states))[0]
+        return torch.autograd.grad(out.square().sum(), list(lent.values()))
+
+    wanted = gradients()
+    cnm_kernels.accelerate(module)
+    for found, value in zip(gradients(), wanted, strict=True):
+        torch.testing.assert_close(found, value)
+
+
+def test_attention_to_nothing_is_the_bias() -> None:
+    module = cnm_kernels.accelerate(module_in(lambda: MultiheadAttention(D, H), torch.float64, "cpu"))
+    nn.init.ones_(module.out_proj.bias)
+    nothing = draw(0, B, D)
+    out = module(draw(5, B, D), nothing, nothing)[0]
+    assert (out == 1).all()
+
+
+def test_a_mask_that_numpy_changes_is_looked_at_again() -> None:
+    module = cnm_kernels.accelerate(module_in(lambda: MultiheadAttention(D, H), torch.float64, "cpu"))
+    x, numbers = draw(5, B, D), np.zeros((B, 5), dtype=np.uint8)
+    mask = torch.from_numpy(numbers)
+    module(x, x, x, mask)
+    numbers[:, 3:] = 1
+    torch.testing.assert_close(module(x, x, x, mask)[0][:3], module(x[:3], x[:3], x[:3])[0])
 
 
 def test_a_mask_changed_in_place_is_looked_at_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -52,6 +53,18 @@ def test_decoder_layer(backend: str, device: str, dtype: torch.dtype, cross: boo
     with cnm_kernels.use_backend(backend):
         found = differentiate(*layer_call(dtype, device, accelerated=True, cross=cross))
     assert_as_good(found, plain, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_under_autocast_a_gpu_s_layer_gives_what_pytorch_s_does() -> None:
+    layer = DecoderLayer(D, H, dropout=0.0).cuda()
+    fast = cnm_kernels.accelerate(copy.deepcopy(layer))
+    x = torch.randn(5, B, D, device="cuda", dtype=torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        wanted, found = layer(x, None)[0], fast(x, None)[0]
+    assert found.dtype == wanted.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
 
 
 def test_a_layer_s_dropout_follows_the_seed_the_rate_and_the_mode() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cnm_kernels.drop_in.deferred import Deferred, defer
 
@@ -85,3 +86,29 @@ def test_inputs_changed_meanwhile_are_refused() -> None:
     x.add_(1)
     with pytest.raises(RuntimeError, match=r"read it before optimizer.step\(\)"):
         tensor.sum()
+
+
+def test_a_function_that_returns_it_gives_it_another_place_in_the_graph() -> None:
+    """Reentrant checkpoints run what they checkpoint without gradients, and hang their own node on what comes out."""
+    weight = torch.arange(3.0).requires_grad_()
+    x = torch.arange(6.0).view(2, 3).requires_grad_()
+
+    def block(x: Tensor) -> Tensor:
+        return defer(lambda x, weight: x * weight, torch.empty(2, 3, device="meta"), x, weight)
+
+    out = checkpoint(block, x, use_reentrant=True)
+    assert isinstance(out, Deferred)
+    (out * out).sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    torch.testing.assert_close(x.grad, 2 * x.detach() * weight.detach() ** 2)
+    torch.testing.assert_close(weight.grad, (2 * x.detach() ** 2 * weight.detach()).sum(0))
+
+
+def test_in_inference_mode_it_is_computed_at_once() -> None:
+    """There changes in place leave no trace."""
+    with torch.inference_mode():
+        x = torch.ones(2, 3)
+        out = defer(lambda x: 2 * x, torch.empty(2, 3, device="meta"), x)
+        x.zero_()
+        assert (out == 2).all()

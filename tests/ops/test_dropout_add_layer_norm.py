@@ -15,6 +15,8 @@ from op_records.dropout_add_layer_norm import add_and_norm
 from samples import run, sample, targets
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cnm_kernels import native
+
 OP = "dropout_add_layer_norm"
 on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))
 
@@ -211,3 +213,11 @@ def test_rows_of_one_number_are_zero(backend: str, device: str, dtype: torch.dty
     expected = (g - g.mean(-1, keepdim=True)) / inputs.get("eps", 1e-5) ** 0.5
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1.0)
     assert run(OP, inputs | {"eps": 0.0}, backend)[0].isnan().all()
+
+
+@pytest.mark.skipif("cpu" in native.LOAD_ERRORS, reason="the C++ module is not built")
+def test_negative_indices_are_refused() -> None:
+    x, ones = torch.ones(2, 3, 8), torch.ones(8)
+    inputs = {"x": x, "residual": x, "weight": ones, "bias": ones, "p": 0.5, "seed": 0}
+    with pytest.raises(RuntimeError, match="sample_indices must be >= 0, got -1 for sample 1"):
+        run(OP, inputs | {"sample_indices": torch.tensor([0, -1])}, "native")
