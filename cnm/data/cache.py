@@ -19,7 +19,7 @@ from filelock import FileLock
 from cnm.errors import InputError
 from cnm.files import read_json
 
-FORMAT = 2  # increase it whenever the stored arrays, or their computation, change
+FORMAT = 3  # increase it whenever the stored arrays, or their computation, change
 
 
 SIZES = "sizes.json"  # sizes of the files beside it; written last

@@ -15,10 +15,12 @@ from cnm.data import cache
 from cnm.data.arrays import array_shape, read_array, what_it_is
 from cnm.data.features import FeatureFile
 from cnm.data.names import name_problem
+from cnm.data.origin import read_record
 from cnm.errors import InputError
 
 SUFFIXES = (".npz", ".npy")
-# Features of a video that are longer than so many times the shortest, and so many clips, are of another rate.
+# Features of a video that are longer than so many times the shortest, and so many clips, are of another rate. Other
+# tools round their rates; ``cnm extract`` gives all encoders the same clips.
 MOST_LONGER, MORE_CLIPS = 1.5, 2
 
 
@@ -139,6 +141,7 @@ class Joined(_Checked):
     def __init__(self, parts: Sequence[FeatureSource]) -> None:
         self.path = " + ".join(str(part.path) for part in parts)
         self.parts = parts
+        self._most_longer = 1.0 if all(read_record(part.path) is not None for part in parts) else MOST_LONGER
         self._stack = ExitStack()
 
     def __enter__(self) -> Joined:
@@ -175,7 +178,7 @@ class Joined(_Checked):
         return [part.identity(videos) for part in self.parts]
 
     def _length(self, video: str, lengths: Sequence[int]) -> int:
-        if max(lengths) > MOST_LONGER * min(lengths) + MORE_CLIPS:
+        if max(lengths) > self._most_longer * min(lengths) + MORE_CLIPS:
             raise InputError(
                 f"{self.path}: the features of video {video!r} are {', '.join(map(str, lengths))} clips long; features "
                 f"side by side must be of the same times, so extract all at one rate"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from cnm.config import DatasetConfig
-from cnm.data import cache, synthetic, vocabulary_files
+from cnm.data import cache, synthetic
 from cnm.data.annotations import Sample, read_annotations
 from cnm.data.batch import Batch
 from cnm.data.buffers import BufferPool
@@ -221,12 +223,11 @@ def _cached_encoding(
         for name, array in zip(names, _encode(samples, vocabulary, config.max_num_words), strict=True):
             np.save(folder / f"{name}.npy", array)
 
-    given = vocabulary_files.words_file(str(config.vocab_path))
+    words = json.dumps(vocabulary.words).encode()
     made_from = {
         "what": "sentences",
         "annotations": cache.content_hash(path),
-        "vocabulary": cache.content_hash(given) if Path(given).exists() else vocabulary.words,
-        "vocab_size": config.vocab_size,
+        "words": hashlib.sha256(words).hexdigest(),  # a checkpoint's own, where the file is not there
         "max_num_words": config.max_num_words,
         "tagger": tagger_name(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import nltk
@@ -25,13 +26,21 @@ FUNCTION_WORDS = frozenset(
 )
 
 
+# A full stop that ends a sentence with another behind it; the treebank rules cut off the very last one alone.
+INNER_STOP = re.compile(r"(?<=\w\w\.)(?<!\b(?:mr|ms|dr|st|jr|sr|vs)\.)(?<!\bmrs\.)\s+", re.IGNORECASE)
+
+
 def tokenize(sentence: str) -> list[str]:
-    """Returns lower-cased tokens as the published code does (nltk's treebank rules, which need no data)."""
+    """Returns lower-cased tokens as the published code does: nltk's treebank rules, sentence by sentence.
+
+    Where a text has several sentences, nltk asks data that pip does not bring; here a full stop behind a word of two
+    letters or more ends one.
+    """
     return [token.lower() for token in _tokens(sentence)]
 
 
 def _tokens(sentence: str) -> list[str]:
-    return word_tokenize(sentence, preserve_line=True)
+    return [token for part in INNER_STOP.split(sentence) for token in word_tokenize(part, preserve_line=True)]
 
 
 @cache

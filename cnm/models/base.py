@@ -162,7 +162,7 @@ class Model(nn.Module, ABC):
     def proposals(
         self, batch: Batch, *, video: VideoEncoding | None = None, scoring: Scoring | None = None
     ) -> Proposals:
-        """Proposes moments for each sentence. Evaluation mode has no dropout.
+        """Proposes moments for each sentence. Without dropout, in training mode too.
 
         Args:
             batch: the sentences and, unless ``video`` is given, their videos.
@@ -199,14 +199,19 @@ class Model(nn.Module, ABC):
         return words, (word_lengths + 1).clamp(max=words.size(1))
 
     def forward_pass(
-        self, seed: Tensor | None = None, *, recompute: bool = False, minimize_flops: bool = False
+        self,
+        seed: Tensor | None = None,
+        *,
+        recompute: bool = False,
+        minimize_flops: bool = False,
+        dropout: bool = True,
     ) -> ForwardPass:
-        """One pass with its dropout masks, none in evaluation mode; without a seed one is drawn.
+        """One pass with its dropout masks, none in evaluation mode or without ``dropout``; without a seed one is drawn.
 
         ``minimize_flops`` counts where products are what costs, on ``MATMUL_BOUND_DEVICES``.
         """
         minimize_flops = minimize_flops and self.mask_vec.device.type in MATMUL_BOUND_DEVICES
-        if not self.training or self.input_dropout == self.dropout == 0:
+        if not (dropout and self.training) or self.input_dropout == self.dropout == 0:
             seed = torch.zeros((), dtype=torch.int64, device=self.mask_vec.device)
             return ForwardPass(0.0, 0.0, seed, recompute=recompute, minimize_flops=minimize_flops)
         if seed is None:

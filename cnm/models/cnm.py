@@ -80,7 +80,7 @@ class CNM(Model):
         self-attention. frames [N, T, frame_dim], frame_lengths [N]; a video of more than ``dataset.max_num_frames``
         frames is averaged to as many clips, as in training."""
         frames, frame_lengths = self._pooled(frames, frame_lengths)
-        ctx = self.forward_pass(minimize_flops=True)
+        ctx = self.forward_pass(minimize_flops=True, dropout=False)
         states = self._project_frames(frames, ctx)
         first, *others = self.trans.decoder1.layers
         if others:
@@ -92,7 +92,7 @@ class CNM(Model):
         """``localize`` in encoded videos, one per sentence (``VideoEncoding.select`` repeats them)."""
         self._check_encoded(video, words)
         words = self._narrowed(words)
-        ctx = self.forward_pass(minimize_flops=True)
+        ctx = self.forward_pass(minimize_flops=True, dropout=False)
         source = self._sentence_source(self._project_words(words, word_lengths, ctx), word_lengths, ctx)
         decoder = self.trans.decoder1
         if len(decoder.layers) > 1:

@@ -60,7 +60,7 @@ class CPL(Model):
     @torch.no_grad()
     def encode_video(self, frames: Tensor, frame_lengths: Tensor) -> VideoEncoding:
         frames, frame_lengths = self._pooled(frames, frame_lengths)
-        ctx = self.forward_pass(minimize_flops=True)
+        ctx = self.forward_pass(minimize_flops=True, dropout=False)
         states = self._project_frames(self.with_prediction(frames), ctx)
         clips = downsample(states[:, :-1], frame_lengths)
         first, *others = self.trans.decoder1.layers
@@ -79,7 +79,7 @@ class CPL(Model):
             video = self.encode_video(batch.frames, batch.frame_lengths)
         self._check_encoded(video, batch.words)
         assert video.clips is not None
-        ctx = self.forward_pass(minimize_flops=True)
+        ctx = self.forward_pass(minimize_flops=True, dropout=False)
         words = self._project_words(batch.words, batch.word_lengths, ctx)
         source, decoder = self._sentence_source(words, batch.word_lengths, ctx), self.trans.decoder1
         if len(decoder.layers) > 1:

@@ -131,6 +131,8 @@ class ModelStep(ABC):
         # Gradients alone decide among processes: summed, they are the same in all, and all skip the same updates.
         looked_at = gradients if self.group is not None else [loss, *gradients]
         if self.skip_nonfinite and not _all_finite(looked_at):  # waits for the device
+            for parameter in optimizer.parameters:  # the other group's clip counts them, and a resumed run has none
+                parameter.grad = None
             return loss.new_full((), math.nan)
         places = [parameter.grad for parameter in optimizer.parameters if parameter.grad is not None]
         if self.fixed_gradients and len(places) == len(gradients):

@@ -63,17 +63,20 @@ class FinishedRun:
         return self.localizer.encode(features, duration=split.samples[index].duration)
 
     def answers(self, split: Split) -> Iterator[Answer]:
-        """Every sentence of a split that has a known word, localized, video by video."""
-        places: dict[str, list[int]] = {}
+        """Every sentence of a split that has a known word, localized, video by video.
+
+        Rows of one video may disagree on its duration: each is answered in seconds of its own.
+        """
+        places: dict[tuple[str, float], list[int]] = {}
         for index, sample in enumerate(split.samples):
             if len(self.localizer.vocabulary.encode(sample.sentence, 1).ids):
-                places.setdefault(sample.video, []).append(index)
+                places.setdefault((sample.video, sample.duration), []).append(index)
         for indices in places.values():
             video = self.encode(split, indices[0])
             samples = [split.samples[index] for index in indices]
             for sample, found in zip(
                 samples, self.localizer.find(video, [sample.sentence for sample in samples]), strict=True
             ):
-                moment = metrics.moments_from_gaussian(found.center, found.width)  # in fractions: rows of one video may
-                iou = metrics.best_iou(moment, np.array(sample.windows) / sample.duration)  # disagree on its duration
+                moment = metrics.moments_from_gaussian(found.center, found.width)
+                iou = metrics.best_iou(moment, np.array(sample.windows) / sample.duration)
                 yield Answer(sample, found, float(iou))

@@ -62,7 +62,7 @@ class VideoFile:
         av = require_av()
         self._errors: type[Exception] = av.error.FFmpegError
         with self._readable():
-            self._container = av.open(str(path))
+            self._container = av.open(str(path), metadata_errors="replace")
         try:
             if not self._container.streams.video:
                 raise InputError(f"{path}: has no video stream; give a file with pictures")
@@ -150,7 +150,8 @@ class VideoFile:
 
     def _picture(self, frame: Any, size: int) -> np.ndarray:
         self._check_size(frame.width, frame.height)
-        image = frame.to_image()
+        with self._readable():
+            image = frame.to_image()
         turn = round(frame.rotation / 90) % 4  # counterclockwise
         if turn:
             image = image.transpose(TURNS[turn])

@@ -68,7 +68,12 @@ class Encoder:
         self.module = network.module.to(self.device).eval().requires_grad_(False)
         mean, deviation = (torch.tensor(values, device=self.device)[:, None, None] for values in network.normalisation)
         self._scale, self._shift = 1 / (255 * deviation), mean / deviation
-        self.width = self([np.zeros((self.size, self.size, 3), np.uint8)]).shape[1]
+        tried = self([np.zeros((self.size, self.size, 3), np.uint8)])
+        if tried.ndim != 2:
+            raise InputError(
+                f"--encoder {name}: gives {list(tried.shape[1:])} numbers a picture, not a row; choose another"
+            )
+        self.width = tried.shape[1]
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -224,8 +229,18 @@ def _torchvision(name: str, weights: Path | None) -> Network:
         raise _not_loaded(f"torchvision/{name}", "https://download.pytorch.org/models", error) from None
     for head in ("fc", "classifier", "heads", "head"):  # the layer that classifies features
         if hasattr(module, head):
-            setattr(module, head, nn.Identity())
+            setattr(module, head, _before_classes(getattr(module, head)))
     return Network(module, 224, IMAGENET)
+
+
+def _before_classes(head: nn.Module) -> nn.Module:
+    """What a head does to features before it classifies them: some norm and flatten them first."""
+    kept: list[nn.Module] = []
+    for layer in head if isinstance(head, nn.Sequential) else [head]:
+        if isinstance(layer, (nn.Linear, nn.Dropout, nn.Conv2d)):
+            break
+        kept.append(layer)
+    return nn.Sequential(*kept) if isinstance(head, nn.Sequential) else nn.Identity()
 
 
 def _not_loaded(encoder: str, address: str, error: Exception) -> InputError:

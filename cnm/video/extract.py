@@ -232,6 +232,8 @@ class _Store:
                         if part.stem in file:  # killed after the file was written and before its parts were removed
                             del file[part.stem]
                         file[part.stem] = np.load(part, allow_pickle=False)
+                with open(temporary, "rb+") as written:  # on the disk before the parts are removed
+                    os.fsync(written.fileno())
                 os.replace(temporary, self.output)
             except OSError as error:
                 raise cannot_write(self.output, error) from None

@@ -72,7 +72,7 @@ def _forward_tile(
             inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
             p = e * inverse[:, None]
             out = dot(narrow(p, v.dtype), v)
-            store_rows(out_ptr + branch * out_n + b * out_b + h * out_h, out, rows, Lq, out_l, d, BLOCK_D)
+            store_rows(out_ptr + b * out_b + (b * 0 + branch) * out_n + h * out_h, out, rows, Lq, out_l, d, BLOCK_D)
             stats = stats_ptr + branch * stats_n + ((b * H + h) * Lq + rows) * 2
             tl.store(stats, highest, mask=rows < Lq)
             tl.store(stats + 1, inverse, mask=rows < Lq)
@@ -154,7 +154,7 @@ def _backward_kernel(
                 if BRANCHES > 1:
                     branch_first = first_ptr + branch * weights_n
                 m = load_key_weights(branch_first, second_ptr, b, keys, limit, Lk, alpha, min_width, KIND)
-                d_out_h_ptr = d_out_ptr + branch * d_out_n + b * d_out_b + h * d_out_h
+                d_out_h_ptr = d_out_ptr + b * d_out_b + (b * 0 + branch) * d_out_n + h * d_out_h
                 d_out = load_rows(d_out_h_ptr, rows, Lq, d_out_l, d, BLOCK_D)
                 inverse = tl.load(stats + branch * stats_n + 1, mask=rows < Lq, other=0.0)
                 p0 = unweighted * inverse[:, None]

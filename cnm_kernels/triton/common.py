@@ -46,8 +46,11 @@ def block(size: int, most: int = 1 << 30) -> int:
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
-    """Returns the tensor, or a copy if its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 or tensor.numel() == 0 else tensor.contiguous()
+    """Returns the tensor, or a copy if its last dimension is not contiguous, or if a sample's elements lie so far apart
+    (in time-major views) that 32 bits do not hold the way from the first to the last."""
+    within = sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+    good = tensor.numel() == 0 or (tensor.stride(-1) == 1 and within < 2**31)
+    return tensor if good else tensor.contiguous()
 
 
 def floats(like: Tensor, *shape: int) -> Tensor:

@@ -96,6 +96,7 @@ def _forward_kernel(
             if EXPECTED:
                 expected = expected * shrink[:, None] + dot(narrow(e, dtype), w)
             highest = higher
+        z_target = tl.where((target >= 0) & (target < V), z_target, float("nan"))  # a word that is none
         if tl.program_id(2) == 0:
             place_of = partial_ptr + split * 4 * N + packed
             tl.store(place_of, highest, mask=valid)
@@ -176,7 +177,7 @@ def _combine_kernel(
 
 @triton.jit
 def _hidden_gradient_kernel(
-    d_nll_ptr, weight_ptr, mean_ptr, target_ptr, lengths_ptr, expected_ptr, d_hidden_ptr, M, L, D, smoothing,
+    d_nll_ptr, weight_ptr, mean_ptr, target_ptr, lengths_ptr, expected_ptr, d_hidden_ptr, M, L, D, V, smoothing,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -187,12 +188,14 @@ def _hidden_gradient_kernel(
     d_nll = tl.load(d_nll_ptr + row, mask=inside, other=0.0) / tl.maximum(length, 1).to(tl.float32)
     wanted = inside & (token % L < length) & (d_nll != 0.0)
     target = tl.load(target_ptr + token, mask=wanted, other=0)
+    known = (target >= 0) & (target < V)
     within = (columns < D)[None, :]
     place = token[:, None] * D + columns[None, :]
     expected = tl.load(expected_ptr + place, mask=wanted[:, None] & within, other=0.0)
     of_target = tl.load(
-        weight_ptr + target[:, None] * D + columns[None, :], mask=wanted[:, None] & within, other=0.0
+        weight_ptr + target[:, None] * D + columns[None, :], mask=(wanted & known)[:, None] & within, other=0.0
     ).to(tl.float32)
+    of_target = tl.where(known[:, None], of_target, float("nan"))
     mean = tl.load(mean_ptr + columns, mask=columns < D, other=0.0)
     gradient = d_nll[:, None] * (expected - (1.0 - smoothing) * of_target - smoothing * mean[None, :])
     gradient = tl.where(wanted[:, None], gradient, 0.0)
@@ -344,7 +347,7 @@ def backward(
     if need_hidden:
         mean = weight.mean(0, dtype=stats.dtype)
         _hidden_gradient_kernel[(triton.cdiv(M * L, 16), chunks)](
-            d_nll, weight, mean, target, valid_lengths, expected, d_hidden, M, L, D, label_smoothing, 16, BLOCK_D,
+            d_nll, weight, mean, target, valid_lengths, expected, d_hidden, M, L, D, V, label_smoothing, 16, BLOCK_D,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     if not (need_weight or need_bias):

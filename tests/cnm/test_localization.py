@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from small_runs import synthetic_config
+from small_runs import cpl_config, synthetic_config
 
-from cnm import CNM, InputError
-from cnm.data import load_features, load_vocabulary
+from cnm import CNM, CPL, InputError
+from cnm.data import load_features, load_vocabulary, open_split
 from cnm.data.features import pool
 from cnm.localizer import LocalizedMoment, Localizer
 
@@ -77,3 +77,18 @@ def test_float64_inputs_work_beside_float32_ones(model: CNM, wide: str) -> None:
 def test_messages_name_the_argument(model: CNM, query: str) -> None:
     with pytest.raises(InputError, match=r"^query"):
         find(model, frames(T), query)
+
+
+@pytest.mark.parametrize("family", [CNM, CPL])
+def test_localizing_drops_nothing_in_training_mode(family: type[CNM] | type[CPL]) -> None:
+    """And draws no numbers, which training would miss."""
+    config = {CNM: synthetic_config, CPL: cpl_config}[family]()
+    torch.manual_seed(0)
+    model = family(config).eval()
+    batch = open_split(config.dataset, "test").batch(np.arange(3))
+    wanted, before = model.proposals(batch), torch.get_rng_state()
+    found = model.train().proposals(batch)
+    assert torch.equal(found.center, wanted.center)
+    assert torch.equal(found.score, wanted.score)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training

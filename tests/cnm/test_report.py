@@ -137,6 +137,7 @@ def test_all_true_moments_are_shown(run: Path, tmp_path: Path) -> None:
         for index, row in enumerate(rows)
         for windows in [[[0.0, 0.5], row[2]]]
     ]
+    lines.append(lines[0] | {"qid": len(lines), "duration": 2 * lines[0]["duration"]})
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
     finished = FinishedRun(run)
     finished.localizer.model.config.dataset.test_data = str(tmp_path / "test.jsonl")
@@ -149,6 +150,7 @@ def test_all_true_moments_are_shown(run: Path, tmp_path: Path) -> None:
     assert all(re.search(r"true: 0\.0 to 0\.5, \d+\.\d to \d+\.\d s", row[3]) for row in page.tables[1][1:])
     for answer in answers:
         moment = metrics.moments_from_gaussian(answer.found.center, answer.found.width)
+        assert answer.found.end == pytest.approx(moment[1] * answer.sample.duration)
         windows = windows_of([answer.sample])[0]
         assert answer.iou == pytest.approx(max(metrics.iou(moment, window) for window in windows))
     [whole] = [row for row in page.tables[0] if row[0] == "whole video"]

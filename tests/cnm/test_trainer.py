@@ -352,6 +352,7 @@ def test_a_skipped_update_changes_nothing_but_the_count(monkeypatch: pytest.Monk
     assert trainer_.step.num_updates == 2
     after = trainer_.model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in names)
+    assert all(parameter.grad is None for parameter in trainer_.step.optimizers["reconstructor"].parameters)
 
 
 @pytest.mark.parametrize("update", [2, 3])

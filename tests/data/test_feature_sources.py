@@ -116,6 +116,21 @@ def test_features_of_other_times_are_not_put_side_by_side(tmp_path: Path, length
                 read()
 
 
+@pytest.mark.parametrize(("lengths", "fits"), [((30, 32), True), ((30, 33), False), ((300, 235), False)])
+def test_extracted_features_side_by_side_are_of_one_rate(tmp_path: Path, lengths: tuple[int, int], fits: bool) -> None:
+    paths = [str(tmp_path / name) for name in ("one", "other")]
+    for path, length in zip(paths, lengths, strict=True):
+        Path(path).mkdir()
+        np.save(Path(path) / "v.npy", np.zeros((length, 3), np.float32))
+        Path(f"{path}.json").write_text(json.dumps({"encoder": "e", "weights_sha256": "w", "videos": {}}))
+    with open_features(paths) as source:
+        if fits:
+            assert source.shape("v") == (30, 6)
+        else:
+            with pytest.raises(InputError, match="so extract all at one rate"):
+                source.shape("v")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

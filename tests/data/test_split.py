@@ -14,7 +14,7 @@ import torch
 from small_runs import SENTENCES, synthetic_config, write_files
 
 from cnm.config import CNMConfig
-from cnm.data import BatchLoader, Split, open_split, plant, read_annotations
+from cnm.data import BatchLoader, Split, load_vocabulary, open_split, plant, read_annotations, vocabulary_files
 from cnm.data.synthetic import GAP, MIN_LENGTH
 from cnm.errors import InputError
 
@@ -201,3 +201,20 @@ def test_real_charades_sentences(shared_data: Path, tmp_path: Path) -> None:
     ]
     assert min(lengths) >= 1
     assert max(lengths) <= 13
+
+
+def test_word_ids_of_a_stored_vocabulary_are_not_those_of_the_file(tmp_path: Path) -> None:
+    """A word list without its vectors: the checkpoint's own vocabulary takes its place, until the vectors are there."""
+    config = CNMConfig.from_json(write_files(tmp_path)).dataset
+    own = load_vocabulary(config)
+    words = [own.words[0], *reversed(own.words[1:])]
+    config.vocab_path = str(tmp_path / "v.safetensors")
+    counts = [(word, 1) for word in words[1:]]
+    vocabulary_files.write(config.vocab_path, counts, np.ones((len(counts), 10), np.float32), {}, "a test")
+    vectors = (tmp_path / "v.safetensors").read_bytes()
+    (tmp_path / "v.safetensors").unlink()
+    before = open_split(config, "test", stored=own).batch(np.array([0])).word_ids
+    (tmp_path / "v.safetensors").write_bytes(vectors)
+    after = open_split(config, "test").batch(np.array([0])).word_ids
+    spelled = [[names[int(i)] for i in ids[0] if i] for names, ids in ((own.words, before), (words, after))]
+    assert spelled[0] == spelled[1]

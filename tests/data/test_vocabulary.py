@@ -67,6 +67,13 @@ def test_tokens_are_cut_as_treebank_rules_cut_them() -> None:
     assert tokenize("A person's book, isn't it?") == ["a", "person", "'s", "book", ",", "is", "n't", "it", "?"]
 
 
+def test_full_stops_within_a_text_are_no_part_of_words() -> None:
+    assert tokenize("A man opens the door. He walks in.") == [*"a man opens the door . he walks in .".split()]
+    assert tokenize("Dr. Who meets Mrs. Smith at 3.5 p.m. today.") == [
+        *"dr. who meets mrs. smith at 3.5 p.m. today .".split()
+    ]
+
+
 def test_the_function_word_list_agrees_with_tags() -> None:
     assert len(FUNCTION_WORDS) > 100
     assert all(word == word.lower() for word in FUNCTION_WORDS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from op_checks import check_deterministic, check_gradients, check_values
 from op_records.draw import Draw
+from op_records.linear_nll import vocabulary
 from op_records.weighted_attention import ATTENTION_SHAPES
 from samples import sample, with_slow
 from step_checks import assert_trains_as_torch
@@ -207,3 +208,18 @@ def test_active_tokens_are_listed_in_order(M: int, L: int, graded: bool) -> None
         assert targets[: len(wanted)].tolist() == target.flatten()[wanted].tolist()
         assert torch.equal(notes[:2, : len(wanted)], stats.flatten(1)[:, wanted])
         torch.testing.assert_close(notes[2, : len(wanted)], (gradient / lengths.clamp(1, L))[wanted // L])
+
+
+@pytest.mark.parametrize("word", [-1, -100, 11])
+def test_a_word_that_is_none_gives_nan(word: int) -> None:
+    """A GPU cannot look at its words without waiting: no error can be raised, and no number made up."""
+    inputs = vocabulary(Draw("words", torch.float32, DEVICE), 3, 5, 8, 11)
+    inputs["target"][1, 2] = word
+    inputs["valid_lengths"][1] = 4
+    hidden = inputs["hidden"].requires_grad_()
+    with cnm_kernels.use_backend("triton"):
+        nll = cnm_kernels.linear_nll(**inputs)
+    assert nll.isnan().tolist() == [False, True, False]
+    (gradient,) = torch.autograd.grad(nll.sum(), [hidden])
+    assert gradient[1, 2].isnan().all()
+    assert gradient[[0, 2]].isfinite().all()

@@ -31,6 +31,24 @@ def test_every_so_many_frames(tmp_path: Path) -> None:
         assert shades(path, stride=stride) == [shade(index) for index in range(0, 20, stride)]
 
 
+def test_tags_that_are_not_utf_8(tmp_path: Path) -> None:
+    """As cameras and old tools write them."""
+    import av
+
+    path = write_video(tmp_path / "a.mkv", 20)
+    with av.open(str(path)) as given, av.open(str(tmp_path / "b.mkv"), "w") as made:
+        made.metadata["title"] = "a title"
+        stream = made.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(given.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                made.mux(packet)
+    content = (tmp_path / "b.mkv").read_bytes()
+    assert content.count(b"a title") == 1
+    (tmp_path / "b.mkv").write_bytes(content.replace(b"a title", b"\xe9 title"))
+    assert shades(tmp_path / "b.mkv", stride=8) == shades(path, stride=8)
+
+
 def test_so_many_a_second(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mkv", 20, rate=10)  # 2 seconds
     assert shades(path, rate=2) == [shade(index) for index in (0, 5, 10, 15)]

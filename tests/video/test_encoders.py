@@ -185,6 +185,42 @@ def test_weights_of_another_model_are_refused(
         Encoder("timm/net", weights=tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize(
+    ("head", "width"),
+    [
+        (nn.Linear(4, 9), 4),
+        (nn.Sequential(nn.Dropout(0.2), nn.Linear(4, 9)), 4),
+        (nn.Sequential(nn.Linear(4, 6), nn.Hardswish(), nn.Linear(6, 9)), 4),
+        (nn.Sequential(nn.Flatten(1), nn.LayerNorm(16), nn.Linear(16, 9)), 16),  # as ConvNeXt's
+        (nn.Sequential(nn.Conv2d(4, 9, 1), nn.Flatten(1)), None),
+    ],
+)
+def test_features_are_what_the_classifier_reads(
+    head: nn.Module, width: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a package in torchvision's place, whose network flattens only where its classifier does not."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.classifier = nn.Conv2d(3, 4, 112, 112), head
+            self.pools = not isinstance(head, nn.Sequential) or isinstance(head[0], (nn.Dropout, nn.Linear))
+
+        def forward(self, images: Tensor) -> Tensor:
+            found = self.features(images)
+            return self.classifier(found.mean((2, 3)) if self.pools else found)
+
+    torchvision = SimpleNamespace(models=SimpleNamespace(get_model=lambda name, weights: Network()))
+    monkeypatch.setitem(sys.modules, "torchvision", torchvision)  # type: ignore[arg-type]
+    if width is None:
+        with pytest.raises(
+            InputError, match=r"--encoder torchvision/net: gives \[4, 2, 2\] numbers a picture, not a row"
+        ):
+            Encoder("torchvision/net")
+    else:
+        assert Encoder("torchvision/net").width == width
+
+
 def test_files_that_hold_no_weights(tmp_path: Path) -> None:
     save_file = pytest.importorskip("safetensors.torch").save_file
     (tmp_path / "text.safetensors").write_text("no weights")
