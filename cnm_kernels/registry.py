@@ -10,7 +10,7 @@ A backend is a module of this package that declares, as module constants,
 
 By default the first backend of ``BACKENDS`` that can run an op runs it. A backend asked for by name (``use_backend`` or
 the environment variable ``CNM_KERNELS_BACKEND``) runs or raises ``BackendUnavailable`` with the reason; it is never
-silently replaced.
+silently replaced, but for ``LIBRARY_OPS``.
 """
 
 from __future__ import annotations

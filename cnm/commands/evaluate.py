@@ -84,7 +84,7 @@ def evaluate_command(
 
     \b
     Example:
-      cnm evaluate --checkpoint runs/first/best.pt --config charades_i3d
+      cnm evaluate --checkpoint runs/first --config charades_i3d
       cnm evaluate --checkpoint runs/cpl/last.pt --config charades_cpl --masks 8 --seeds 5
     """
     if select is not None and not 0 < select < 1:

@@ -56,9 +56,9 @@ def localize(
 
     \b
     Example:
-      cnm localize --checkpoint runs/first/best.pt --features i3d_features.hdf5:3MSZA \\
+      cnm localize --checkpoint runs/first --features i3d_features.hdf5:3MSZA \\
           --query "a person turns on the light" --duration 30.96 --plot found.png
-      cnm localize --checkpoint runs/first/best.pt --video 3MSZA.mp4 --query "a person turns on the light"
+      cnm localize --checkpoint runs/first --video 3MSZA.mp4 --query "a person turns on the light"
 
     The features of a --video are extracted as those of the training (the checkpoint knows how, if `cnm extract` made
     them); --encoder, --weights, --stride and --rate override this.

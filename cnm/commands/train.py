@@ -71,8 +71,9 @@ def train(
 ) -> None:
     """Trains a model; evaluates after each epoch on the validation split and at the end on the test split.
 
-    The run's folder holds config.json, metrics.jsonl, last.pt, best.pt, pictures, and TensorBoard events where
-    tensorboard is installed. Ctrl-C or SIGTERM saves after the current update; --resume continues bit for bit.
+    The run's folder holds config.json, metrics.jsonl, last.pt, best.pt (where a validation split, other than the test
+    split, chooses it), pictures, and TensorBoard events where tensorboard is installed. Ctrl-C or SIGTERM saves after
+    the current update; --resume continues bit for bit.
 
     \b
     Example:

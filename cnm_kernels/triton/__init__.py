@@ -1,8 +1,8 @@
 """The Triton backend: GPUs, and CPU tensors under the interpreter (``TRITON_INTERPRET=1``), which is for tests.
 
-Each file holds the kernels of one op, its schemas, and the functions that its operators call. ``linear`` has no kernel
-here: the vendor library computes it. Kernels use no atomics and sum in a fixed order. They never synchronise with the
-host, and their shapes do not depend on values, so CUDA graphs can capture them.
+Each file holds the kernels of one op, its schemas, and the functions that its operators call. ``linear`` and
+``absorbed_attention`` have no kernel here: vendors' libraries compute them. Kernels use no atomics and sum in a fixed
+order. They never synchronise with the host, and their shapes do not depend on values, so CUDA graphs can capture them.
 """
 
 from __future__ import annotations
