@@ -73,8 +73,10 @@ def _gradient(t, s, d_mask, width, alpha, min_width, COMPLEMENT: tl.constexpr):
     if COMPLEMENT:
         slope = -slope
     g = tl.exp(-(alpha * t) * s)
-    common = tl.where(g == 0.0, 0.0, d_mask * g * t * slope / clamp(width, min_width))
-    return tl.sum(common, 0), tl.where(width < min_width, 0.0, tl.sum(common * s, 0))
+    common = d_mask * g * t * slope / clamp(width, min_width)
+    d_center = tl.sum(tl.where(g == 0.0, 0.0, common), 0)  # t and s may be infinite there
+    d_width = tl.sum(tl.where(g == 0.0, 0.0, common * s), 0)
+    return d_center, tl.where(width < min_width, 0.0, d_width)
 
 
 @triton.jit

@@ -63,8 +63,14 @@ struct Gaussian {
     }
 
   protected:
-    // (x - c) / w, divided before it is squared: the width's square may be 0 or infinite.
-    Vec scaled(Vec x) const { return (x - set1(center)) / set1(width); }
+    // (x - c) / w, divided before it is squared: the width's square may be 0 or infinite. Finite, since 0 times it is
+    // 0.
+    Vec scaled(Vec x) const { return finite((x - set1(center)) / set1(width)); }
+
+    static Vec finite(Vec u) {
+        constexpr float MOST = std::numeric_limits<float>::max();
+        return vmin(set1(MOST), vmax(set1(-MOST), u));  // NaN stays
+    }
 
     // The same of exp(-alpha t s), where dt/dc = ds/dc = -1 / w or t does not depend on c.
     Vec bell(Vec t, Vec s) const { return exp(set1(-alpha) * t * s); }
@@ -111,9 +117,8 @@ struct NormalizedGaussian : Gaussian {
     // Finite: at the peak it is multiplied by 0. A NaN stays. No sample is larger than the peak's; lanes beyond the
     // last sample, which would be, are as large.
     Vec sum(Vec j, Vec t) const {
-        constexpr float MOST = std::numeric_limits<float>::max();
         const Vec steps = fnma(set1(center), set1(last), j) + set1(from_center(peak));
-        const Vec s = vmin(set1(MOST), vmax(set1(-MOST), steps * set1(scale)));
+        const Vec s = finite(steps * set1(scale));
         return select(less(t * s, set1(0)), set1(0), s);
     }
 

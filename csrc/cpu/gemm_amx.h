@@ -74,6 +74,8 @@ template <bool SPLIT>
 inline void tile_block(int64_t K, const Pairs& a, const Pairs& b, const Pairs& a_rest, const Pairs& b_rest, bool rest,
                        float* c, int64_t ldc, bool accumulate, bool bottom, bool right) {
     const auto stride_c = static_cast<size_t>(ldc) * 4;
+    // GCC's tile loads, and the load of their configuration, do not say what memory they read.
+    asm volatile("" ::: "memory");
     if (accumulate) {
         _tile_loadd(0, c, stride_c);
         if (right) _tile_loadd(1, c + TILE, stride_c);
@@ -141,6 +143,7 @@ inline void gemm_tiles(int64_t M, int64_t N, int64_t K, const E* a_elements, int
                 if (!std::equal(shape, shape + 4, configured)) {
                     std::copy(shape, shape + 4, configured);
                     const TileConfig config(shape[0], shape[1], shape[2], shape[3]);
+                    asm volatile("" ::"r"(&config) : "memory");
                     _tile_loadconfig(&config);
                 }
                 const bf16x2* b_at = b + k0 * ldb + j0;

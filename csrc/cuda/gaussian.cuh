@@ -49,9 +49,8 @@ struct Gaussian {
         // The division is the same for all samples; finite, for t may be 0.
         const float slope = fminf(2.0f * alpha / width, 3.402823466e38f), g = bell(t, s);
         const float product = upstream * g * t * (complement ? -slope : slope);
-        const float common = g == 0.0f ? 0.0f : product;
-        d_center += common;
-        d_width += common * s;
+        d_center += g == 0.0f ? 0.0f : product;  // where t and s may be infinite
+        d_width += g == 0.0f ? 0.0f : product * s;
     }
 };
 

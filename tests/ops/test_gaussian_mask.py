@@ -42,8 +42,9 @@ def test_widths_whose_squares_overflow_or_underflow(
     backend: str, device: str, dtype: torch.dtype, min_width: float, complement: bool
 ) -> None:
     draw = Draw("extreme", dtype, device)
-    widths = [1e20, 3e30, 1e-19, 0.0, -1.0, 0.5, 1e-20, 1e-3]
-    inputs = {"center": draw.values([0.5, 0.3, 0.5, 1.0, 2.0, -1e15, 1e15, 0.0]), "width": draw.values(widths)}
+    widths = [1e20, 3e30, 1e-19, 0.0, -1.0, 0.5, 1e-20, 1e-3, 0.1, 1e-38]
+    centers = [0.5, 0.3, 0.5, 1.0, 2.0, -1e15, 1e15, 0.0, 5e37, 5e37]  # the last ones are infinitely many widths away
+    inputs = {"center": draw.values(centers), "width": draw.values(widths)}
     inputs |= {"length": 9, "alpha": 5.0, "min_width": min_width, "complement": complement}
     wide = in_dtype(inputs, torch.float64)
     close = {"rtol": 1e-2, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-6}
