@@ -33,7 +33,7 @@ class Deferred(Tensor):
     _function: Callable[..., Tensor]
     _inputs: tuple[Tensor | None, ...]
     _value: Tensor | None
-    _grad_enabled: bool
+    grad_enabled: bool  # whether gradients were recorded when it was made
     _node: Any  # its place in the graph when it was made
     _versions: tuple[int, ...]
     _by_row: bool = False
@@ -43,11 +43,6 @@ class Deferred(Tensor):
     def pending(self) -> bool:
         """Nobody has read it yet, nor what it is a part of, and ``inputs`` are what its gradient goes to."""
         return self._value is None and not self._moved and (self._whole is None or self._whole[0].pending)
-
-    @property
-    def grad_enabled(self) -> bool:
-        """Whether gradients were recorded when it was made."""
-        return self._grad_enabled
 
     @property
     def _moved(self) -> bool:
@@ -73,11 +68,11 @@ class Deferred(Tensor):
         """The tensor itself, differentiable where this one is."""
         if self._value is None and self._whole is not None:
             whole, index = self._whole  # a view of it, as ever: changes in place show in both
-            with torch.set_grad_enabled(self._grad_enabled):
+            with torch.set_grad_enabled(self.grad_enabled):
                 self._value = whole.read()[index]
             self._inputs, self._versions, self._whole = (), (), None
         if self._value is None:
-            with torch.set_grad_enabled(self._grad_enabled):
+            with torch.set_grad_enabled(self.grad_enabled):
                 self._value = self._function(*self.inputs)
             self._inputs, self._versions = (), ()
         return cast(Tensor, _AtPlaceOf.apply(self, self._value)) if self._moved else self._value
@@ -106,7 +101,7 @@ class Deferred(Tensor):
             return None
         first, *others = self.inputs
         assert first is not None
-        with torch.set_grad_enabled(self._grad_enabled):  # a view's gradient is that of what it views
+        with torch.set_grad_enabled(self.grad_enabled):  # a view's gradient is that of what it views
             rows = first[slices[: first.dim() - 1]]
             if rows.numel() == 0:
                 return None
@@ -136,7 +131,7 @@ def defer(function: Callable[..., Tensor], like: Tensor, *inputs: Tensor | None,
     if torch.compiler.is_compiling() or any(isinstance(tensor, Deferred) or tensor.is_inference() for tensor in given):
         return function(*inputs)
     result: Deferred = _Defer.apply(function, like, given[0].device, *inputs)
-    result._grad_enabled = torch.is_grad_enabled()
+    result.grad_enabled = torch.is_grad_enabled()
     with torch._C.DisableTorchFunctionSubclass():
         result._node = result.grad_fn
     result._by_row = by_row
