@@ -95,8 +95,14 @@ class Best(_Part):
     mIoU: float | None = None
 
 
+class Options(_Part):
+    precision: str | None = None
+    step: str | None = None
+    skip_nonfinite: bool = False
+
+
 class Training(_Part):
-    options: dict[str, str] = {}
+    options: Options = Options()
     step: StepState
     epoch: Count
     batch: Count

@@ -83,6 +83,20 @@ class Group:
         self._call(dist.all_gather_object, values, value)
         return values
 
+    def check_same(self, found: dict[str, Any], where: str) -> None:
+        """Processes on other machines read their own disks: they must have found the same.
+
+        Raises:
+            InputError: they did not; ``where`` is what the message names.
+        """
+        for rank, other in enumerate(self.gather(found)):
+            for name, value in found.items():
+                if other[name] != value:
+                    raise InputError(
+                        f"{where}: process {rank} of the job has {name} {other[name]}, process {self.rank} {value}; "
+                        f"give all machines the same files and the same run folder"
+                    )
+
     @torch.no_grad()
     def share_parameters(self, model: torch.nn.Module) -> None:
         """Process 0's, in case the processors round differently."""

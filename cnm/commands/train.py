@@ -62,12 +62,13 @@ def train(
         ),
     ] = None,
     skip_nonfinite: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--skip-nonfinite",
-            help="Skip and count updates whose loss or gradients are not finite, instead of stopping.",
+            help="Skip and count updates whose loss or gradients are not finite, instead of stopping (the default of a "
+            "new run; a resumed one does as before).",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
 ) -> None:
     """Trains a model; evaluates after each epoch on the validation split and at the end on the test split.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from cnm.config import Config
 from cnm.errors import InputError
 from cnm.files import NoJson, append_line, cannot_write, parse_json, read_text, replace_file, shortened
+from cnm.locking import only_writer
 
 KINDS = ("train", "eval", "epoch", "result")  # epoch: one without a validation split
 
@@ -67,6 +69,10 @@ class RunFolder:
         """Raises ``InputError`` where there is not a checkpoint to resume from."""
         if not self.last.is_file():
             raise InputError(f"{self.path}: no run to resume, it has no {self.last.name}; give the folder of a run")
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keeps other processes from training here during the block."""
+        return only_writer(self.path, self.lock, "another process is training in this folder; wait for it or stop it")
 
     def create(self, config: Config) -> None:
         """Makes the folder and writes the configuration."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from cnm import checkpoint, metrics, plot
 from cnm.config import Config
@@ -25,21 +23,21 @@ from cnm.data.origin import Origin
 from cnm.distributed import Group
 from cnm.errors import InputError
 from cnm.evaluation import Evaluation, check_vocabulary, evaluate
-from cnm.files import cannot_write, replace_file
+from cnm.files import replace_file
 from cnm.masking import sample_masked_words
 from cnm.models import build
 from cnm.precision import NAMES, compute_dtype, products_of
 from cnm.training.cuda_graph import GraphedStep
 from cnm.training.memory import keep_freed_memory
 from cnm.training.progress import Progress
+from cnm.training.resumed import resumed_config, with_vocabulary_size
 from cnm.training.run_folder import RunFolder
 from cnm.training.steps import STEP_NAMES, make_step
+from cnm.training.stop_signal import StopSignal
 
 LOG_EVERY = 20  # updates per metrics row; only then does the host wait for the device
 SAVE_SECONDS = 300.0  # between two checkpoints within an epoch
-ECHO_SECONDS = 5.0  # in which a signal comes a second time from a launcher
 PICTURED_SENTENCES = 6  # of the test split, in the picture refreshed after each epoch
-RESUMABLE_CHANGES = {"train.max_num_epochs", "train.model_saved_path", "dataset.cache_path"}  # need no new run
 
 
 class Interrupted(Exception):
@@ -74,7 +72,7 @@ class Trainer:
     Charades-STA files validate on the test file) nothing is chosen: the last epoch is the result.
 
     Args:
-        config: what to train; with ``resume`` None means as stored, and only ``RESUMABLE_CHANGES`` may differ.
+        config: what to train; with ``resume`` None means as stored, and only ``resumed.RESUMABLE_CHANGES`` may differ.
         folder: where the run's files go: a new folder, or with ``resume`` the run to continue.
         device: where to train.
         precision: of activations, "float32" or "bf16"; parameters, their gradients, optimizer states, losses and
@@ -82,7 +80,8 @@ class Trainer:
             resumed run; a new one computes in float32.
         step: one of ``cnm.training.steps.STEP_NAMES``. None: as the resumed run, or lean.
         skip_nonfinite: leave out updates whose loss or gradients are not finite, and count them in the metrics, instead
-            of ending the run. On GPUs this waits for every update and uses no CUDA graph.
+            of ending the run. On GPUs this waits for every update and uses no CUDA graph. None: as the resumed run; a
+            new one ends.
         log_every: updates per metrics row.
         quiet: show no progress.
         data_dir: with ``resume``, the folder that the data's relative paths start from now.
@@ -101,7 +100,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         precision: str | None = None,
         step: str | None = None,
-        skip_nonfinite: bool = False,
+        skip_nonfinite: bool | None = None,
         log_every: int = LOG_EVERY,
         quiet: bool = False,
         data_dir: Path | None = None,
@@ -121,15 +120,18 @@ class Trainer:
             if self.saved.get("training") is None or self.saved.get("vocabulary") is None:
                 raise InputError(f"{self.run.last}: holds a model alone, not the state of a run; it cannot be resumed")
             stored = Config.from_json(self.saved["config"], f"{self.run.last}: config")
-            config = with_data_dir(stored if config is None else _resumed_config(stored, config), data_dir)
+            config = with_data_dir(stored if config is None else resumed_config(stored, config), data_dir)
         elif config is None:
             raise TypeError("Trainer: config is needed for a new run")
         elif self.writes:
             self.run.check_new()
 
-        self.options = {
+        self.options: dict[str, Any] = {
             "precision": self._choice("precision", precision, "float32", NAMES),
             "step": self._choice("step", step, "lean", STEP_NAMES),
+            "skip_nonfinite": skip_nonfinite
+            if skip_nonfinite is not None
+            else self._stored_option("skip_nonfinite", False),
         }
 
         progress = not quiet
@@ -145,7 +147,7 @@ class Trainer:
         self.val_split = self._open_val(config, opened)
         self.chooses_best = self.val_split is not None and self.val_split is not self.test_split
 
-        self.config = config if resume else _with_vocabulary_size(config, len(self.train_split.vocabulary))
+        self.config = config if resume else with_vocabulary_size(config, len(self.train_split.vocabulary))
         train = self.config.train
         torch.manual_seed(train.seed)
         self.model = build(self.config).to(self.device)
@@ -153,8 +155,8 @@ class Trainer:
         self.step = make_step(self.options["step"], self.model, self.config)
         self.step.group = group
         self.model.seed_shift = 0 if group is None else group.rank
-        self.step.skip_nonfinite = skip_nonfinite
-        graphs = self.device.type == "cuda" and group is None and not skip_nonfinite
+        self.step.skip_nonfinite = self.options["skip_nonfinite"]
+        graphs = self.device.type == "cuda" and group is None and not self.step.skip_nonfinite
         self.run_step = GraphedStep(self.step) if graphs else self.step
         part = None if group is None else group.rows
         self.loader = BatchLoader(self.train_split, train.batch_size, shuffle=True, seed=train.seed, part=part)
@@ -166,7 +168,7 @@ class Trainer:
         self.rows = 0  # in metrics.jsonl
         self.metric_names: list[str] = []
         self.pending: list[torch.Tensor] = []  # metrics of updates since the last row
-        self.stop: int | None = None  # the signal that asked to stop
+        self.stop_signal = StopSignal(quiet=quiet, several=group is not None)
         if self.saved is not None:
             self._restore(self.saved)
 
@@ -176,7 +178,7 @@ class Trainer:
             raise InputError(f"{name} {wanted!r}: unknown; choose one of {', '.join(known)}")
         if self.saved is None:
             return wanted or default
-        stored = str(self.saved["training"].get("options", {}).get(name, default))
+        stored = str(self._stored_option(name, default))
         if stored not in known:
             raise InputError(
                 f"{self.run.last}: its {name} {stored!r} is unknown to this version of cnm; resume it with the "
@@ -188,6 +190,9 @@ class Trainer:
                 f"new run"
             )
         return stored
+
+    def _stored_option(self, name: str, default: Any) -> Any:
+        return default if self.saved is None else self.saved["training"].get("options", {}).get(name, default)
 
     @property
     def splits(self) -> list[Split]:
@@ -204,9 +209,18 @@ class Trainer:
         """
         epochs = self.config.train.max_num_epochs
         keep_freed_memory()
-        with self._locked(), products_of(self.options["precision"]):
+        lock = self.run.locked() if self.writes else nullcontext()
+        with lock, products_of(self.options["precision"]):
             if self.group is not None:
-                self._check_same_state(self.group)
+                found = {
+                    "updates": self.step.num_updates,
+                    "epochs": self.epoch,
+                    "batches of the epoch": self.batch,
+                    "sentences": len(self.train_split),
+                    "words": len(self.train_split.vocabulary),
+                    "precision": self.options["precision"],
+                }
+                self.group.check_same(found, str(self.run.path))
             if self.saved is None and self.writes:
                 self.run.check_new()
                 self.run.create(self.config)
@@ -224,7 +238,7 @@ class Trainer:
             if self.group is not None:
                 self.group.share_parameters(self.model)
             try:
-                with self._signals():
+                with self.stop_signal.listening():
                     while self.epoch < epochs:
                         self._train_epoch()
                         self._finish_epoch()
@@ -471,7 +485,7 @@ class Trainer:
         A signal may come at any moment here, and before or after the other processes hear of it: what counts is what
         all of them agreed on, so that none stops alone.
         """
-        asked = self.stop
+        asked = self.stop_signal.received
         if self.group is not None:
             if self.device.type == "cuda" and not logged:  # a GPU is not waited for after every update
                 return
@@ -484,123 +498,14 @@ class Trainer:
 
     def _check_stop_of_result(self) -> None:
         """Stops if a signal asked for it. The last epoch's state is saved; the model may be the best by now."""
-        if self.stop is not None:
-            raise Interrupted(self.stop, self.run.last)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a stop after the current update; the second one stops at once.
-
-        Not so where it comes right behind the first among several processes: a terminal or service signals all of them,
-        and torchrun its own once more.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        first = 0.0
-
-        def ask(signum: int, _frame: object) -> None:
-            nonlocal first
-            if self.stop is not None:
-                if self.group is not None and time.monotonic() - first < ECHO_SECONDS:
-                    return
-                raise KeyboardInterrupt
-            self.stop, first = signum, time.monotonic()
-            if not self.quiet:  # not through print: the signal may have come in the middle of one
-                with suppress(OSError):  # nobody may be reading any more
-                    os.write(2, b"\nsaving after this update; a second signal stops at once without saving\n")
-
-        previous = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-
-    def _check_same_state(self, group: Group) -> None:
-        """Processes on other machines read their own disks: they must have found the same.
-
-        Raises:
-            InputError: they did not.
-        """
-        found = {
-            "updates": self.step.num_updates,
-            "epochs": self.epoch,
-            "batches of the epoch": self.batch,
-            "sentences": len(self.train_split),
-            "words": len(self.train_split.vocabulary),
-            "precision": self.options["precision"],
-        }
-        for rank, other in enumerate(group.gather(found)):
-            for name, value in found.items():
-                if other[name] != value:
-                    raise InputError(
-                        f"{self.run.path}: process {rank} of the job has {name} {other[name]}, process {group.rank} "
-                        f"{value}; give all machines the same files and the same run folder"
-                    )
+        if self.stop_signal.received is not None:
+            raise Interrupted(self.stop_signal.received, self.run.last)
 
     def _check_still_last(self, saved: dict[str, Any]) -> None:
         """Raises ``InputError`` where another process trained on between the reading of the checkpoint and the lock."""
         now = checkpoint.load(self.run.last)
         if (now["num_updates"], now["training"]["rows"]) != (saved["num_updates"], saved["training"]["rows"]):
             raise InputError(f"{self.run.path}: another process trained on in this folder meanwhile; resume once more")
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One process at a time writes to a folder."""
-        if not self.writes:
-            yield
-            return
-        try:
-            self.run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(self.run.path, error) from None
-        try:
-            with FileLock(self.run.lock, timeout=0):
-                yield
-        except Timeout:
-            raise InputError(
-                f"{self.run.path}: another process is training in this folder; wait for it or stop it"
-            ) from None
-
-
-def _with_vocabulary_size(config: Config, size: int) -> Config:
-    """Gives the model as many words as the data has, which may be fewer than dataset.vocab_size (as published)."""
-    content = config.to_dict()
-    content["model"]["config"]["vocab_size"] = size
-    return Config.from_json(content)
-
-
-def _with_growth_of(config: Config, epochs: int) -> Config:
-    """CPL's negatives grow over the epochs first planned, also in a run that is made longer or shorter."""
-    if not hasattr(config.model.config, "max_epoch"):
-        return config
-    content = config.to_dict()
-    content["model"]["config"]["max_epoch"] = config.model.config.max_epoch or epochs
-    return Config.from_json(content)
-
-
-def _resumed_config(stored: Config, given: Config) -> Config:
-    """The configuration given for a resumed run; it may differ from the stored one in ``RESUMABLE_CHANGES`` alone."""
-    given = _with_vocabulary_size(given, stored.model.config.vocab_size or 0)
-    planned = getattr(stored.model.config, "max_epoch", None) or stored.train.max_num_epochs
-    stored, given = (_with_growth_of(config, planned) for config in (stored, given))
-    old, new = _flat(stored.to_dict()), _flat(given.to_dict())
-    for name in sorted(old.keys() | new.keys()):
-        if name not in RESUMABLE_CHANGES and old.get(name) != new.get(name):
-            raise InputError(
-                f"--resume: the run was started with {name} = {old.get(name)!r}, not {new.get(name)!r}; leave it as it "
-                f"was or start a new run"
-            )
-    return given
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in section.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _event_writer(folder: Path, updates: int) -> Any:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any
 
 import h5py
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from cnm.config import read_json
 from cnm.data.origin import HDF5_SUFFIXES, Origin, record_path
 from cnm.errors import InputError
 from cnm.files import cannot_write, replace_file
+from cnm.locking import only_writer
 from cnm.video.decode import VideoFile, require_av
 from cnm.video.encoders import Encoder
 
@@ -113,8 +112,10 @@ def extract(
     require_av()
     names = _names(videos)
     done, already, broken = [], [], {}
-    with _locked(Path(output)):
-        store = _Store(Path(output), encoder, sampling)
+    output = Path(output)
+    busy = "another process extracts to it; wait for it, or choose another --output"
+    with only_writer(output, output.parent / f".{output.name}.lock", busy):
+        store = _Store(output, encoder, sampling)
         for name, path in names.items():
             store.check_same(name, path)
         for name, path in tqdm(names.items(), desc="extracting", unit="video", disable=None if progress else True):
@@ -131,23 +132,6 @@ def extract(
             done.append(name)
         store.finish()
     return Extracted(done, already, broken)
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """One process at a time writes to an output."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output.parent / f".{output.name}.lock", timeout=0)
-        lock.acquire()
-    except Timeout:  # an OSError too
-        raise InputError(f"{output}: another process extracts to it; wait for it, or choose another --output") from None
-    except OSError as error:
-        raise cannot_write(output, error) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _names(videos: Sequence[str | Path]) -> dict[str, Path]:

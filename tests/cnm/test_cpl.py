@@ -297,7 +297,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest
     def interrupted(batch: Any) -> dict[str, torch.Tensor]:
         calls.append(batch)
         if len(calls) == 5:  # amid the second epoch
-            broken.stop = 2
+            broken.stop_signal.received = 2
         return step(batch)
 
     broken.run_step = interrupted

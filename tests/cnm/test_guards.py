@@ -206,6 +206,7 @@ WRONG_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "pending of other metrics": lambda state: state.update(pending=[torch.ones(1)]),
     "an unknown step": lambda state: state["options"].update(step="none"),
     "an unknown precision": lambda state: state["options"].update(precision="fp8"),
+    "text for whether updates are skipped": lambda state: state["options"].update(skip_nonfinite="no"),
     "a batch beyond the epoch": lambda state: state.update(batch=10**9),
     "best without a score": lambda state: state.update(best={"epoch": 1, "mIoU": "high"}),
     "rows of text": lambda state: state.update(rows="2"),

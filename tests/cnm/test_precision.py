@@ -76,7 +76,7 @@ def test_a_resumed_run_keeps_it_bit_for_bit(tmp_path: Path) -> None:
     def interrupted(batch: Any) -> Any:
         calls.append(batch)
         if len(calls) == 3:
-            broken.stop = 2
+            broken.stop_signal.received = 2
         return step(batch)
 
     broken.run_step = interrupted

@@ -366,10 +366,20 @@ def test_interrupted_after_a_skipped_update(update: int, tmp_path: Path, monkeyp
         with pytest.raises(Interrupted):
             Trainer(synthetic_config(), folder, **options).train()
     assert checkpoint.load(folder / "last.pt")["num_updates"] == update
-    Trainer(None, folder, resume=True, **options).train()
+    Trainer(None, folder, resume=True, log_every=3, quiet=True).train()  # skips as the run did
     Trainer(synthetic_config(), tmp_path / "unbroken", **options).train()
     assert_same_runs(tmp_path / "unbroken", folder)
     assert sum(row["skipped"] for row in rows(folder) if row["kind"] == "train") == 1
+
+
+def test_a_resumed_run_can_begin_and_cease_to_skip(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    Trainer(synthetic_config(), folder, quiet=True).train()
+    for asked, kept in ((None, False), (True, True), (None, True), (False, False), (None, False)):
+        longer = synthetic_config(train__max_num_epochs=2 if asked is None else 3)
+        resumed = Trainer(longer, folder, resume=True, skip_nonfinite=asked, quiet=True)
+        assert resumed.step.skip_nonfinite is kept
+        resumed.train()
 
 
 def test_a_short_row_of_skipped_updates_joins_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
