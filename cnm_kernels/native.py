@@ -60,6 +60,7 @@ def _load_cuda() -> str | None:
 
 OPS = {"cpu": registry.OPS, "cuda": tuple(op for op in registry.OPS if op not in registry.LIBRARY_OPS)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
 LOAD_ERRORS: dict[str, str] = {}
 for _device, _load in (("cpu", _load_cpu), ("cuda", _load_cuda)):
     _error = _load()

@@ -6,6 +6,7 @@ A backend is a module of this package that declares, as module constants,
   ``reference``'s,
 * ``LOAD_ERRORS``: by device type, why nothing of it can run there in this process,
 * ``DTYPES``: floating dtypes it takes,
+* ``MIN_CAPABILITY``, if its kernels need a GPU of that compute capability,
 * ``BY_NAME_ONLY``, if it should never run unless asked for by name.
 
 By default the first backend of ``BACKENDS`` that can run an op runs it. A backend asked for by name (``use_backend`` or
@@ -22,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -90,6 +92,25 @@ def add(name: str, backend: ModuleType) -> None:
     _modules[name] = backend
 
 
+def _capability(index: int) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(index)
+    return found.major, found.minor
+
+
+_known_capability = cache(_capability)
+
+
+def _too_old(wanted: tuple[int, int] | None) -> str | None:
+    """Why kernels that want a compute capability cannot run on the current GPU, or None if they can."""
+    if wanted is None or not torch.cuda.is_initialized():
+        return None
+    known = _capability if torch.compiler.is_compiling() else _known_capability  # tracing does not stop at caches
+    found = known(torch.cuda.current_device())
+    if found >= wanted:
+        return None
+    return f"needs a GPU of compute capability {wanted[0]}.{wanted[1]} or more, this one has {found[0]}.{found[1]}"
+
+
 def unavailable(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot run ``op`` on tensors of this device type and dtype, or None if it can."""
     module = _modules[backend]
@@ -103,7 +124,7 @@ def unavailable(op: str, backend: str, device: str, dtype: torch.dtype) -> str |
         return f"does not implement {op}"
     if dtype not in module.DTYPES:
         return f"does not take {dtype}"
-    return None
+    return _too_old(getattr(module, "MIN_CAPABILITY", None)) if device == "cuda" else None
 
 
 def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
@@ -174,7 +195,10 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def table() -> str:
     """The ops, for each device type and dtype the backend that would run them, and why others would not."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        torch.cuda.init()
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     width = max(map(len, OPS))
     lines = [

@@ -24,6 +24,7 @@ _DEVICE = "cpu" if _INTERPRETED else "cuda"
 OPS = {_DEVICE: tuple(op for op in registry.OPS if op not in registry.LIBRARY_OPS)}
 BY_NAME_ONLY = _INTERPRETED  # the interpreter is thousands of times slower than other backends
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)  # Triton's own
 
 
 def _load_error() -> str | None:

@@ -52,24 +52,24 @@ class RowList {
     Buffer buffer_;
 };
 
-// Rows [count, width] of x, or of g: d_out where `positive` is above 0.
+// Rows [count, width] of x, or of g: d_out, but 0 where the output of relu is.
 template <class T>
 struct Rows {
     const T* data;
     int64_t ld, width;
-    const T* positive;  // null: everywhere
-    int64_t positive_ld;
+    const T* relu;  // its output; null: there was none
+    int64_t relu_ld;
     const int64_t* index;  // of the rows; null: one after the other
     int64_t count;
 
     int64_t at(int64_t i) const { return index == nullptr ? i : index[i]; }
     const T* row(int64_t i) const { return data + at(i) * ld; }
-    bool in_place() const { return index == nullptr && positive == nullptr; }
+    bool in_place() const { return index == nullptr && relu == nullptr; }
 
     Rows columns(int64_t first, int64_t n) const {
         Rows some = *this;
         some.data += first;
-        if (positive != nullptr) some.positive += first;
+        if (relu != nullptr) some.relu += first;
         some.width = n;
         return some;
     }
@@ -78,14 +78,14 @@ struct Rows {
     void copy(int64_t begin, int64_t rows, T* dst, int64_t dst_ld) const {
         for (int64_t r = 0; r < rows; ++r, dst += dst_ld) {
             const T* from = row(begin + r);
-            if (positive == nullptr) {
+            if (relu == nullptr) {
                 std::memcpy(dst, from, static_cast<size_t>(width) * sizeof(T));
                 continue;
             }
-            const T* sign = positive + at(begin + r) * positive_ld;
+            const T* output = relu + at(begin + r) * relu_ld;
             for (int64_t j = 0; j < width; j += W) {
                 const int64_t n = width - j;
-                store_tail(dst + j, select(less(set1(0), load_tail(sign + j, n)), load_tail(from + j, n), set1(0)), n);
+                store_tail(dst + j, select(at_most(load_tail(output + j, n), set1(0)), set1(0), load_tail(from + j, n)), n);
             }
         }
     }
@@ -96,11 +96,11 @@ struct Rows {
         const int64_t step = index == nullptr ? rows : 1;  // rows that lie one after the other
         for (int64_t r = 0; r < rows; r += step) {
             lines.add(row(begin + r), ld, step, width);
-            if (positive != nullptr) lines.add(positive + at(begin + r) * positive_ld, positive_ld, step, width);
+            if (relu != nullptr) lines.add(relu + at(begin + r) * relu_ld, relu_ld, step, width);
         }
     }
     int64_t line_capacity(int64_t rows) const {
-        return (positive == nullptr ? 1 : 2) *
+        return (relu == nullptr ? 1 : 2) *
                PrefetchList::capacity(rows, (width + W) * static_cast<int64_t>(sizeof(T)));
     }
 };

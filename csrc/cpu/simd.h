@@ -7,7 +7,8 @@
 //   fma(a, b, c), fnma(a, b, c)       a b + c, c - a b
 //   vmax, vmin(a, b)                  b where either is NaN
 //   Mask, first_n(n), mask_bits(bits) lanes below n; lane i where bit i is set
-//   less(a, b), select(mask, a, b)    a < b; a where the mask holds, else b
+//   less, at_most(a, b)               a < b, a <= b; not where either is NaN
+//   select(mask, a, b)                a where the mask holds, else b
 //   hsum, hmax                        over the lanes, in one fixed order
 //   exp(v)                            within 1 ulp everywhere: 0, denormals and infinity included; NaN stays
 //   transpose(rows)                   of a W x W block in registers

@@ -47,6 +47,7 @@ inline Mask mask_bits(uint32_t bits) {
     return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, one))};
 }
 inline Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+inline Mask at_most(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
 inline Vec select(Mask mask, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, mask.v)}; }
 
 inline Vec widen(__m128i bits, bf16) {

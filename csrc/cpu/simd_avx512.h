@@ -29,6 +29,7 @@ inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline Mask first_n(int n) { return static_cast<Mask>((1u << n) - 1); }
 inline Mask mask_bits(uint32_t bits) { return static_cast<Mask>(bits); }
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+inline Mask at_most(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
 inline Vec select(Mask mask, Vec a, Vec b) { return {_mm512_mask_blend_ps(mask, b.v, a.v)}; }
 
 inline Vec widen(__m256i bits, bf16) {

@@ -28,6 +28,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec fnma(Vec a, Vec b, Vec c) { return {c.v - a.v * b.v}; }
 inline Vec select(Mask mask, Vec a, Vec b) { return {(Floats)(((Ints)a.v & mask.v) | ((Ints)b.v & ~mask.v))}; }
 inline Mask less(Vec a, Vec b) { return {a.v < b.v}; }
+inline Mask at_most(Vec a, Vec b) { return {a.v <= b.v}; }
 inline Vec vmax(Vec a, Vec b) { return select({a.v > b.v}, a, b); }
 inline Vec vmin(Vec a, Vec b) { return select({a.v < b.v}, a, b); }
 

@@ -42,13 +42,13 @@ def test_any_size(
 @on_every_float32
 def test_relu_stops_gradients_and_keeps_nan(backend: str, device: str, dtype: torch.dtype) -> None:
     x = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]], device=device, requires_grad=True)
-    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]], device=device)
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 3.0]], device=device)
     with cnm_kernels.use_backend(backend):
         out = cnm_kernels.linear(x, weight, relu=True)
-        (gradient,) = torch.autograd.grad(out[0].sum(), x)
-    assert out[0].tolist() == [1.0, 0.0, 0.0]
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert out[0].tolist() == [1.0, 0.0, 6.0]
     assert out[1].isnan().all()
-    assert gradient[0].tolist() == [1.0, 0.0]
+    assert gradient.tolist() == [[1.0, 3.0], [0.0, 3.0]]  # F.relu lets gradients through where the output is NaN
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cnm_kernels
-from cnm_kernels import BackendUnavailable, reference, registry
+from cnm_kernels import BackendUnavailable, native, reference, registry
 
 
 def a_mask(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -60,6 +60,31 @@ def test_use_backend_holds_for_the_block_and_nests(backends: dict[str, SimpleNam
     with pytest.raises(RuntimeError, match="inside"), cnm_kernels.use_backend("torch"):
         raise RuntimeError("inside")
     assert (a_mask() > 50).all()
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize(("found", "chosen"), [((7, 5), "torch"), ((8, 0), "native"), ((12, 0), "native")])
+def test_an_old_gpu_runs_pytorch(
+    monkeypatch: pytest.MonkeyPatch, found: tuple[int, int], chosen: str, compiling: bool
+) -> None:
+    gpu = SimpleNamespace(major=found[0], minor=found[1])
+    kernels = SimpleNamespace(
+        OPS={"cuda": ("dropout",)}, DTYPES=(torch.float32,), LOAD_ERRORS={}, MIN_CAPABILITY=native.MIN_CAPABILITY
+    )
+    monkeypatch.setattr(registry, "_modules", {"native": kernels, "triton": None, "torch": reference})
+    monkeypatch.setattr(registry, "_default", None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    registry._known_capability.cache_clear()
+    try:
+        assert registry.choice("dropout", "cuda", torch.float32) == chosen
+        reason = registry.unavailable("dropout", "native", "cuda", torch.float32)
+    finally:
+        registry._known_capability.cache_clear()
+    wanted = "needs a GPU of compute capability 8.0 or more, this one has 7.5"
+    assert reason == (None if chosen == "native" else wanted)
 
 
 @pytest.mark.parametrize(
