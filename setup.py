@@ -78,6 +78,10 @@ class BuildPython(build_py):
 class BuildNative(build_ext):
     """Compiles the modules; leaves one out where that fails, and says why."""
 
+    nvcc: tuple[str, ...] | list[str] = ()
+    nvcc_version = ""
+    force: bool | None
+
     def build_extension(self, ext: Extension) -> None:
         module = Path(self.get_ext_fullpath(ext.name))
         name = ext.name.rpartition(".")[2]
@@ -122,13 +126,18 @@ class BuildNative(build_ext):
         self.torch_headers = [flag for path in include_paths() for flag in ("-isystem", path)]
         ext.library_dirs += library_paths()
         # Objects without special instructions come first: the linker keeps the first copy of an inline function.
-        ext.extra_objects = self._gpu_objects(ext) if ext.name.endswith("_C_cuda") else self._cpu_objects(ext)
-        sources, depends = ext.sources, ext.depends
-        ext.sources, ext.depends = [], ext.extra_objects  # what is left to do is to link, if an object is new
+        sources, depends, forced = ext.sources, ext.depends, self.force
         try:
+            ext.extra_objects = self._gpu_objects(ext) if ext.name.endswith("_C_cuda") else self._cpu_objects(ext)
+            ext.sources, ext.depends = [], ext.extra_objects  # what is left to do is to link, if an object is new
             super().build_extension(ext)
         finally:
-            ext.sources, ext.depends = sources, depends
+            ext.sources, ext.depends, self.force = sources, depends, forced
+        self._stamp(ext).write_text(self.commands, encoding="utf-8")
+
+    def _stamp(self, ext: Extension) -> Path:
+        """The file beside the objects that holds the commands they were built by."""
+        return Path(self.build_temp, f"{ext.name}.commands")
 
     def _cpu_objects(self, ext: Extension) -> list[str]:
         """Every kernel once per instruction set, and the rest once."""
@@ -149,10 +158,23 @@ class BuildNative(build_ext):
         ext.library_dirs.append(str(home / "lib64"))
         self.torch_headers += ["-isystem", str(home / "include")]
         self.nvcc = [nvcc, *NVCC_FLAGS, *(f"-gencode={code}" for code in architectures(nvcc))]
+        self.nvcc_version = version_of(nvcc)
         return self._objects(ext, [(source, "cuda", []) for source in ext.sources])
 
     def _objects(self, ext: Extension, jobs: list[tuple[str, str, list[str]]]) -> list[str]:
-        """Compiles the sources that changed, side by side. Jobs are (source, folder, flags)."""
+        """Compiles the sources that changed, side by side. Jobs are (source, folder, flags).
+
+        All of them, where the last build ran other commands, other GPUs' among them, or with another torch or nvcc.
+        """
+        import torch
+
+        programs = [getattr(self.compiler, name) for name in self.compiler.executables]
+        commands = (torch.__version__, programs, FLAGS, jobs, self.nvcc, self.nvcc_version)
+        self.commands = "\n".join(map(repr, commands))
+        stamp = self._stamp(ext)
+        fresh = not self.force and stamp.exists() and stamp.read_text(encoding="utf-8") == self.commands
+        stamp.unlink(missing_ok=True)
+        self.force = not fresh
         newest_header = max(Path(path).stat().st_mtime for path in [*ext.depends, __file__])
 
         def run(job: tuple[str, str, list[str]]) -> str:
@@ -197,8 +219,7 @@ def cuda_toolkit() -> tuple[Path, str]:
     nvcc = shutil.which("nvcc", path=str(Path(given, "bin")) if given else None) or shutil.which("nvcc")
     if nvcc is None:
         raise RuntimeError("nvcc is not on the PATH (CUDA_HOME names where CUDA is)")
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release (\d+)\.(\d+)", said)
+    release = re.search(r"release (\d+)\.(\d+)", version_of(nvcc))
     if release is None:
         raise RuntimeError(f"{nvcc} --version names no release")
     if release.group(1) != torch.version.cuda.partition(".")[0]:
@@ -211,6 +232,10 @@ def cuda_toolkit() -> tuple[Path, str]:
         if (candidate / "include" / "cuda_runtime.h").exists():
             return candidate, nvcc
     raise RuntimeError(f"{home} has no include/cuda_runtime.h (CUDA_HOME names where CUDA is)")
+
+
+def version_of(nvcc: str) -> str:
+    return subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def architectures(nvcc: str) -> list[str]:

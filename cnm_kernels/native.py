@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cnm_kernels import autograd, products, registry
+from cnm_kernels import autograd, gpu, op_list, products, registry
 from cnm_kernels.installed import hidden_reason
 
 ISA_VARIABLE = "CNM_KERNELS_CPU_ISA"  # forces a lower instruction set: portable, avx2, avx512, avx512bf16, amx
@@ -55,12 +55,14 @@ def _load_cuda() -> str | None:
         from cnm_kernels import _C_cuda  # noqa: F401
     except ImportError as error:
         return _why_missing("_C_cuda", error, "CNM_KERNELS_CUDA")
-    return None if torch.cuda.is_available() else "needs an NVIDIA GPU"
+    return None if gpu.present() else "needs an NVIDIA GPU"
 
 
 OPS = {"cpu": registry.OPS, "cuda": tuple(op for op in registry.OPS if op not in registry.LIBRARY_OPS)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
+MAX_GPU_HEAD = 128
+WIDE_FLOAT_HEAD, WIDE_FLOAT_BYTES = 64, 136_448  # float32 heads beyond 64 want so much shared memory of a block
 LOAD_ERRORS: dict[str, str] = {}
 for _device, _load in (("cpu", _load_cpu), ("cuda", _load_cuda)):
     _error = _load()
@@ -76,6 +78,20 @@ def keeps_expected(hidden: Tensor, weight: Tensor, bias: Tensor) -> bool:
     if hidden.device.type != "cpu":
         return True
     return weight.size(0) >= EXPECTED_WORD_SHARE * weight.size(1) and not (weight.requires_grad or bias.requires_grad)
+
+
+def refuses_on_gpu(op: str, tensor: Tensor) -> str | None:
+    """Why the GPU's kernels do not take this query, packed or not, or None."""
+    if op not in op_list.ATTENTION:
+        return None
+    width = tensor.size(-1)
+    if width > MAX_GPU_HEAD:
+        return f"takes heads of at most {MAX_GPU_HEAD}, not {width}"
+    if width > WIDE_FLOAT_HEAD and tensor.dtype == torch.float32:
+        found = gpu.shared_memory(tensor.device.index)
+        if found < WIDE_FLOAT_BYTES:
+            return f"needs {WIDE_FLOAT_BYTES:,} bytes of shared memory for float32 heads of {width}, not {found:,}"
+    return None
 
 
 if "cpu" not in LOAD_ERRORS:

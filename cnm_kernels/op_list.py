@@ -48,6 +48,8 @@ OPS = (
     Op("dropout_add_layer_norm"),
 )
 
+ATTENTION = frozenset(op.name for op in OPS if "attention" in (op.kernels, op.cpp))  # those with attention's kernels
+
 
 def kernel_files(*, library: bool = True) -> list[str]:
     """The names that files with kernels carry, each once; without ``library`` those that GPUs run."""

@@ -7,6 +7,7 @@ A backend is a module of this package that declares, as module constants,
 * ``LOAD_ERRORS``: by device type, why nothing of it can run there in this process,
 * ``DTYPES``: floating dtypes it takes,
 * ``MIN_CAPABILITY``, if its kernels need a GPU of that compute capability,
+* ``refuses_on_gpu(op, tensor)``, if its GPU kernels do not take all shapes: why not this one, or None,
 * ``BY_NAME_ONLY``, if it should never run unless asked for by name.
 
 By default the first backend of ``BACKENDS`` that can run an op runs it. A backend asked for by name (``use_backend`` or
@@ -23,14 +24,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnm_kernels import op_list
+from cnm_kernels import gpu, op_list
 
 BACKENDS = {
     "native": "native",
@@ -92,27 +92,22 @@ def add(name: str, backend: ModuleType) -> None:
     _modules[name] = backend
 
 
-def _capability(index: int) -> tuple[int, int]:
-    found = torch.cuda.get_device_properties(index)
-    return found.major, found.minor
-
-
-_known_capability = cache(_capability)
-
-
-def _too_old(wanted: tuple[int, int] | None) -> str | None:
-    """Why kernels that want a compute capability cannot run on the current GPU, or None if they can."""
+def _too_old(wanted: tuple[int, int] | None, tensor: Tensor | None) -> str | None:
+    """Why kernels that want a compute capability cannot run on the tensor's GPU, or the current one."""
     if wanted is None or not torch.cuda.is_initialized():
         return None
-    known = _capability if torch.compiler.is_compiling() else _known_capability  # tracing does not stop at caches
-    found = known(torch.cuda.current_device())
+    index = None if tensor is None else tensor.device.index
+    found = gpu.capability(torch.cuda.current_device() if index is None else index)
     if found >= wanted:
         return None
     return f"needs a GPU of compute capability {wanted[0]}.{wanted[1]} or more, this one has {found[0]}.{found[1]}"
 
 
-def unavailable(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why ``backend`` cannot run ``op`` on tensors of this device type and dtype, or None if it can."""
+def unavailable(op: str, backend: str, device: str, dtype: torch.dtype, tensor: Tensor | None = None) -> str | None:
+    """Why ``backend`` cannot run ``op`` on tensors of this device type and dtype, or None if it can.
+
+    Given the op's first tensor, which they are of, it considers its GPU and shape too.
+    """
     module = _modules[backend]
     if module is None:
         return "not part of this installation"
@@ -124,16 +119,22 @@ def unavailable(op: str, backend: str, device: str, dtype: torch.dtype) -> str |
         return f"does not implement {op}"
     if dtype not in module.DTYPES:
         return f"does not take {dtype}"
-    return _too_old(getattr(module, "MIN_CAPABILITY", None)) if device == "cuda" else None
+    if device != "cuda":
+        return None
+    old = _too_old(getattr(module, "MIN_CAPABILITY", None), tensor)
+    if old is not None or tensor is None or not hasattr(module, "refuses_on_gpu"):
+        return old
+    refused: str | None = module.refuses_on_gpu(op, tensor)
+    return refused
 
 
 def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
-    """The function that runs ``op`` on tensors like ``tensor`` (its device and dtype decide).
+    """The function that runs ``op`` on such operands; ``tensor`` is the first: hidden states or queries, say.
 
     Raises:
         BackendUnavailable: the backend asked for by name cannot run it.
     """
-    return getattr(_modules[choice(op, tensor.device.type, tensor.dtype)], op)
+    return getattr(_modules[choice(op, tensor.device.type, tensor.dtype, tensor)], op)
 
 
 def requested() -> str | None:
@@ -147,11 +148,11 @@ def requested() -> str | None:
     return _default if torch._C._current_graph_task_id() == -1 else _requested
 
 
-def choice(op: str, device: str, dtype: torch.dtype) -> str:
-    """Name of the backend that runs ``op`` on tensors of this device type and dtype."""
+def choice(op: str, device: str, dtype: torch.dtype, tensor: Tensor | None = None) -> str:
+    """Name of the backend that runs ``op`` there, see ``unavailable``."""
     name = requested()
     if name is not None:
-        reason = unavailable(op, name, device, dtype)
+        reason = unavailable(op, name, device, dtype, tensor)
         if reason is not None and op in LIBRARY_OPS:
             return "torch"
         if reason is not None:
@@ -161,7 +162,7 @@ def choice(op: str, device: str, dtype: torch.dtype) -> str:
         return name
     for backend in BACKENDS:
         by_name_only = getattr(_modules[backend], "BY_NAME_ONLY", False)
-        if not by_name_only and unavailable(op, backend, device, dtype) is None:
+        if not by_name_only and unavailable(op, backend, device, dtype, tensor) is None:
             return backend
     raise BackendUnavailable(f"{op}: no backend takes {dtype} on {device}")
 

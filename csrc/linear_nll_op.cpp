@@ -24,7 +24,10 @@ struct Arguments {
         STD_TORCH_CHECK(w.size(1) == h.size(2) && b.numel() == V && y.numel() == M * L && n.numel() == M,
                         "linear_nll: hidden, weight, bias, target and valid_lengths do not fit");
         STD_TORCH_CHECK(V < (1 << 24), "linear_nll: at most 2^24 words, got ", V);
-#if !defined(CNM_CUDA)  // reading words on a GPU would synchronise; its kernels give NaN for wrong words
+#if defined(CNM_CUDA)  // which counts tokens in float32
+        STD_TORCH_CHECK(M * L <= (1 << 24), "linear_nll: GPUs take at most 2^24 tokens at once, got ", M * L,
+                        ": split the batch");
+#else  // reading words on a GPU would synchronise; its kernels give NaN for wrong words
         const LinearNllInputs p = params<LinearNllInputs>();
         for (int64_t m = 0; m < M; ++m) {
             for (int64_t t = 0; t < p.valid(m); ++t) {

@@ -48,6 +48,8 @@ from triton.runtime.jit import JITFunction
     )
 )
 
+KIB = 1024
+SHARED_MEMORY = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}  # of a block
 TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 NARROW, WIDE = torch.bfloat16, torch.float32
 
@@ -138,17 +140,18 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
 @contextmanager
 def compiling(sm: int, seen: Callable[..., None]) -> Iterator[None]:
     """Launches compile for this GPU and go to ``seen`` instead: (kernel, compiled, arguments, options, grid)."""
-    run = JITFunction.run
+    run, shared_memory = JITFunction.run, attention.shared_memory
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         seen(self, run(self, *args, grid=grid, warmup=True, **kwargs), args, kwargs, grid)
 
     driver.set_active(NoGPU(sm))
     JITFunction.run = compile_only
+    attention.shared_memory = lambda tensor: SHARED_MEMORY[sm]  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        JITFunction.run = run
+        JITFunction.run, attention.shared_memory = run, shared_memory  # type: ignore[attr-defined]
         if torch.cuda.is_available():  # else there is no other
             driver.reset_active()
 
@@ -162,7 +165,8 @@ def compiled(sm: int) -> list[dict[str, Any]]:
     def seen(function: Any, kernel: Any, *_: Any) -> None:
         if kernel.hash not in hashes:
             hashes.add(kernel.hash)
-            records.append({"sm": sm, "case": case, "kernel": name_of(function)} | resources(kernel))
+            place = {"sm": sm, "shared_limit": SHARED_MEMORY[sm], "case": case, "kernel": name_of(function)}
+            records.append(place | resources(kernel))
 
     with compiling(sm, seen):
         for case, call in cases():  # noqa: B007, the closure reads it

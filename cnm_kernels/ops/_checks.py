@@ -76,7 +76,7 @@ def seed_tensor(check: Arguments, seed: int | Tensor, x: Tensor) -> Tensor:
     """Returns the seed as an int64 tensor [] on x's device."""
     if not isinstance(seed, Tensor):
         seed = check.whole("seed", seed, -(1 << 63), (1 << 63) - 1)
-        return torch.tensor(seed, dtype=torch.int64, device=x.device)
+        return torch.full((), seed, dtype=torch.int64, device=x.device)  # a copy would wait for the GPU
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
         raise ValueError(
             f"{check.op}: seed must be an int or one int64 element on {x.device}, "

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cnm_kernels import autograd, op_list, registry
+from cnm_kernels import autograd, gpu, op_list, registry
 
 NAMESPACE = "cnm_kernels_triton"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,12 +25,20 @@ OPS = {_DEVICE: tuple(op for op in registry.OPS if op not in registry.LIBRARY_OP
 BY_NAME_ONLY = _INTERPRETED  # the interpreter is thousands of times slower than other backends
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)  # Triton's own
+MAX_HEAD = 128  # wider ones do not fit into any GPU's shared memory
+
+
+def refuses_on_gpu(op: str, tensor: torch.Tensor) -> str | None:
+    """Why the kernels do not take this query, packed or not, or None."""
+    if op not in op_list.ATTENTION or tensor.size(-1) <= MAX_HEAD:
+        return None
+    return f"takes heads of at most {MAX_HEAD}, not {tensor.size(-1)}"
 
 
 def _load_error() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not _INTERPRETED and not torch.cuda.is_available():
+    if not _INTERPRETED and not gpu.present():
         return "needs an NVIDIA GPU (TRITON_INTERPRET=1 runs it on CPUs, for tests)"
     return None
 

@@ -24,7 +24,7 @@ from cnm_kernels.triton.attention_tiles import (
     strides,
     visible,
 )
-from cnm_kernels.triton.common import at_most, block, dot, floats, narrow, rows_contiguous
+from cnm_kernels.triton.common import at_most, block, dot, floats, narrow, rows_contiguous, shared_memory
 from cnm_kernels.triton.configurations import configuration
 from cnm_kernels.triton.key_weights import (
     NONE,
@@ -40,6 +40,7 @@ WHOLE = {
     "attention": {2: (128 * 64, 256 * 64), 4: (64 * 64, 64 * 64)},
     "attention_backward": {2: (128 * 64, 256 * 64), 4: (64 * 32, 64 * 32)},
 }
+WHOLE_BYTES = 110_592  # of shared memory, which the largest of them ask for; with less, half as many elements fit
 
 
 @triton.jit
@@ -200,7 +201,10 @@ def fits(kernel: str, k: Tensor, weighting: KeyWeights, with_weights: bool) -> b
 
 def kernel_and_size(kernel: str, k: Tensor, weighted: bool) -> tuple[str, Tensor, int]:
     """The size that ``configuration`` expects for keys [B, H, L, d]."""
-    if block(k.size(2)) * block(k.size(3)) <= WHOLE[kernel][k.element_size()][not weighted]:
+    most = min(WHOLE[kernel][k.element_size()])
+    if not weighted and shared_memory(k) >= WHOLE_BYTES:
+        most = max(WHOLE[kernel][k.element_size()])
+    if block(k.size(2)) * block(k.size(3)) <= most:
         return kernel, k, block(k.size(2)) * block(k.size(3))
     return kernel.replace("attention", "attention_blocked", 1), k, k.size(3)
 

@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cnm_kernels import gpu
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 MIN_DOT = 16  # the smallest side that tl.dot accepts
-MAX_PROGRAMS_Y = 65535
 
 
 @triton.jit
@@ -56,3 +57,8 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
 def floats(like: Tensor, *shape: int) -> Tensor:
     """Allocates an uninitialised float32 tensor on the device of ``like``."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def shared_memory(tensor: Tensor) -> int:
+    """Returns how many bytes of shared memory a program may ask for on the tensor's GPU."""
+    return gpu.shared_memory(tensor.device.index) if tensor.is_cuda else 1 << 30

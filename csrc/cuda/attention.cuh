@@ -128,7 +128,7 @@ void with_head_size(Dtype dtype, int64_t d, Body body) {
         if (d <= 64) return body(type, std::integral_constant<int, 64>());
         if (d <= 128) return body(type, std::integral_constant<int, 128>());
         throw std::runtime_error("cnm_kernels: these kernels take heads of up to 128, got " + std::to_string(d) +
-                                 ": use_backend('triton') or use_backend('torch') takes wider ones");
+                                 ": use_backend('torch') takes wider ones");
     });
 }
 

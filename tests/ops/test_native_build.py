@@ -70,6 +70,32 @@ def test_without_native(checkout: Path) -> None:
     assert "no compiled module _C_cpu" in line
 
 
+NOTHING = """#!/bin/sh
+while [ $# -gt 0 ]; do
+    if [ "$1" = -o ]; then : > "$2"; fi
+    shift
+done
+"""
+
+
+def test_other_commands_compile_everything_again(checkout: Path) -> None:
+    """Other flags, or GPUs to compile for, are not seen in the files' times."""
+    compiler = checkout / "compiler"
+    compiler.write_text(NOTHING)
+    compiler.chmod(0o755)
+
+    def times(flags: str) -> dict[str, int]:
+        outcome = build(checkout, CXX=str(compiler), CC=str(compiler), CXXFLAGS=flags)
+        assert outcome.returncode == 0, outcome.stderr
+        objects = list((checkout / "build").rglob("*.o"))
+        assert len(objects) > 20
+        return {str(path): path.stat().st_mtime_ns for path in [*objects, *compiled(checkout)]}
+
+    first = times("-DONE")
+    assert times("-DONE") == first
+    assert all(time > first[name] for name, time in times("-DTWO").items())
+
+
 def test_without_a_compiler(checkout: Path) -> None:
     outcome = build(checkout, CXX="no-such-compiler", CC="no-such-compiler")
     assert outcome.returncode == 0, outcome.stderr

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import cnm_kernels
-from cnm_kernels import BackendUnavailable, native, reference, registry
+from cnm_kernels import BackendUnavailable, gpu, native, reference, registry, triton
 
 
 def a_mask(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -62,29 +65,72 @@ def test_use_backend_holds_for_the_block_and_nests(backends: dict[str, SimpleNam
     assert (a_mask() > 50).all()
 
 
-@pytest.mark.parametrize("compiling", [False, True])
-@pytest.mark.parametrize(("found", "chosen"), [((7, 5), "torch"), ((8, 0), "native"), ((12, 0), "native")])
-def test_an_old_gpu_runs_pytorch(
-    monkeypatch: pytest.MonkeyPatch, found: tuple[int, int], chosen: str, compiling: bool
-) -> None:
-    gpu = SimpleNamespace(major=found[0], minor=found[1])
-    kernels = SimpleNamespace(
-        OPS={"cuda": ("dropout",)}, DTYPES=(torch.float32,), LOAD_ERRORS={}, MIN_CAPABILITY=native.MIN_CAPABILITY
-    )
-    monkeypatch.setattr(registry, "_modules", {"native": kernels, "triton": None, "torch": reference})
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, SimpleNamespace]]:
+    """The properties of invented GPUs, by index; the first is the current one, and all kernels are installed."""
+    invented: dict[int, SimpleNamespace] = {}
+    for backend, module in (("native", native), ("triton", triton)):
+        monkeypatch.setattr(module, "LOAD_ERRORS", {})
+        monkeypatch.setattr(module, "OPS", {"cuda": tuple(set(registry.OPS) - set(registry.LIBRARY_OPS))})
+        monkeypatch.setitem(registry._modules, backend, module)
+    monkeypatch.setattr(triton, "BY_NAME_ONLY", False)
     monkeypatch.setattr(registry, "_default", None)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", invented.__getitem__)
+    gpu._kept.cache_clear()
+    yield invented
+    gpu._kept.cache_clear()
+
+
+def a_gpu(major: int, minor: int, shared: int = 227 << 10) -> SimpleNamespace:
+    return SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=shared)
+
+
+def on_gpu(index: int, width: int = 64, dtype: torch.dtype = torch.float32) -> Any:
+    """What the choice sees of a query."""
+    return SimpleNamespace(device=torch.device("cuda", index), dtype=dtype, size=lambda place: width)
+
+
+def choice_for(op: str, tensor: Any) -> str:
+    return registry.choice(op, "cuda", tensor.dtype, tensor)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_an_old_gpu_runs_pytorch(
+    monkeypatch: pytest.MonkeyPatch, gpus: dict[int, SimpleNamespace], compiling: bool
+) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    registry._known_capability.cache_clear()
-    try:
-        assert registry.choice("dropout", "cuda", torch.float32) == chosen
-        reason = registry.unavailable("dropout", "native", "cuda", torch.float32)
-    finally:
-        registry._known_capability.cache_clear()
+    gpus.update({0: a_gpu(7, 5), 1: a_gpu(8, 0), 2: a_gpu(12, 0)})
+    assert registry.choice("dropout", "cuda", torch.float32) == "torch"
+    assert [choice_for("dropout", on_gpu(index)) for index in gpus] == ["torch", "native", "native"]
     wanted = "needs a GPU of compute capability 8.0 or more, this one has 7.5"
-    assert reason == (None if chosen == "native" else wanted)
+    assert registry.unavailable("dropout", "native", "cuda", torch.float32) == wanted
+    assert registry.unavailable("dropout", "triton", "cuda", torch.float32, on_gpu(0)) == wanted
+
+
+def test_heads_that_kernels_do_not_take_go_to_the_next_backend(gpus: dict[int, SimpleNamespace]) -> None:
+    gpus.update({0: a_gpu(9, 0), 1: a_gpu(8, 9, 99 << 10)})
+    for op in ("weighted_attention", "gaussian_attention", "attention_weights", "branched_attention"):
+        assert [choice_for(op, on_gpu(0, width)) for width in (64, 128, 129, 256)] == ["native"] * 2 + ["torch"] * 2
+        assert [choice_for(op, on_gpu(1, width)) for width in (64, 65, 129)] == ["native", "triton", "torch"]
+        assert choice_for(op, on_gpu(1, 128, torch.bfloat16)) == "native"
+        for backend in ("native", "triton"):
+            with cnm_kernels.use_backend(backend), pytest.raises(BackendUnavailable, match="at most 128, not 160"):
+                choice_for(op, on_gpu(0, 160))
+    assert choice_for("dropout", on_gpu(1, 256)) == "native"
+
+
+def test_importing_starts_no_cuda() -> None:
+    """Else CUDA_VISIBLE_DEVICES would do nothing afterwards, and forked processes could not use the GPU."""
+    code = (
+        "import torch\n"
+        "def fail(*arguments): raise RuntimeError('CUDA was started')\n"
+        "torch.cuda.is_available = torch.cuda.init = torch.cuda._lazy_init = torch.cuda.current_device = fail\n"
+        "torch.cuda.device_count = lambda: 1\n"
+        "import cnm_kernels, cnm, cnm.cli"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tempfile.gettempdir())
 
 
 @pytest.mark.parametrize(
