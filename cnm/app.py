@@ -17,12 +17,12 @@ from cnm.html import text, timeline
 from cnm.localizer import LocalizedMoment, Video
 from cnm.plot import BLUE, GREY, ORANGE
 from cnm.training.finished import FinishedRun
+from cnm.video.suffixes import VIDEO_SUFFIXES
 
 UPLOAD, SAMPLE = "a video file", "a sample of a split"
 KEPT_RUNS, KEPT_VIDEOS = 4, 16  # in memory, the latest
 MAX_SAMPLES = 500  # in the list to choose from, evenly over the split
 WIDTH = 900  # of the picture of time, pixels
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 # A click on the picture of time sets the player there; so does the button, at the found moment.
 SEEK = "const v = document.querySelector('#player video'); if (v) {{ v.currentTime = {time}; v.play(); }}"
 

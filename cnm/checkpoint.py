@@ -20,6 +20,7 @@ from cnm.config import MAX_VALUES
 from cnm.errors import InputError
 from cnm.files import check_plain, replace_file
 
+NOT_CONFIGURATION = ("vote",)  # options of the published CPL command that it keeps in the configuration
 WRAPPERS = ("module.", "_orig_mod.")
 _log = logging.getLogger("cnm")
 _REMEDY = "give a file written by `cnm train` or a published CNM or CPL checkpoint"
@@ -55,6 +56,8 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: is not a checkpoint, it holds a {type(content).__name__}; {_REMEDY}")
     check_plain(content.get("config"), f"{path}: config", MAX_VALUES)
+    if isinstance(content.get("config"), dict):
+        content["config"] = {name: value for name, value in content["config"].items() if name not in NOT_CONFIGURATION}
     try:
         checked = Checkpoint.model_validate(content)
     except ValidationError as error:

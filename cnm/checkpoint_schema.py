@@ -101,6 +101,12 @@ class Options(_Part):
     skip_nonfinite: bool = False
 
 
+class Fingerprint(_Part):
+    sentences: str
+    words: str
+    features: list[list[float]]
+
+
 class Training(_Part):
     options: Options = Options()
     step: StepState
@@ -110,6 +116,7 @@ class Training(_Part):
     epoch_began: float = 0.0  # earlier versions kept none
     best: Best
     rows: Count
+    data: dict[str, Fingerprint] = {}  # of each split; earlier versions kept none
     metric_names: list[str]
     pending: list[Float]  # NaN in the rows of updates that were skipped
     random: Random

@@ -172,6 +172,21 @@ def append_line(path: str | Path, line: str) -> None:
         raise cannot_write(path, error) from None
 
 
+def prepare_output(path: str | Path) -> None:
+    """Makes the folder of a file that is written after long work.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written, {folder} is not yours to write in; choose another folder")
+
+
 def cannot_write(path: str | Path, error: OSError) -> InputError:
     """The one line a user reads when ``path`` could not be written."""
     return InputError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -39,7 +39,7 @@ def config_command(
     fields = _every_models_fields()
     if what is None:
         _list(fields)
-    elif what in configs.names() or Path(what).exists():
+    elif what in configs.names() or os.path.isfile(what):
         _print(configs.resolve(what, changes or []))
         return
     else:

@@ -19,10 +19,8 @@ from cnm.commands.common import (
     JsonOption,
     MasksOption,
     Precision,
-    PrecisionOption,
     SplitName,
     chosen_device,
-    chosen_precision,
     print_notes,
     print_scores,
     split_title,
@@ -32,8 +30,10 @@ from cnm.data import open_split
 from cnm.data.data_dir import with_data_dir
 from cnm.data.known_splits import known_split
 from cnm.data.origin import Origin
+from cnm.data.tagging import notes as notes_on_tagging
 from cnm.errors import InputError
 from cnm.evaluation import Spread, check_vocabulary, evaluate_seeds
+from cnm.files import prepare_output
 from cnm.models import load_checkpoint
 from cnm.models.base import Scoring
 from cnm.precision import compute_dtype, products_of
@@ -60,7 +60,9 @@ def evaluate_command(
         ),
     ] = None,
     device: DeviceOption = Device.auto,
-    precision: PrecisionOption = Precision.auto,
+    precision: Annotated[
+        Precision, typer.Option(help="Of activations; auto: float32, in whatever the run was trained.")
+    ] = Precision.auto,
     masks: MasksOption = Scoring.masks,
     seeds: Annotated[
         int,
@@ -91,8 +93,10 @@ def evaluate_command(
         raise InputError(f"--select must lie between 0 and 1, got {select:g}")
     if predictions is not None and predictions.exists():
         raise InputError(f"{predictions}: exists and is not written over; choose another --predictions")
+    if predictions is not None:
+        prepare_output(predictions)
     model = load_checkpoint(checkpoint_path, chosen_device(device))
-    name = chosen_precision(precision, device)
+    name = Precision.float32.value if precision is Precision.auto else precision.value
     dtype = model.compute_dtype = compute_dtype(name)
     if config is not None:
         chosen = configs.resolve(config, changes or [])
@@ -115,7 +119,7 @@ def evaluate_command(
         found = {"": evaluate_seeds(model, data, batch_size, seeds if several else 1, scoring)}
         if several:
             found[", as published"] = evaluate_seeds(model, data, batch_size, seeds, Scoring(published=True))
-    notes = [*notes_on_precision(name, chosen_device(device)), *data.notes]
+    notes = [*notes_on_precision(name, chosen_device(device)), *(notes_on_tagging() if several else []), *data.notes]
     if predictions is not None:
         first = found[""].first
         write_predictions(predictions, data.samples, first.centers, first.widths, first.confidences)
@@ -127,6 +131,8 @@ def evaluate_command(
             "split": split.value,
             "sentences": len(data),
             "known_as": known_split(data.samples),
+            "device": chosen_device(device).type,
+            "precision": name,
             "select": select,
             "scores": ours.mean["nll"],
             "baselines": baselines,
@@ -142,7 +148,8 @@ def evaluate_command(
         found = {("" if way else f", above {select:g} of the peak") + way: spread for way, spread in found.items()}
     alone = f"{checkpoint_path}{next(iter(found))}"
     rows = _rows(found, seeds) if several else {alone: next(iter(found.values())).mean["nll"]}
-    print_scores(split_title(split.value, data.samples), rows | baselines)
+    title = split_title(split.value, data.samples)
+    print_scores(title if name == Precision.float32.value else f"{title}, {name}", rows | baselines)
 
 
 def _plain(spread: Spread) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cnm.commands.common import Device, DeviceOption, chosen_device
+from cnm.commands.common import Device, DeviceOption, chosen_device, print_notes
 from cnm.errors import InputError
 
 ENCODER_HELP = (
@@ -68,10 +68,16 @@ def extract_command(
 
 
 def _files(given: Path) -> list[Path]:
-    """Returns the given files, and all files directly inside the given folders."""
+    """Returns the given files, and the videos directly inside the given folders; FFmpeg reads texts too."""
+    from cnm.video.suffixes import VIDEO_SUFFIXES
+
     if not given.is_dir():
         return [given]
-    found = sorted(path for path in given.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in given.iterdir() if path.is_file() and not path.name.startswith("."))
+    found = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
     if not found:
-        raise InputError(f"{given}: is an empty folder; give videos")
+        raise InputError(f"{given}: holds {len(files)} files, none of them named as a video is; name the files")
+    if len(found) < len(files):
+        others = ", ".join(sorted({path.suffix or path.name for path in files} - {path.suffix for path in found}))
+        print_notes([f"{given}: {len(files) - len(found)} files are not named as videos are ({others}); left out"])
     return found

@@ -15,6 +15,7 @@ from cnm.data.feature_sources import open_features
 from cnm.data.manifest import Survey, differences, survey, write_manifest
 from cnm.data.origin import Origin
 from cnm.errors import InputError
+from cnm.files import prepare_output
 
 SHOWN = 5  # number of items of each kind that are named
 
@@ -61,13 +62,18 @@ def check(
     for path in annotations:
         for sample in read_annotations(path)[0]:
             durations[sample.video] = max(sample.duration, durations.get(sample.video, 0.0))
+    compared, common = manifest is not None and manifest.exists(), 0
+    if manifest is not None and not compared:
+        prepare_output(manifest)
     with open_features(paths, pattern, split.value) as source:
         found = survey(source, durations, progress=not as_json)
     faults = _faults(found, frame_dim)
-    compared = manifest is not None and manifest.exists()
     if manifest is not None and compared:
         agreed(manifest, Origin.of(paths, split.value))
-        faults += differences(manifest, found)
+        differing, common = differences(manifest, found)
+        faults += differing
+        if found.videos and not common:
+            faults.append(f"{manifest}: holds none of these videos; name the manifest that was written of them")
     typer.echo(json.dumps(_content(found, faults), allow_nan=False) if as_json else _report(found, len(durations)))
     if faults:
         if not as_json:
@@ -76,7 +82,7 @@ def check(
     if manifest is not None and not compared:
         write_manifest(manifest, found, paths, origin, split.value)
     if manifest is not None and not as_json:
-        typer.echo(f"{manifest}: {'agrees' if compared else 'written'}")
+        typer.echo(f"{manifest}: {f'agrees on {common:,} of {len(found.videos):,} videos' if compared else 'written'}")
 
 
 def _faults(found: Survey, frame_dim: int | None) -> list[str]:

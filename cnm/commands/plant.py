@@ -28,7 +28,8 @@ def plant_command(
 
     \b
     Example:
-      cnm plant --annotations train.json --annotations test.json --vocab glove.pkl --output planted.hdf5
+      cnm plant --annotations data/charades/train.json --annotations data/charades/test.json \\
+          --vocab data/charades/glove.pkl --output planted.hdf5
       cnm train --config charades_i3d --set dataset.feature_path=planted.hdf5 --set dataset.frame_dim=256
     """
     if output.exists():

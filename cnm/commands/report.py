@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cnm.commands.common import Device, DeviceOption, SplitName, chosen_device, print_notes
-from cnm.files import replace_file
+from cnm.files import prepare_output, replace_file
 
 
 def report_command(
@@ -29,9 +29,10 @@ def report_command(
     from cnm.report import write_report
     from cnm.training.finished import FinishedRun
 
+    path = output or run / "report.html"
     finished = FinishedRun(run, chosen_device(device))
+    prepare_output(path)
     data = finished.split(split.value)
     print_notes(data.notes)
-    path = output or run / "report.html"
     replace_file(path, write_report(finished, data, sentences).encode())
     typer.echo(f"{path}: open it in a browser")

@@ -26,6 +26,7 @@ from cnm.commands.common import (
 )
 from cnm.config import Config
 from cnm.data.data_dir import with_data_dir
+from cnm.data.tagging import notes as notes_on_tagging
 from cnm.distributed import Group
 from cnm.errors import InputError
 from cnm.precision import notes as notes_on_precision
@@ -131,6 +132,7 @@ def train_and_report(trainer: Trainer) -> Result:
     sizes = ", ".join(f"{split.name} {len(split):,}" for split in trainer.splits)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     echo(f"sentences: {sizes}; vocabulary {len(trainer.train_split.vocabulary):,}; parameters {parameters:,}")
+    print_notes(notes_on_tagging())
     for split in trainer.splits:
         print_notes(split.notes)
     if trainer.val_split is None:

@@ -14,6 +14,7 @@ from cnm.commands.common import JsonOption
 from cnm.data import read_annotations, vocabulary_files
 from cnm.data.word_vectors import count_words, read_vectors
 from cnm.errors import InputError
+from cnm.files import prepare_output
 
 SHOWN = 10  # number of unknown words that are named
 
@@ -41,6 +42,7 @@ def vocabulary_command(
     for path in map(output.with_suffix, vocabulary_files.SAFE):
         if path.exists():
             raise InputError(f"{path}: exists and is not written over; choose another --output")
+    prepare_output(output)
     counts: Counter[str] = Counter()
     for path in annotations:
         counts.update(count_words(read_annotations(path)[0]))

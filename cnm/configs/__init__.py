@@ -33,7 +33,7 @@ def resolve(source: str | Path, changes: Sequence[str] = ()) -> Config:
     """
     path = Path(source)
     exists = os.path.lexists(path)  # unlike Path.exists, it never raises
-    if not exists and str(source) in names():
+    if str(source) in names() and (not exists or os.path.isdir(path)):
         path = FOLDER / f"{source}.json"
     elif not exists:
         near = did_you_mean(str(source), names())

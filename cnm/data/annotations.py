@@ -102,7 +102,13 @@ def json_lines(text: str, source: str) -> Iterator[Row]:
 
 
 def _published_rows(text: str, path: str | Path) -> Iterable[Row]:
-    rows = parse_json(text, str(path))
+    try:
+        rows = parse_json(text, str(path))
+    except NoJson as error:
+        raise InputError(
+            f"{error}; annotations are a JSON list of rows [video, seconds, [start, end], sentence], or a JSON object "
+            f"a line with qid, query, vid, duration and relevant_windows"
+        ) from None
     if not isinstance(rows, list):
         raise InputError(
             f"{path}: holds a {type(rows).__name__}, not a list of rows [video, seconds, [start, end], text]"

@@ -11,15 +11,22 @@ from cnm.errors import InputError
 DATA_PATHS = ("feature_path", "feature_manifest", "vocab_path", "train_data", "val_data", "test_data")
 
 
-def with_data_dir(config: Config, folder: Path | None) -> Config:
-    """Returns the configuration with the data's relative paths joined to ``folder``."""
+def with_data_dir(config: Config, folder: Path | None, *, resumed: bool = False) -> Config:
+    """Returns the configuration with the data's relative paths joined to ``folder``.
+
+    A resumed run's configuration may hold them joined already: the same command may be given again.
+    """
     if folder is None:
         return config
     if not folder.is_dir():
         raise InputError(f"--data-dir {folder}: is not a folder; give the one that relative paths start from")
+
+    def joined(path: str) -> str:
+        return path if resumed and Path(path).is_relative_to(folder) else str(folder / path)
+
     paths = {name: getattr(config.dataset, name) for name in DATA_PATHS}
     moved = {
-        name: [str(folder / one) for one in path] if isinstance(path, list) else str(folder / path)
+        name: [joined(one) for one in path] if isinstance(path, list) else joined(path)
         for name, path in paths.items()
         if path is not None
     }

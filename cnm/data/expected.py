@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,13 @@ class Expected:
     def __init__(self, config: DatasetConfig) -> None:
         self.path = config.feature_manifest
         self.videos: dict[str, Any] = {} if self.path is None else read_manifest(self.path)["videos"]
+
+    def notes(self, videos: Sequence[str], split: str) -> list[str]:
+        """Says where the manifest does not hold all videos of a split."""
+        held = sum(video in self.videos for video in videos)
+        if self.path is None or held == len(videos):
+            return []
+        return [f"{self.path}: holds {held:,} of the {split} split's {len(videos):,} videos; others are not compared"]
 
     def check_shapes(self, source: FeatureSource, videos: Iterable[str]) -> None:
         """Compares shapes with the records beside the features; reads no values.

@@ -20,8 +20,8 @@ from cnm.errors import InputError
 
 SUFFIXES = (".npz", ".npy")
 # Features of a video that are longer than so many times the shortest, and so many clips, are of another rate. Other
-# tools round their rates; ``cnm extract`` gives all encoders the same clips.
-MOST_LONGER, MORE_CLIPS = 1.5, 2
+# tools round at a video's end; ``cnm extract`` gives all encoders the same clips.
+MOST_LONGER, MORE_CLIPS = 1.05, 2
 
 
 class FeatureSource(Protocol):

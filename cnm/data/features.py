@@ -23,6 +23,7 @@ from cnm.data.origin import hdf5_and_video
 from cnm.errors import InputError
 
 INNER_KEYS = ("c3d_features",)  # the dataset's name if a video is a group
+SHOWN = 5  # names in a message
 
 
 class FeatureFile:
@@ -126,7 +127,13 @@ class FeatureFile:
             item = self._file.get(self._key(video))
             if isinstance(item, h5py.Group):
                 inner = [key for key in INNER_KEYS if key in item]
-                item = item[inner[0]] if inner else None
+                if not inner:
+                    raise InputError(
+                        f"{self.path}: {item.name!r} holds {', '.join(sorted(item)[:SHOWN]) or 'nothing'}; say which "
+                        f"of them the features are, as dataset.feature_pattern={{video}}/NAME (--pattern in `cnm "
+                        f"features check`)"
+                    )
+                item = item[inner[0]]
             if not isinstance(item, h5py.Dataset):
                 raise InputError(
                     f"{self.path}: has no features for video {video!r}; take the file of these annotations"

@@ -140,12 +140,13 @@ def difference(video: str, expected: dict[str, Any], found: dict[str, Any]) -> s
     return None
 
 
-def differences(path: str | Path, found: Survey) -> list[str]:
-    """Describes each difference from a manifest in a line; ignores videos that only one of the two has.
+def differences(path: str | Path, found: Survey) -> tuple[list[str], int]:
+    """Describes each difference from a manifest in a line, and counts the videos of the survey that it holds.
 
     Raises:
         InputError: the manifest is missing, or the file is not one.
     """
     videos = read_manifest(path)["videos"]
-    lines = [difference(video, videos.get(video, entry), entry) for video, entry in found.videos.items()]
-    return [line for line in lines if line is not None]
+    common = found.videos.keys() & videos.keys()
+    lines = [difference(video, videos[video], entry) for video, entry in found.videos.items() if video in common]
+    return [line for line in lines if line is not None], len(common)

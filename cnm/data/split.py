@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from cnm.data.buffers import BufferPool
 from cnm.data.expected import Expected, origin_of
 from cnm.data.feature_sources import open_features
 from cnm.data.features import pool
+from cnm.data.fingerprint import fingerprint, places
 from cnm.data.origin import Origin
 from cnm.data.tagging import tagger_name
 from cnm.data.vocabulary import Vocabulary
@@ -81,6 +82,11 @@ class Split:
     def max_num_words(self) -> int:
         """Words of a sentence beyond this number were left out."""
         return int(self._ids.shape[1])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describes the sentences and features, see ``cnm.data.fingerprint``."""
+        kept = torch.from_numpy(np.array(self._features[places(len(self._features))])).view(self.dtype)
+        return fingerprint(self.samples, (self._ids, self._content, self._lengths), kept)
 
     def longest(self, indices: np.ndarray) -> int:
         """Returns the number of words in the longest of these sentences, at least 1."""
@@ -177,7 +183,9 @@ def open_split(
         samples, notes = read_annotations(path)
         encoded = _cached_encoding(config, path, samples, vocabulary)
         videos = sorted({sample.video for sample in samples})
-        features = _cached_features(config, split, videos, progress, dtype)
+        expected = Expected(config)
+        notes += expected.notes(videos, split)
+        features = _cached_features(config, split, videos, progress, dtype, expected)
         row_of = {video: row for row, video in enumerate(videos)}
         video_rows = np.array([row_of[sample.video] for sample in samples])
     wordless = encoded[2] == 0
@@ -244,11 +252,10 @@ def _as_stored(features: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 
 def _cached_features(
-    config: DatasetConfig, split: str, videos: list[str], progress: bool, dtype: torch.dtype
+    config: DatasetConfig, split: str, videos: list[str], progress: bool, dtype: torch.dtype, expected: Expected
 ) -> np.ndarray:
     shape = (len(videos), config.max_num_frames, config.frame_dim)
     assert config.feature_path is not None  # DatasetConfig refuses it
-    expected = Expected(config)
     with open_features(config.feature_path, config.feature_pattern, split) as source:
 
         def build(folder: Path) -> None:

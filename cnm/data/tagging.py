@@ -56,6 +56,16 @@ def tagger_name() -> str:
     return "function-words"
 
 
+def notes() -> list[str]:
+    """Says where not the published tagger chooses the words."""
+    if tagger_name() == "nltk":
+        return []
+    return [
+        "a built-in list of function words tells which words are masked more often; nltk's tagger does, as published, "
+        "after `python -m nltk.downloader averaged_perceptron_tagger_eng`"
+    ]
+
+
 def tag(sentence: str) -> list[tuple[str, bool]]:
     """Returns lower-cased tokens, each with whether it is a content word; content words are masked more often."""
     tokens = _tokens(sentence)

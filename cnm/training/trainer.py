@@ -19,6 +19,7 @@ from cnm.config import Config
 from cnm.data import Batch, BatchLoader, Split, open_split
 from cnm.data.data_dir import with_data_dir
 from cnm.data.expected import origin_of
+from cnm.data.fingerprint import difference
 from cnm.data.origin import Origin
 from cnm.distributed import Group
 from cnm.errors import InputError
@@ -120,7 +121,7 @@ class Trainer:
             if self.saved.get("training") is None or self.saved.get("vocabulary") is None:
                 raise InputError(f"{self.run.last}: holds a model alone, not the state of a run; it cannot be resumed")
             stored = Config.from_json(self.saved["config"], f"{self.run.last}: config")
-            config = with_data_dir(stored if config is None else resumed_config(stored, config), data_dir)
+            config = with_data_dir(stored if config is None else resumed_config(stored, config), data_dir, resumed=True)
         elif config is None:
             raise TypeError("Trainer: config is needed for a new run")
         elif self.writes:
@@ -147,6 +148,7 @@ class Trainer:
         self.val_split = self._open_val(config, opened)
         self.chooses_best = self.val_split is not None and self.val_split is not self.test_split
 
+        self.data = {split.name: split.fingerprint() for split in self.splits}
         self.config = config if resume else with_vocabulary_size(config, len(self.train_split.vocabulary))
         train = self.config.train
         torch.manual_seed(train.seed)
@@ -218,6 +220,7 @@ class Trainer:
                     "batches of the epoch": self.batch,
                     "sentences": len(self.train_split),
                     "words": len(self.train_split.vocabulary),
+                    **{f"{name} split": data["sentences"][:8] for name, data in self.data.items()},
                     "precision": self.options["precision"],
                 }
                 self.group.check_same(found, str(self.run.path))
@@ -436,6 +439,7 @@ class Trainer:
             "epoch_began": self.epoch_began,
             "best": self.best,
             "rows": self.rows,
+            "data": self.data,
             "metric_names": self.metric_names,
             "pending": [values.cpu() for values in self.pending],
             "random": random,
@@ -444,6 +448,13 @@ class Trainer:
         self.last_save = time.monotonic()
 
     def _restore(self, saved: dict[str, Any]) -> None:
+        for name, stored in saved["training"].get("data", {}).items():
+            other = difference(stored, self.data[name]) if name in self.data else None
+            if other is not None:
+                raise InputError(
+                    f"{self.run.last}: the {name} split has other {other} than the run was trained with; give it the "
+                    f"files it had, or start a new run"
+                )
         vocabulary = self.train_split.vocabulary
         check_vocabulary(self.model, vocabulary, type(vocabulary).from_state(saved["vocabulary"]))
         try:

@@ -229,14 +229,14 @@ class _Store:
         record = read_json(self.path)
         if not isinstance(record, dict) or not isinstance(record.get("videos"), dict):
             raise InputError(f"{self.path}: is not a record of an extraction; choose another --output")
+        there = set(self._there())
         for key, value in made_by.items():
-            if record.get(key) != value:
+            if there and record.get(key) != value:
                 raise InputError(
                     f"{self.output}: was extracted with {key} {record.get(key)}, not {value}; choose another --output"
                 )
-        there = set(self._there())
         record["videos"] = {name: entry for name, entry in record["videos"].items() if name in there}
-        return {**record, "broken": {}}
+        return {**record, **made_by, "broken": {}}
 
     def _there(self) -> Iterator[str]:
         """Returns the names of the videos whose features are on disk."""

@@ -272,6 +272,14 @@ def test_too_little_memory_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_does_not_hide_a_packaged_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tacos", "train"):
+        Path(name).mkdir()
+    assert json.loads(run("config", "tacos").stdout) == configs.resolve("tacos").to_dict()
+    assert run("config", "train").stdout.startswith("train.")
+
+
 def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
     message = error_line(run("train", "--config", "charades", "--run", tmp_path / "run"))
     assert "synthetic" in message

@@ -122,6 +122,15 @@ def test_what_is_wrong_is_named(section: str, name: str, value: Any, message: st
         Config.from_json(content)
 
 
+def test_a_checkpoint_that_holds_the_published_commands_option(tmp_path: Path) -> None:
+    """The published command keeps its --vote in the configuration that it saves."""
+    trainer = Trainer(cpl_config(), tmp_path / "run", quiet=True)
+    content = trainer._model_state()
+    torch.save(content | {"config": content["config"] | {"vote": False}}, tmp_path / "published.pt")
+    model = load_checkpoint(tmp_path / "published.pt", "cpu")
+    assert model.config == trainer.config
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     trainer = Trainer(cpl_config(train__max_num_epochs=1), tmp_path / "run", quiet=True)
     trainer.train()

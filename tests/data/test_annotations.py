@@ -78,3 +78,11 @@ def test_real_annotation_files(shared_data: Path) -> None:
         assert all(0 <= s.moment[0] < s.moment[1] <= s.duration for s in samples)
         assert len(notes) == (clipped > 0)
         assert not clipped or f"{clipped} moments" in notes[0]
+
+
+@pytest.mark.parametrize("text", ["AO8RW 0.0 6.9##a person is putting a book\n", "video,start,end\nv,0,1\n"])
+def test_other_formats_are_told_what_is_read(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.txt"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"c\.txt: line 1 column 1 is not JSON .*; annotations are a JSON list"):
+        read_annotations(path)

@@ -41,7 +41,7 @@ def test_faultless_features_and_their_manifest(folder: Path) -> None:
     content = json.loads(manifest.read_text())
     assert content["origin"] == "a test"
     assert content["videos"]["a"]["shape"] == [20, 3]
-    assert "m.json: agrees" in run(folder, "--manifest", str(manifest)).output
+    assert "m.json: agrees on 4 of 4 videos" in run(folder, "--manifest", str(manifest)).output
     frames = np.load(folder / "f/c.npy")
     frames[3, 1] += 1
     np.save(folder / "f/c.npy", frames)
@@ -53,6 +53,19 @@ def test_faultless_features_and_their_manifest(folder: Path) -> None:
     assert json.loads(manifest.read_text()) == content
     manifest.write_text("{}")
     assert "is not a manifest" in run(folder, "--manifest", str(manifest)).output
+
+
+def test_a_manifest_of_other_videos_vouches_for_nothing(folder: Path) -> None:
+    manifest = folder / "deep/m.json"
+    assert run(folder, "--manifest", str(manifest)).exit_code == 0
+    content = json.loads(manifest.read_text())
+    others = {f"other {name}": entry for name, entry in content["videos"].items()}
+    manifest.write_text(json.dumps(content | {"videos": others}))
+    outcome = run(folder, "--manifest", str(manifest))
+    assert outcome.exit_code == 2
+    assert "m.json: holds none of these videos" in outcome.output
+    manifest.write_text(json.dumps(content | {"videos": others | {"a": content["videos"]["a"]}}))
+    assert "m.json: agrees on 1 of 4 videos" in run(folder, "--manifest", str(manifest)).output
 
 
 def test_every_fault_is_found_in_one_pass(folder: Path) -> None:

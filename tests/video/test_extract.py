@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from cnm import InputError
 from cnm.cli import app
+from cnm.commands.extract import _files
 from cnm.video.extract import Sampling, extract, video_features
 
 pytest.importorskip("av", reason="PyAV is not installed")
@@ -236,3 +237,24 @@ def test_the_command_refuses(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert message in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_of_a_folder_its_videos_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FFmpeg reads texts and pictures too, and a subtitle has its video's name."""
+    for name in ("a.mp4", "b.MKV", "a.srt", "cover.jpg", "a.json", ".hidden.mp4"):
+        (tmp_path / name).touch()
+    assert _files(tmp_path) == [tmp_path / "a.mp4", tmp_path / "b.MKV"]
+    assert "3 files are not named as videos are (.jpg, .json, .srt); left out" in capsys.readouterr().err
+    assert _files(tmp_path / "cover.jpg") == [tmp_path / "cover.jpg"]
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(InputError, match=r"texts: holds 0 files, none of them named as a video is"):
+        _files(tmp_path / "texts")
+
+
+def test_a_first_try_without_a_video_settles_nothing(tmp_path: Path, videos: list[Path]) -> None:
+    output = tmp_path / "out.hdf5"
+    assert extract([tmp_path / "typo.mp4"], output, Greys(), Sampling(stride=8)).done == []
+    assert extract(videos, output, Greys(), Sampling(rate=2)).done == ["v0", "v1", "v2"]
+    assert record(output)["rate"] == 2
+    with pytest.raises(InputError, match="was extracted with stride None, not 8"):
+        extract(videos, output, Greys(), Sampling(stride=8))
