@@ -50,7 +50,7 @@ def gaussian_mask(
 
 def _bell(x: Tensor, c: Tensor, w: Tensor, alpha: float) -> Tensor:
     far = _is_far(x - c, w, alpha)
-    u = (x - c) / torch.where(far, 1, w)  # divided first: w^2 may be 0 or infinite
+    u = (x - c).masked_fill(far, 0) / torch.where(far, 1, w)  # divided first: w^2 may be 0 or infinite
     return torch.exp(-(alpha * u) * u).masked_fill(far, 0)
 
 
@@ -65,8 +65,12 @@ def _relative_to_the_largest(x: Tensor, c: Tensor, w: Tensor, alpha: float) -> T
     if x.numel() == 0:
         return x + c
     peak = x[(x - c.detach().clamp(0, 1)).abs().argmin(-1, keepdim=True)]
-    most = torch.finfo(x.dtype).max  # finite: at the peak it is multiplied by 0
-    above = (x - peak) / w * ((x - c + (peak - c)) / w).clamp(-most, most)
+    most = torch.finfo(x.dtype).max
+    reach = x - c + (peak - c)
+    endless = reach.isinf()
+    reach = torch.where(endless, reach.detach().clamp(-most, most), reach) / torch.where(endless, 1, w)
+    reach = reach.masked_fill(x == peak, 0)  # multiplied by 0, as its gradient is
+    above = (x - peak) / w * reach.clamp(-most, most)
     above = torch.where(above < 0, above - above.detach(), above)  # rounding, where two tie
     return torch.exp(-alpha * above)
 

@@ -9,12 +9,12 @@
 namespace cnm {
 
 struct LinearNllInputs {
-    Dtype dtype;  // of hidden, weight, bias and their gradients
+    Dtype dtype;  // of hidden, weight and the gradient of hidden
     int64_t M, L, D, V;
     float label_smoothing;
     const void* hidden;            // [M, L, D]
     const void* weight;            // [V, D]
-    const void* bias;              // [V]
+    const float* bias;             // [V]
     const int64_t* target;         // [M, L], in [0, V) on valid tokens
     const int64_t* valid_lengths;  // [M]
 

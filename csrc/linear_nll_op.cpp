@@ -16,7 +16,7 @@ struct Arguments {
     Arguments(const Tensor& h, const Tensor& w, const Tensor& b, const Tensor& y, const Tensor& n, double smoothing)
         : hidden(packed(h)),
           weight(packed(as_type(w, h.scalar_type()))),
-          bias(packed(as_type(b, h.scalar_type()))),
+          bias(floats(b)),
           target(packed(y)),
           valid_lengths(packed(n)),
           label_smoothing(smoothing) {
@@ -50,7 +50,7 @@ struct Arguments {
                                             static_cast<float>(label_smoothing),
                                             hidden.const_data_ptr(),
                                             weight.const_data_ptr(),
-                                            bias.const_data_ptr(),
+                                            bias.const_data_ptr<float>(),
                                             target.const_data_ptr<int64_t>(),
                                             valid_lengths.const_data_ptr<int64_t>()};
         return p;

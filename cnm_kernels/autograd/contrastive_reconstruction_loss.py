@@ -24,7 +24,7 @@ def compose(functions: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     ) -> tuple[Tensor, Tensor]:
         targets, lengths = target.repeat(3, 1), valid_lengths.repeat(3)
         nll, _ = linear_nll(hidden.flatten(0, 1), weight, bias, targets, lengths, label_smoothing, False)
-        nll = nll.view(3, -1)
+        nll = nll.view(3, nll.size(0) // 3)
         return intra_video_contrastive_loss(nll[0], nll[1], nll[2], beta_1, beta_2), nll
 
     return contrastive_reconstruction_loss

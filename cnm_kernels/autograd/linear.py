@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cnm_kernels import products, reference
@@ -29,11 +30,12 @@ def _fake_backward(
     columns = weight.size(-1)
     d_x = d_out.new_empty((*d_out.shape[:-1], columns) if need_x else 0)
     d_weight = empty_like(weight) if need_weight else weight.new_empty(0)
-    return d_x, d_weight, weight.new_empty(weight.shape[:-1] if need_bias else 0)
+    return d_x, d_weight, weight.new_empty(weight.shape[:-1] if need_bias else 0, dtype=torch.float32)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, relu, lengths, ctx.split = inputs
+    x, weight, bias, relu, lengths, ctx.split = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
     # x is read for the weight's gradient alone.
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, output if relu else None, lengths)
 
@@ -51,7 +53,8 @@ def register(namespace: str) -> Callable[..., Any]:
         if d_out is None:
             return (None,) * 6
         needs = ctx.needs_input_grad[:3]
-        gradients = operator.backward(d_out, *ctx.saved_tensors, ctx.split, *needs)
+        d_x, d_weight, d_bias = operator.backward(d_out, *ctx.saved_tensors, ctx.split, *needs)
+        gradients = d_x, d_weight, d_bias.to(ctx.bias_dtype)
         return (*(d if needed else None for d, needed in zip(gradients, needs, strict=True)), None, None, None)
 
     operator.register_fake(_fake, _fake_backward)

@@ -41,13 +41,19 @@ def _one_by_one(overload: Any) -> Callable[..., Any]:
     """The op under vmap: each element of the batch by itself, the results stacked."""
 
     def batched(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        size = info.batch_size
+        if size == 0:  # one element made up shows the shapes
+            inputs = tuple(
+                x if dim is None else x.new_zeros((*x.shape[:dim], 1, *x.shape[dim + 1 :]))
+                for x, dim in zip(inputs, in_dims, strict=True)
+            )
         results = [
             overload(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
-            for i in range(info.batch_size)
+            for i in range(max(size, 1))
         ]
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        outputs = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+            return torch.stack(results)[:size], 0
+        outputs = tuple(torch.stack(parts)[:size] for parts in zip(*results, strict=True))
         return outputs, tree_map(lambda _: 0, outputs)
 
     return batched

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cnm_kernels.checks import Arguments
@@ -41,6 +42,5 @@ def linear(
     check.floating("weight", weight, f"{group}M K", own_dtype=True)
     if bias is not None:
         check.floating("bias", bias, f"{group}M", own_dtype=True)
-        if bias.dtype != weight.dtype:
-            bias = bias.to(weight.dtype)
+        bias = bias.to(torch.promote_types(bias.dtype, weight.dtype))
     return run("linear", x, x, weight, bias, check.flag("relu", relu), lengths)

@@ -34,7 +34,7 @@ struct Gaussian {
           width(width < min_width ? min_width : width),
           alpha(alpha),
           complement(complement),
-          width_passes(width >= min_width) {}
+          width_passes(!(width < min_width)) {}
 
     static Vec points(int64_t j, int64_t length) { return positions(j, length); }
 
@@ -50,8 +50,9 @@ struct Gaussian {
         add_gradient(u, u, upstream, d_center, d_width);
     }
 
-    // One position's, in float64; `upstream` comes multiplied by bell(x).
+    // One position's, in float64; `upstream` comes multiplied by bell(x), which is 0 infinitely far from the center.
     void add_gradient(double x, double upstream, double& d_center, double& d_width) const {
+        if (upstream == 0) return;
         const double slope = (complement ? -2.0 : 2.0) * alpha / width, u = (x - center) / width;
         d_center += upstream * slope * u;
         d_width += upstream * slope * u * u;

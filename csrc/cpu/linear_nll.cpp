@@ -57,14 +57,10 @@ struct Vocabulary {
     using E = Operand<T>;
     const E *rows, *summed;
     int64_t rows_ld, summed_ld;
-    std::vector<float> bias;
 
-    Vocabulary(const LinearNllInputs& p, bool want_summed) : bias(static_cast<size_t>(p.V)) {
+    Vocabulary(const LinearNllInputs& p, bool want_summed) {
         const int64_t wide = round_up(p.D, W);
         const T* weight = static_cast<const T*>(p.weight);
-        for (int64_t v = 0; v < p.V; v += W) {
-            store_tail(&bias[static_cast<size_t>(v)], load_tail(static_cast<const T*>(p.bias) + v, p.V - v), p.V - v);
-        }
         if constexpr (std::is_same_v<T, E>) {
             rows = summed = weight;
             rows_ld = summed_ld = p.D;
@@ -233,7 +229,7 @@ void forward(const LinearNllParams& p) {
         if (p.expected != nullptr) tile.clear_sums();
         for (int64_t begin = 0; begin < p.V; begin += WORDS) {
             tile.score(begin, tile.logits);
-            softmax.take(tile.logits, &vocabulary.bias[static_cast<size_t>(begin)], target, begin, words_from(p, begin),
+            softmax.take(tile.logits, p.bias + begin, target, begin, words_from(p, begin),
                          tile.size, p.expected != nullptr);
             if (p.expected == nullptr) continue;
             for (int64_t t = 0; t < tile.size; ++t) {
@@ -405,7 +401,7 @@ void backward(const LinearNllBackwardParams& p) {
             const int64_t words = words_from(p, begin);
             float* z = tile.logits;
             tile.score(begin, z);
-            gradient.apply(z, &vocabulary.bias[static_cast<size_t>(begin)], p.label_smoothing, p.V, begin, words,
+            gradient.apply(z, p.bias + begin, p.label_smoothing, p.V, begin, words,
                            want_words ? share + slot * p.V + begin : unwanted);
             if (want_words) pack_a(words, TOKENS, z, TOKENS, dz + begin * dz_ld + slot * tile_k, dz_ld);
             if (want_hidden) tile.add_words(begin, z);

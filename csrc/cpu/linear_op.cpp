@@ -117,10 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const std::opti
     STD_TORCH_CHECK(given_x.has_value() || !need_weight, "linear: the gradient of the weight needs x");
     std::vector<int64_t> sizes(d_out.sizes().begin(), d_out.sizes().end());
     sizes.back() = weight.size(weight.dim() - 1);
-    Tensor d_x = need_x || !given_x.has_value()
-                     ? empty(sizes.data(), static_cast<int64_t>(sizes.size()), d_out.scalar_type())
-                     : empty({0}, d_out.scalar_type());
-    const Tensor& x = given_x.has_value() ? *given_x : d_x;  // of which only the sizes are read
+    const auto like_x = [&] { return empty(sizes.data(), static_cast<int64_t>(sizes.size()), d_out.scalar_type()); };
+    const Tensor d_x = need_x ? like_x() : empty({0}, d_out.scalar_type());
+    const Tensor x = given_x.has_value() ? *given_x : need_x ? d_x : like_x();  // if not given, its sizes alone are read
     const Arguments arguments(x, weight, lengths);
     auto p = arguments.params<LinearBackwardParams>(x, split);
     const bool grouped = weight.dim() == 3;
@@ -138,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const std::opti
     p.d_weight = need_weight ? d_weight.mutable_data_ptr() : nullptr;
     p.d_bias = need_bias ? d_bias.mutable_data_ptr<float>() : nullptr;
     linear_backward(p);
-    return {d_x, d_weight, as_type(d_bias, type)};
+    return {d_x, d_weight, d_bias};
 }
 
 }  // namespace

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
                       [&](int tile) {
                           const int word = first_word + tile * KEYS + thread();
                           const bool inside = thread() < KEYS && word < end;
-                          return inside ? to_float(load(static_cast<const T*>(p.bias) + word)) : 0.0f;
+                          return inside ? load(p.bias + word) : 0.0f;
                       },
                       [&](float of_word, int slot) {
                           if (thread() < KEYS) bias[slot * KEYS + thread()] = of_word;

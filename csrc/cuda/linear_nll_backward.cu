@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
         clear(d_weight);
         for (int r = 0; r < 2; ++r) {
             const int word = own_word + row_of(2 * r);
-            bias[r] = word < vocabulary ? to_float(load(static_cast<const T*>(p.bias) + word)) : 0.0f;
+            bias[r] = word < vocabulary ? load(p.bias + word) : 0.0f;
         }
         const float smoothing = p.label_smoothing, uniform = smoothing / static_cast<float>(vocabulary);
         if (first < end) {

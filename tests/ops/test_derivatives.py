@@ -78,6 +78,13 @@ def test_per_sample_gradients(op: str, name: str, backend: str, device: str, dty
 
 
 @pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
+def test_no_samples_have_no_gradients(op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    function, x = _function(op, sample(op, name, dtype, device), backend)
+    nothing = x.new_empty(0, *x.shape)
+    assert torch.func.vmap(torch.func.grad(function))(nothing).shape == nothing.shape
+
+
+@pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
 @pytest.mark.parametrize("way", ["hessian", "grad of grad", "jacrev of jacrev"])
 def test_second_derivatives_by_torch_func(
     way: str, op: str, name: str, backend: str, device: str, dtype: torch.dtype

@@ -11,6 +11,8 @@ from op_records import DIFFERENTIABLE, RECORDS
 from op_records.draw import Draw
 from samples import run, sample, targets
 
+import cnm_kernels
+
 OP = "gaussian_mask"
 on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))
 
@@ -33,6 +35,33 @@ def test_the_clamp_passes_the_gradient_at_equality_and_above(backend: str, devic
     width = inputs["width"].requires_grad_()
     run(OP, inputs, backend)[0].sum().backward()
     assert (width.grad != 0).tolist() == [False, True, False, False, True]
+
+
+@on_every_float32
+def test_a_width_that_is_nan_is_not_hidden(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = sample(OP, "narrow-and-outside", dtype, device)
+    with torch.no_grad():
+        inputs["width"][1] = float("nan")
+    width = inputs["width"].requires_grad_()
+    out = run(OP, inputs, backend)[0]
+    out.sum().backward()
+    assert out[1].isnan().all()
+    assert width.grad[1].isnan()
+
+
+@on_every_float32
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("center", [float("inf"), float("-inf"), 1e30])
+def test_centers_infinitely_far_away_give_no_gradient(
+    center: float, normalized: bool, backend: str, device: str, dtype: torch.dtype
+) -> None:
+    c, w = (torch.tensor([value], device=device, requires_grad=True) for value in (center, 0.3))
+    spread = {"sigma": 9.0} if normalized else {"alpha": 5.5}
+    with cnm_kernels.use_backend(backend):
+        mask = cnm_kernels.gaussian_mask(c, w, 9, **spread)
+    mask.sum().backward()
+    assert (c.grad.item(), w.grad.item()) == (0, 0)
+    assert not mask.isnan().any()
 
 
 @pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32, torch.bfloat16]))

@@ -51,6 +51,31 @@ def test_relu_stops_gradients_and_keeps_nan(backend: str, device: str, dtype: to
     assert gradient.tolist() == [[1.0, 3.0], [0.0, 3.0]]  # F.relu lets gradients through where the output is NaN
 
 
+@pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.bfloat16, torch.float16]))
+def test_a_float32_bias_is_not_rounded(backend: str, device: str, dtype: torch.dtype) -> None:
+    if device != "cpu":
+        pytest.skip("GPUs' libraries add a bias of the operands' dtype")
+    x, weight = torch.full((257, 1), -10.0, dtype=dtype), torch.ones(1, 1, dtype=dtype)
+    bias = torch.tensor([10.03], requires_grad=True)
+    with cnm_kernels.use_backend(backend):
+        out = cnm_kernels.linear(x, weight, bias)
+        (gradient,) = torch.autograd.grad(out.sum(), bias)
+    assert out.flatten().tolist() == pytest.approx([0.03] * 257, rel=1e-2)
+    assert gradient.dtype == torch.float32
+    assert gradient.item() == 257  # which bfloat16 cannot hold
+
+
+def test_the_bias_alone_is_trained() -> None:
+    """x is not kept then, and its gradient not wanted: what is returned for it is empty."""
+    if registry.unavailable(OP, "native", "cpu", torch.float32):
+        pytest.skip("the C++ module is not built")
+    d_out, weight = torch.ones(3, 7), torch.ones(7, 5)
+    arguments = (d_out, None, weight, None, None, False, False, False, True)
+    torch.library.opcheck(torch.ops.cnm_kernels.linear_backward, arguments)
+    d_x, d_weight, d_bias = torch.ops.cnm_kernels.linear_backward(*arguments)
+    assert (d_x.shape, d_weight.shape, d_bias.tolist()) == ((0,), (0,), [3.0] * 7)
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_frozen_weight_keeps_no_input(grouped: bool) -> None:
     """x is read for the weight's gradient alone; that of x, and of the bias, come without it."""

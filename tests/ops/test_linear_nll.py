@@ -13,6 +13,8 @@ from op_records.draw import Draw
 from op_records.linear_nll import vocabulary
 from samples import run, sample, targets
 
+import cnm_kernels
+
 OP = "linear_nll"
 on_every_float32 = pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.float32]))
 
@@ -30,6 +32,20 @@ def test_published_values(backend: str, device: str, dtype: torch.dtype) -> None
     nll, accuracy = run(OP, inputs, backend)
     assert nll.tolist() == pytest.approx([math.log(7)] * 2)
     assert accuracy.tolist() == pytest.approx([2 / 3, 0.0])  # argmax of equal logits is word 0
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.bfloat16, torch.float16]))
+def test_a_float32_bias_is_not_rounded(backend: str, device: str, dtype: torch.dtype) -> None:
+    hidden, weight = torch.zeros(1, 1, 4, device=device, dtype=dtype), torch.zeros(3, 4, device=device, dtype=dtype)
+    bias = torch.tensor([10.03, 0.0, -1e5], device=device, requires_grad=True)  # the last word is ruled out
+    target = torch.ones(1, 1, dtype=torch.int64, device=device)
+    arguments = (hidden, weight, bias, target, torch.ones(1, dtype=torch.int64, device=device))
+    with cnm_kernels.use_backend(backend):
+        nll = cnm_kernels.linear_nll(*arguments, label_smoothing=0.0)
+        (gradient,) = torch.autograd.grad(nll.sum(), bias)
+    wanted = math.log1p(math.exp(10.03))
+    assert nll.item() == pytest.approx(wanted, rel=1e-6)
+    assert gradient.tolist() == pytest.approx([1 - math.exp(-wanted), math.exp(-wanted) - 1, 0.0], rel=1e-5)
 
 
 @on_every_float32
