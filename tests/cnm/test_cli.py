@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from cnm import checkpoint, configs
 from cnm.cli import COMMANDS, app
 from cnm.commands.common import program
-from cnm.config import CONFIGS
+from cnm.config import CONFIGS, Config
 from cnm.config_fields import every_field
 from cnm.data.data_dir import DATA_PATHS
 from cnm_kernels import native
@@ -276,8 +276,8 @@ def test_a_folder_does_not_hide_a_packaged_configuration(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     for name in ("tacos", "train"):
         Path(name).mkdir()
-    assert json.loads(run("config", "tacos").stdout) == configs.resolve("tacos").to_dict()
-    assert run("config", "train").stdout.startswith("train.")
+    assert Config.from_json(json.loads(run("config", "tacos").stdout)) == configs.resolve("tacos")
+    assert run("config", "train").stdout.startswith("train: optimizers")
 
 
 def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:

@@ -376,8 +376,9 @@ def test_interrupted_after_a_skipped_update(update: int, tmp_path: Path, monkeyp
 def test_a_resumed_run_can_begin_and_cease_to_skip(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     Trainer(synthetic_config(), folder, quiet=True).train()
-    for asked, kept in ((None, False), (True, True), (None, True), (False, False), (None, False)):
-        longer = synthetic_config(train__max_num_epochs=2 if asked is None else 3)
+    asked_and_kept = ((None, False), (True, True), (None, True), (False, False), (None, False))
+    for epochs, (asked, kept) in enumerate(asked_and_kept, start=3):
+        longer = synthetic_config(train__max_num_epochs=epochs)
         resumed = Trainer(longer, folder, resume=True, skip_nonfinite=asked, quiet=True)
         assert resumed.step.skip_nonfinite is kept
         resumed.train()
@@ -562,7 +563,7 @@ def test_bf16_trains_and_resumes_as_itself(tmp_path: Path) -> None:
     rows = [row for row in trainer.run.rows() if row["kind"] == "train"]
     assert all(math.isfinite(row["loss/reconstruction"]) for row in rows)
     again = Trainer(None, tmp_path / "run", resume=True, quiet=True)
-    assert again.options == {"precision": "bf16", "step": "lean"}
+    assert again.options == {"precision": "bf16", "step": "lean", "skip_nonfinite": False}
     assert again.model.compute_dtype == torch.bfloat16
     with pytest.raises(InputError, match="was trained with precision bf16, not float32"):
         Trainer(None, tmp_path / "run", resume=True, precision="float32", quiet=True)
