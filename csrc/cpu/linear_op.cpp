@@ -119,7 +119,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const std::opti
     sizes.back() = weight.size(weight.dim() - 1);
     const auto like_x = [&] { return empty(sizes.data(), static_cast<int64_t>(sizes.size()), d_out.scalar_type()); };
     const Tensor d_x = need_x ? like_x() : empty({0}, d_out.scalar_type());
-    const Tensor x = given_x.has_value() ? *given_x : need_x ? d_x : like_x();  // if not given, its sizes alone are read
+    const Tensor x = given_x.has_value() ? *given_x
+                     : need_x            ? d_x
+                                         : like_x();  // if not given, its sizes alone are read
     const Arguments arguments(x, weight, lengths);
     auto p = arguments.params<LinearBackwardParams>(x, split);
     const bool grouped = weight.dim() == 3;

@@ -22,6 +22,7 @@ REGISTERS = 65536  # of a processor
 SPILLS = {  # bytes of a thread, by Triton 3.8 or 3.9; no published size
     ("attention_blocked.key_gradient", "d=128", "float32"): 88,
     ("attention_blocked.query_gradient", "d=128", "float32"): 32,
+    ("attention.backward", "branches", "sm_89"): 40,
     ("linear_nll.word_gradient", "D=512", "bfloat16"): 32,  # so that two blocks are resident, with 3.8 on sm_90
 }
 KERNELS = {
@@ -57,7 +58,7 @@ def test_every_kernel_is_there(records: list[dict[str, Any]]) -> None:
 
 def test_no_spills_and_within_the_limits(records: list[dict[str, Any]]) -> None:
     for record in records:
-        words = {record["kernel"], *record["case"].split()}
+        words = {record["kernel"], f"sm_{record['sm']}", *record["case"].split()}
         allowed = max((spilled for case, spilled in SPILLS.items() if words.issuperset(case)), default=0)
         assert record["spilled"] <= allowed, record
         assert record["shared"] <= record["shared_limit"], record
