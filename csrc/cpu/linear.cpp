@@ -85,7 +85,8 @@ struct Rows {
             const T* output = relu + at(begin + r) * relu_ld;
             for (int64_t j = 0; j < width; j += W) {
                 const int64_t n = width - j;
-                store_tail(dst + j, select(at_most(load_tail(output + j, n), set1(0)), set1(0), load_tail(from + j, n)), n);
+                store_tail(dst + j, select(at_most(load_tail(output + j, n), set1(0)), set1(0), load_tail(from + j, n)),
+                           n);
             }
         }
     }
@@ -100,8 +101,7 @@ struct Rows {
         }
     }
     int64_t line_capacity(int64_t rows) const {
-        return (relu == nullptr ? 1 : 2) *
-               PrefetchList::capacity(rows, (width + W) * static_cast<int64_t>(sizeof(T)));
+        return (relu == nullptr ? 1 : 2) * PrefetchList::capacity(rows, (width + W) * static_cast<int64_t>(sizeof(T)));
     }
 };
 

@@ -229,8 +229,8 @@ void forward(const LinearNllParams& p) {
         if (p.expected != nullptr) tile.clear_sums();
         for (int64_t begin = 0; begin < p.V; begin += WORDS) {
             tile.score(begin, tile.logits);
-            softmax.take(tile.logits, p.bias + begin, target, begin, words_from(p, begin),
-                         tile.size, p.expected != nullptr);
+            softmax.take(tile.logits, p.bias + begin, target, begin, words_from(p, begin), tile.size,
+                         p.expected != nullptr);
             if (p.expected == nullptr) continue;
             for (int64_t t = 0; t < tile.size; ++t) {
                 float* row = tile.sums + t * tile.sums_ld();
