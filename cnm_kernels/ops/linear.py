@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cnm_kernels.checks import Arguments
@@ -42,5 +41,6 @@ def linear(
     check.floating("weight", weight, f"{group}M K", own_dtype=True)
     if bias is not None:
         check.floating("bias", bias, f"{group}M", own_dtype=True)
-        bias = bias.to(torch.promote_types(bias.dtype, weight.dtype))
+        if bias.dtype != weight.dtype:
+            bias = bias.float()
     return run("linear", x, x, weight, bias, check.flag("relu", relu), lengths)
