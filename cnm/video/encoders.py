@@ -68,7 +68,13 @@ class Encoder:
         self.module = network.module.to(self.device).eval().requires_grad_(False)
         mean, deviation = (torch.tensor(values, device=self.device)[:, None, None] for values in network.normalisation)
         self._scale, self._shift = 1 / (255 * deviation), mean / deviation
-        tried = self([np.zeros((self.size, self.size, 3), np.uint8)])
+        try:
+            tried = self([np.zeros((self.size, self.size, 3), np.uint8)])
+        except RuntimeError as error:  # a model of clips, or of pictures of another size
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(
+                f"--encoder {name}: takes no pictures of {self.size} x {self.size} ({reason}); choose another"
+            ) from None
         if tried.ndim != 2:
             raise InputError(
                 f"--encoder {name}: gives {list(tried.shape[1:])} numbers a picture, not a row; choose another"
@@ -221,6 +227,8 @@ def _torchvision(name: str, weights: Path | None) -> Network:
     torchvision = _module("torchvision", f"torchvision/{name}", "torchvision")
     try:
         module = torchvision.models.get_model(name, weights="DEFAULT" if weights is None else None)
+        pictures = torchvision.models.get_model_weights(name).DEFAULT.transforms()  # as it was trained on
+        size, normalisation = pictures.crop_size[0], (pictures.mean, pictures.std)
         if weights is not None:
             _load_weights(module, weights)
     except InputError:
@@ -230,7 +238,7 @@ def _torchvision(name: str, weights: Path | None) -> Network:
     for head in ("fc", "classifier", "heads", "head"):  # the layer that classifies features
         if hasattr(module, head):
             setattr(module, head, _before_classes(getattr(module, head)))
-    return Network(module, 224, IMAGENET)
+    return Network(module, size, normalisation)
 
 
 def _before_classes(head: nn.Module) -> nn.Module:
