@@ -15,5 +15,6 @@ def warnings_are_errors() -> Iterator[None]:
     """And what is said once is said again."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of what other tests left to the garbage collector
         attention._said.clear()
         yield

@@ -39,6 +39,7 @@ BOUND = {torch.float64: 1e-12, torch.float32: 1e-5}
 def _clean() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of what other tests left to the garbage collector
         yield
     for module in MODULES.values():
         cnm_kernels.restore(module)
