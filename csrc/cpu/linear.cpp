@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t ROWS = 96;           // of a block of y or d_x
 constexpr int64_t SUMMED_ROWS = 192;   // that d_weight takes at a time
 constexpr int64_t WEIGHT_BLOCK = 256;  // rows and columns of a block of d_weight: its sums and operands fit the caches
-constexpr int64_t SLICE_ROWS = 512;    // at least, of a slice
+constexpr int64_t SLICE_ROWS = 384;    // at least, of a slice: a few thousand rows make tasks enough to share evenly
 constexpr int64_t MAX_SLICES = 16;
 constexpr int64_t PARTIAL_ELEMENTS = 1 << 21;  // at most, of all slices' d_weight
 constexpr int64_t PAD = W;  // added to rows of scratch, or rows a power of two apart would share few cache sets
