@@ -104,7 +104,9 @@ class Options(_Part):
 class Fingerprint(_Part):
     sentences: str
     words: str
-    features: list[list[float]]
+    tagger: str
+    features: list[float]
+    size: float
 
 
 class Training(_Part):

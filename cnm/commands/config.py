@@ -39,7 +39,7 @@ def config_command(
     fields = _every_models_fields()
     if what is None:
         _list(fields)
-    elif what in configs.names() or os.path.isfile(what):
+    elif what in configs.names() or (os.path.exists(what) and not os.path.isdir(what)):
         _print(configs.resolve(what, changes or []))
         return
     else:

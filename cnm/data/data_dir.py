@@ -22,7 +22,10 @@ def with_data_dir(config: Config, folder: Path | None, *, resumed: bool = False)
         raise InputError(f"--data-dir {folder}: is not a folder; give the one that relative paths start from")
 
     def joined(path: str) -> str:
-        return path if resumed and Path(path).is_relative_to(folder) else str(folder / path)
+        there, already = (Path(str(one).replace("{split}", "train")) for one in (folder / path, path))
+        if resumed and already.is_relative_to(folder) and already.exists() and not there.exists():
+            return path
+        return str(folder / path)
 
     paths = {name: getattr(config.dataset, name) for name in DATA_PATHS}
     moved = {

@@ -121,7 +121,9 @@ class Trainer:
             if self.saved.get("training") is None or self.saved.get("vocabulary") is None:
                 raise InputError(f"{self.run.last}: holds a model alone, not the state of a run; it cannot be resumed")
             stored = Config.from_json(self.saved["config"], f"{self.run.last}: config")
-            config = with_data_dir(stored if config is None else resumed_config(stored, config), data_dir, resumed=True)
+            stored = with_data_dir(stored, data_dir, resumed=True)
+            given = None if config is None else with_data_dir(config, data_dir, resumed=True)
+            config = stored if given is None else resumed_config(stored, given)
         elif config is None:
             raise TypeError("Trainer: config is needed for a new run")
         elif self.writes:
@@ -220,10 +222,12 @@ class Trainer:
                     "batches of the epoch": self.batch,
                     "sentences": len(self.train_split),
                     "words": len(self.train_split.vocabulary),
-                    **{f"{name} split": data["sentences"][:8] for name, data in self.data.items()},
+                    "splits": ", ".join(self.data),
                     "precision": self.options["precision"],
                 }
                 self.group.check_same(found, str(self.run.path))
+                for rank, others in enumerate(self.group.gather(self.data)):
+                    self._check_data(others, f"{self.run.path}: process {rank} of the job has other data")
             if self.saved is None and self.writes:
                 self.run.check_new()
                 self.run.create(self.config)
@@ -448,15 +452,9 @@ class Trainer:
         self.last_save = time.monotonic()
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        for name, stored in saved["training"].get("data", {}).items():
-            other = difference(stored, self.data[name]) if name in self.data else None
-            if other is not None:
-                raise InputError(
-                    f"{self.run.last}: the {name} split has other {other} than the run was trained with; give it the "
-                    f"files it had, or start a new run"
-                )
         vocabulary = self.train_split.vocabulary
         check_vocabulary(self.model, vocabulary, type(vocabulary).from_state(saved["vocabulary"]))
+        self._check_data(saved["training"].get("data", {}), f"{self.run.last}: was not trained with this data")
         try:
             training = saved["training"]
             self.model.load_state_dict(saved["model_parameters"])
@@ -468,11 +466,20 @@ class Trainer:
             self.epoch_began = training.get("epoch_began", 0.0)
             self.best, self.rows, self.metric_names = training["best"], training["rows"], training["metric_names"]
             self.pending = [values.to(self.device) for values in training["pending"]]
+            if not self.step.skip_nonfinite:  # those of updates that were skipped
+                self.pending = [values for values in self.pending if values.isfinite().all()]
         except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
             detail = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{self.run.last}: its training state does not fit this version of cnm ({detail})"
             ) from None
+
+    def _check_data(self, others: dict[str, Any], problem: str) -> None:
+        """Raises ``InputError``, which begins with ``problem``, where splits differ from these fingerprints."""
+        for name, other in others.items():
+            found = difference(other, self.data[name]) if name in self.data else None
+            if found is not None:
+                raise InputError(f"{problem}: the {name} split has {found}")
 
     def _restore_random_state(self, random: dict[str, Any]) -> None:
         torch.set_rng_state(random["torch"])

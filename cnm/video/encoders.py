@@ -227,8 +227,6 @@ def _torchvision(name: str, weights: Path | None) -> Network:
     torchvision = _module("torchvision", f"torchvision/{name}", "torchvision")
     try:
         module = torchvision.models.get_model(name, weights="DEFAULT" if weights is None else None)
-        pictures = torchvision.models.get_model_weights(name).DEFAULT.transforms()  # as it was trained on
-        size, normalisation = pictures.crop_size[0], (pictures.mean, pictures.std)
         if weights is not None:
             _load_weights(module, weights)
     except InputError:
@@ -238,7 +236,7 @@ def _torchvision(name: str, weights: Path | None) -> Network:
     for head in ("fc", "classifier", "heads", "head"):  # the layer that classifies features
         if hasattr(module, head):
             setattr(module, head, _before_classes(getattr(module, head)))
-    return Network(module, size, normalisation)
+    return Network(module, 224, IMAGENET)
 
 
 def _before_classes(head: nn.Module) -> nn.Module:

@@ -32,7 +32,7 @@ def contrastive_reconstruction_loss(
         (loss [], nll [3, B]), float32 (float64 for float64); both differentiable in hidden, weight and bias.
     """
     check = Arguments("contrastive_reconstruction_loss")
-    hidden, weight, bias = autocast(hidden, weight, bias)
+    hidden, weight = autocast(hidden, weight)
     check.floating("hidden", hidden, "3 B L D")
     check_vocabulary(check, weight, bias, label_smoothing)
     check.integer("target", target, "B L")

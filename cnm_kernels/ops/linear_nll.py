@@ -65,7 +65,7 @@ def linear_nll(
         nll [M], float32 (float64 for float64); with ``return_accuracy`` the pair (nll, accuracy [M]).
     """
     check = Arguments("linear_nll")
-    hidden, weight, bias = autocast(hidden, weight, bias)
+    hidden, weight = autocast(hidden, weight)
     check.floating("hidden", hidden, "M L D")
     check_vocabulary(check, weight, bias, label_smoothing)
     check.integer("target", target, "M L")

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -278,6 +279,9 @@ def test_a_folder_does_not_hide_a_packaged_configuration(tmp_path: Path, monkeyp
         Path(name).mkdir()
     assert Config.from_json(json.loads(run("config", "tacos").stdout)) == configs.resolve("tacos")
     assert run("config", "train").stdout.startswith("train: optimizers")
+    os.mkfifo("pipe")
+    threading.Thread(target=Path("pipe").write_text, args=(run("config", "tacos").stdout,)).start()
+    assert json.loads(run("config", "pipe").stdout) == json.loads(run("config", "tacos").stdout)
 
 
 def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:

@@ -244,11 +244,14 @@ def test_a_run_whose_data_moved_is_resumed_from_there(tmp_path: Path, monkeypatc
     started = run("train", "--config", "../config.json", "--run", "../run", "--set", "train.max_num_epochs=1")
     assert started.exit_code == 0, started.stderr
     monkeypatch.chdir(tmp_path)
-    resume = ("train", "--resume", "run", "--set", "train.max_num_epochs=2")
+    last = "train.max_num_epochs=2"
+    resume = ("train", "--resume", "run", "--set", last)
     assert "glove.pkl" in error_line(run(*resume))
     resumed = run(*resume, "--data-dir", "data")
     assert resumed.exit_code == 0, resumed.stderr
     assert configs.resolve("run/config.json").dataset.train_data == "data/train.json"
+    again = run("train", "--resume", "run", "--config", "config.json", "--data-dir", "data", "--set", last)
+    assert again.exit_code == 0, again.stderr
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     epochs = [row for row in rows if row["kind"] == "epoch"]
     assert [row["epoch"] for row in epochs] == [1, 2]

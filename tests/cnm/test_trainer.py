@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -384,6 +385,18 @@ def test_a_resumed_run_can_begin_and_cease_to_skip(tmp_path: Path) -> None:
         resumed.train()
 
 
+def test_a_skipped_update_does_not_end_a_run_that_skips_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        poison(patched, {2})
+        at_update(patched, 2, send(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            Trainer(synthetic_config(), folder, log_every=3, quiet=True, skip_nonfinite=True).train()
+    Trainer(None, folder, resume=True, log_every=3, quiet=True, skip_nonfinite=False).train()
+
+
 def test_a_short_row_of_skipped_updates_joins_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last row of an epoch is of what is left of it."""
     trainer_ = Trainer(synthetic_config(), tmp_path / "run", log_every=3, quiet=True, skip_nonfinite=True)
@@ -450,19 +463,29 @@ def edit_rows(folder: Path, name: str, change: Callable[[list[Any]], None]) -> N
     path.write_text(json.dumps(rows))
 
 
-def other_features(folder: Path) -> None:
-    with h5py.File(folder / "features.hdf5", "a") as file:
-        for name in file:
-            file[name][...] = 2 * file[name][()]
+def change_features(change: Callable[[np.ndarray], np.ndarray], videos: str = "") -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        with h5py.File(folder / "features.hdf5", "a") as file:
+            for name in filter(lambda name: name.startswith(videos), file):
+                file[name][...] = change(file[name][()])
+
+    return edit
 
 
+HAD = "give it the files it had"
 OTHER_DATA: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a sentence less": (lambda folder: edit_rows(folder, "train", list.pop), "the train split has other sentences"),
+    "a sentence less": (
+        lambda folder: edit_rows(folder, "train", list.pop),
+        f"train split has other sentences; {HAD}",
+    ),
     "another moment": (
         lambda folder: edit_rows(folder, "test", lambda rows: rows[0].__setitem__(2, [0.0, 1.0])),
-        "the test split has other sentences",
+        f"test split has other sentences; {HAD}",
     ),
-    "other features": (other_features, "the train split has other features"),
+    "larger features": (change_features(lambda x: 1.5 * x), f"train split has other features; {HAD}"),
+    "negative features": (change_features(np.negative), f"train split has other features; {HAD}"),
+    "columns in another order": (change_features(lambda x: x[:, ::-1]), f"train split has other features; {HAD}"),
+    "one video's": (change_features(lambda x: x[::-1], "val3"), f"val split has other features; {HAD}"),
 }
 
 
@@ -472,8 +495,15 @@ def test_a_run_is_not_resumed_on_other_data(case: str, tmp_path: Path) -> None:
     start(config, tmp_path / "run").train()
     change, message = OTHER_DATA[case]
     change(tmp_path)
-    with pytest.raises(InputError, match=rf"last\.pt: {message} than the run was trained with"):
+    with pytest.raises(InputError, match=rf"last\.pt: was not trained with this data: the {message}"):
         resume(tmp_path / "run")
+
+
+def test_rounding_does_not_make_other_features(tmp_path: Path) -> None:
+    config = CNMConfig.from_json(write_files(tmp_path))
+    start(config, tmp_path / "run").train()
+    change_features(lambda x: torch.from_numpy(x).bfloat16().float().numpy())(tmp_path)
+    resume(tmp_path / "run")
 
 
 def test_a_resumed_run_takes_the_same_numbers_from_another_file(tmp_path: Path) -> None:
@@ -488,9 +518,9 @@ def test_a_resumed_run_takes_the_same_numbers_from_another_file(tmp_path: Path) 
 def test_another_choice_of_content_words_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CNMConfig.from_json(write_files(tmp_path))
     start(config, tmp_path / "run").train()
-    monkeypatch.setattr("cnm.data.tagging.FUNCTION_WORDS", frozenset())
-    monkeypatch.setattr("cnm.data.split.tagger_name", lambda: "another")
-    with pytest.raises(InputError, match="the train split has other words to mask"):
+    for module in ("split", "fingerprint"):
+        monkeypatch.setattr(f"cnm.data.{module}.tagger_name", lambda: "another")
+    with pytest.raises(InputError, match="the train split has content words chosen by another, not"):
         resume(tmp_path / "run")
 
 
