@@ -18,8 +18,9 @@ Width = Annotated[int, Field(ge=1, le=2**16)]  # of a vector
 Layers = Annotated[int, Field(ge=1, le=256)]
 Length = Annotated[int, Field(ge=1, le=2**16)]  # of a sentence
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+MOST = 1e6  # of a rate, a weight or a size: far beyond what trains, far below what overflows
+Positive = Annotated[float, Field(gt=0, le=MOST)]
+NonNegative = Annotated[float, Field(ge=0, le=MOST)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_out, const s
          d_weight.mutable_data_ptr<float>(), d_bias.mutable_data_ptr<float>(), dtype_of(in), rows, D, p,
          packed(seed).const_data_ptr<int64_t>(), offset, data_or_null<int64_t>(indices),
          rows_of_sample(rows, indices)});
-    return {d_x, d_residual, as_type(d_weight, weight.scalar_type()), as_type(d_bias, weight.scalar_type())};
+    return {d_x, d_residual, as_type(d_weight, weight.scalar_type()), d_bias};
 }
 
 }  // namespace

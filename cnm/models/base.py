@@ -51,12 +51,21 @@ class Scoring:
             batch: figures then depend on the batch, as in the published evaluation.
         select: in (0, 1): a moment is where a proposal's Gaussian lies above this part of its peak. None: center +-
             width / 2, as published.
+
+    Raises:
+        InputError: masks < 1, seed < 0, or select outside (0, 1).
     """
 
     masks: int = 4
     seed: int = 0
     published: bool = False
     select: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.masks < 1 or self.seed < 0:
+            raise InputError(f"Scoring: masks must be 1 or more and seed 0 or more, got {self.masks} and {self.seed}")
+        if self.select is not None and not 0 < self.select < 1:
+            raise InputError(f"Scoring: select must lie between 0 and 1, got {self.select:g}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,7 @@ class CPL(Model):
     ) -> Proposals:
         """The K proposals of each sentence, scored by minus the reconstruction error."""
         scoring = scoring or Scoring()
+        batch = replace(batch, frames=self._narrowed(batch.frames), words=self._narrowed(batch.words))
         if video is None:
             self._check(batch.frames, batch.frame_lengths, batch.words, batch.word_lengths)
             video = self.encode_video(batch.frames, batch.frame_lengths)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import cnm_kernels as kernels
+from cnm.models.input_dropout import without_keeping
 from cnm_kernels import absorption
 from cnm_kernels.absorption import Projections, Source
 
@@ -88,7 +89,11 @@ class ForwardPass:
         return chosen
 
     def on_input(self, x: Tensor) -> Tensor:
-        return kernels.dropout(x, self.input_p, seed=self.seed, offset=self._next_offset())
+        return self._input_dropout()(x)
+
+    def _input_dropout(self) -> Callable[[Tensor], Tensor]:
+        """One draw, the same whenever it is called."""
+        return partial(kernels.dropout, p=self.input_p, seed=self.seed, offset=self._next_offset())
 
     def add_and_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> States:
         """LayerNorm(residual + dropout(x))."""
@@ -107,14 +112,9 @@ class ForwardPass:
         return States(*pair)
 
     def projected(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """The layer on x after input dropout, whose result is large and soon drawn again: it is not kept."""
-
-        def compute(ctx: ForwardPass) -> Tensor:
-            dropped = ctx.on_input(x)
-            with ctx.kept.results():
-                return apply_linear(layer, dropped)
-
-        return compute(self) if self.input_p == 0 else self._recomputed(compute)
+        """The layer on x after input dropout."""
+        draw, apply = self._input_dropout(), partial(apply_linear, layer)
+        return apply(draw(x)) if self.input_p == 0 else without_keeping(apply, x, draw)
 
     def layer(self, compute: Callable[[ForwardPass], Result]) -> Result:
         """``compute(ctx)``, with the same masks whenever it is computed."""

@@ -31,11 +31,13 @@ def _fake_backward(
     need_weights: bool,
 ) -> tuple[Tensor, ...]:
     inputs = [empty_like(x) if needed else x.new_empty(0) for needed in (need_x, need_residual)]
-    return (*inputs, *(weight.new_empty(weight.shape if need_weights else 0) for _ in range(2)))
+    d_weight = weight.new_empty(weight.shape if need_weights else 0)
+    return (*inputs, d_weight, torch.empty_like(d_weight, dtype=torch.float32))
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, residual, weight, _, ctx.p, seed, ctx.offset, _, sample_indices = inputs
+    x, residual, weight, bias, ctx.p, seed, ctx.offset, _, sample_indices = inputs
+    ctx.bias_dtype = bias.dtype
     ctx.save_for_backward(x, residual, weight, output[1], seed, sample_indices)
 
 
@@ -90,7 +92,7 @@ def register(namespace: str) -> Callable[..., Any]:
             need_residual or (need_x and shared),
             need_weight or need_bias,
         )
-        gradients = (d_residual if shared else d_x, d_residual, d_weight, d_bias)
+        gradients = (d_residual if shared else d_x, d_residual, d_weight, d_bias.to(ctx.bias_dtype))
         wanted = (d if needed else None for d, needed in zip(gradients, ctx.needs_input_grad[:4], strict=True))
         return (*wanted, *[None] * 5)
 

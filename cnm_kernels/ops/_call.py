@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 
 from cnm_kernels import reference, registry
 
+_NARROWED = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def run(op: str, tensor: Tensor, *arguments: Any) -> Any:
     """Calls the backend's function."""
@@ -53,11 +55,11 @@ def _autocasts(device: str) -> bool:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Matrix operands in the autocast dtype where autocast is on; float64 is left alone, as PyTorch leaves it."""
+    """Matrix operands in the autocast dtype where autocast is on; float64 and what is no real number is left alone."""
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return tensors  # the checks that follow name the culprit
     device = tensors[0].device.type
     if not _autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+    return tuple(tensor.to(dtype) if tensor.dtype in _NARROWED else tensor for tensor in tensors)

@@ -12,6 +12,8 @@ from cnm_kernels.autograd.attention import unpack
 from cnm_kernels.checks import Arguments
 from cnm_kernels.ops._call import autocast
 
+MAX_ALPHA, MAX_SIGMA = 1e30, 1e15  # beyond them float32 overflows, and with it the Gaussian at its own center
+
 
 def check_attention(
     check: Arguments, query: Tensor, key: Tensor | None, value: Tensor | None, key_lengths: Tensor | None
@@ -60,7 +62,7 @@ def finite(check: Arguments, name: str, value: float) -> float:
 
 
 def check_gaussian(check: Arguments, alpha: float, min_width: float) -> None:
-    check.number("alpha", alpha, 0, float("inf"))
+    check.number("alpha", alpha, 0, MAX_ALPHA)
     check.above_zero("min_width", min_width)
 
 

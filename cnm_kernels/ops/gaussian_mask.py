@@ -5,7 +5,7 @@ from torch import Tensor
 from cnm_kernels.checks import Arguments
 from cnm_kernels.constants import MIN_PROPOSAL_WIDTH, MIN_WIDTH
 from cnm_kernels.ops._call import run
-from cnm_kernels.ops._checks import check_gaussian
+from cnm_kernels.ops._checks import MAX_SIGMA, check_gaussian
 
 
 def gaussian_mask(
@@ -52,8 +52,8 @@ def gaussian_mask(
     assert sigma is not None
     min_width = MIN_PROPOSAL_WIDTH if min_width is None else min_width
     check.number("sigma", sigma, -float("inf"), float("inf"))
-    if not 0 < sigma < float("inf"):
-        raise ValueError(f"gaussian_mask: sigma must be a finite number above 0, got {sigma}")
+    if not 0 < sigma <= MAX_SIGMA:
+        raise ValueError(f"gaussian_mask: sigma must be a number above 0, at most {MAX_SIGMA:g}, got {sigma}")
     alpha = sigma**2 / 2
     check_gaussian(check, alpha, min_width)
     min_width = max(min_width, 1e-15 * alpha**0.5)  # from here on down no number changes, but squares would overflow

@@ -41,6 +41,6 @@ def linear(
     check.floating("weight", weight, f"{group}M K", own_dtype=True)
     if bias is not None:
         check.floating("bias", bias, f"{group}M", own_dtype=True)
-        if bias.dtype != weight.dtype:
-            bias = bias.float()
+        if bias.dtype.itemsize < weight.dtype.itemsize:
+            bias = bias.to(weight.dtype)
     return run("linear", x, x, weight, bias, check.flag("relu", relu), lengths)

@@ -238,7 +238,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, D, rows, BLOCK_D, launch = _tiles(x)
     d_x, d_residual = (x.new_empty(x.shape if need else 0) for need in (need_x, need_residual))
-    d_weight, d_bias = (weight.new_empty(weight.shape if need_weights else 0) for _ in range(2))
+    d_weight = weight.new_empty(weight.shape if need_weights else 0)
+    d_bias = floats(x, *d_weight.shape)
     if x.numel() == 0:
         return d_x, d_residual, d_weight.zero_(), d_bias.zero_()
     count = min(triton.cdiv(N, rows), MAX_PARTS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cnm import CNMConfig, InputError
+from cnm import CNMConfig, InputError, configs
 
 OPTIMIZER = {"lr": 4e-4, "weight_decay": 0, "warmup_updates": 400, "warmup_init_lr": 1e-7}
 PUBLISHED: dict[str, Any] = {
@@ -137,3 +137,11 @@ def test_what_is_no_configuration(tmp_path: Path, content: str, message: str) ->
         CNMConfig.from_json(tmp_path / "c.json")
     with pytest.raises(InputError, match=r"none\.json: cannot be read"):
         CNMConfig.from_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "change", ["train.reconstructor.lr=1e300", "train.generator.weight_decay=1e300", "loss.beta_1=1e9"]
+)
+def test_numbers_that_would_overflow(change: str) -> None:
+    with pytest.raises(InputError, match=rf"{change.split('=')[0]}: Input should be less than or equal to 1000000"):
+        configs.resolve("charades_i3d", [change])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -414,3 +415,11 @@ def test_encoded_videos_must_be_as_many_as_sentences() -> None:
     video = model.eval().encode_video(batch.frames[:2], batch.frame_lengths[:2])
     with pytest.raises(ValueError, match="CPL: 2 encoded videos for 6 sentences"):
         model.proposals(batch, video=video)
+
+
+def test_numpys_float64_is_taken() -> None:
+    config = cpl_config()
+    model, split = build(config).eval(), open_split(config.dataset, "test")
+    batch = split.batch(range(3))
+    wide = dataclasses.replace(batch, frames=batch.frames.double(), words=batch.words.double())
+    assert torch.equal(model.proposals(wide).center, model.proposals(batch).center)

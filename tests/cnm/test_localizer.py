@@ -172,3 +172,11 @@ def test_features_refused(localizer: cnm.Localizer, broken: np.ndarray, message:
 def test_durations_refused(localizer: cnm.Localizer, features: np.ndarray, duration: float) -> None:
     with pytest.raises(cnm.InputError, match="duration: must be more than 0"):
         localizer.encode(features, duration=duration)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"select": 1.5}, {"select": 0.0}, {"select": float("nan")}, {"masks": 0}, {"seed": -1}]
+)
+def test_scoring_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(cnm.InputError, match=r"^Scoring: "):
+        Scoring(**wrong)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from op_records.dropout_add_layer_norm import add_and_norm
 from samples import run, sample, targets
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cnm_kernels
 from cnm_kernels import native
 
 OP = "dropout_add_layer_norm"
@@ -221,3 +222,15 @@ def test_negative_indices_are_refused() -> None:
     inputs = {"x": x, "residual": x, "weight": ones, "bias": ones, "p": 0.5, "seed": 0}
     with pytest.raises(RuntimeError, match="sample_indices must be >= 0, got -1 for sample 1"):
         run(OP, inputs | {"sample_indices": torch.tensor([0, -1])}, "native")
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.bfloat16]))
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_float32_bias_has_a_float32_gradient(backend: str, device: str, dtype: torch.dtype, twice: bool) -> None:
+    draw = Draw("bias", dtype, device)
+    x, residual, weight = draw.normal(257, 8), draw.normal(257, 8), draw.normal(8)
+    bias = torch.zeros(8, device=device, requires_grad=True)
+    with cnm_kernels.use_backend(backend):
+        out = cnm_kernels.dropout_add_layer_norm(x, residual, weight, bias, 0.0, seed=0, twice=twice)
+        (gradient,) = torch.autograd.grad((out[0] if twice else out).sum(), bias)
+    assert gradient.tolist() == [257.0] * 8  # which bfloat16 cannot hold

@@ -115,3 +115,9 @@ def test_a_backend_without_it_leaves_it_to_pytorch(monkeypatch: pytest.MonkeyPat
         assert registry.choice("linear", "cpu", torch.float32) == "torch"
         with pytest.raises(cnm_kernels.BackendUnavailable):
             registry.choice("linear_nll", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_autocast_takes_no_other_numbers(dtype: torch.dtype) -> None:
+    with torch.autocast("cpu"), pytest.raises(TypeError, match="x must be"):
+        cnm_kernels.linear(torch.ones(2, 4, dtype=dtype), torch.ones(3, 4))
