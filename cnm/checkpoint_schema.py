@@ -118,7 +118,7 @@ class Training(_Part):
     epoch_began: float = 0.0  # earlier versions kept none
     best: Best
     rows: Count
-    data: dict[str, Fingerprint] = {}  # of each split; earlier versions kept none
+    fingerprints: dict[str, Fingerprint] = {}  # of each split; earlier versions kept none
     metric_names: list[str]
     pending: list[Float]  # NaN in the rows of updates that were skipped
     random: Random

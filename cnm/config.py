@@ -18,9 +18,22 @@ Width = Annotated[int, Field(ge=1, le=2**16)]  # of a vector
 Layers = Annotated[int, Field(ge=1, le=256)]
 Length = Annotated[int, Field(ge=1, le=2**16)]  # of a sentence
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-MOST = 1e6  # of a rate, a weight or a size: far beyond what trains, far below what overflows
-Positive = Annotated[float, Field(gt=0, le=MOST)]
-NonNegative = Annotated[float, Field(ge=0, le=MOST)]
+
+
+def _fits_float32(value: float) -> float:
+    if value > 1e30:
+        raise ValueError(f"must be at most 1e30, got {value:g}")
+    return value
+
+
+def _square_fits_float32(value: float) -> float:
+    if value > 1e15:
+        raise ValueError(f"must be at most 1e15, got {value:g}")
+    return value
+
+
+Positive = Annotated[float, Field(gt=0), AfterValidator(_fits_float32)]
+NonNegative = Annotated[float, Field(ge=0), AfterValidator(_fits_float32)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -189,7 +202,9 @@ class CPLNetworkConfig(NetworkConfig):
     """``num_props`` Gaussians of ``sigma`` standard deviations; ``gamma`` says how fast the negatives grow."""
 
     num_props: Annotated[int, Field(ge=1, le=256)] = Field(description="proposals K per sentence")
-    sigma: Positive = Field(description="standard deviations of the Gaussian in a proposal's width")
+    sigma: Annotated[Positive, AfterValidator(_square_fits_float32)] = Field(
+        description="standard deviations of the Gaussian in a proposal's width"
+    )
     gamma: NonNegative = Field(description="how slowly the negatives grow over the epochs; 0: full size at once")
     max_epoch: Count | None = Field(
         default=None, description="epoch of the negatives' full size; by default train.max_num_epochs"

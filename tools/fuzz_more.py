@@ -202,7 +202,7 @@ def a_run(_: int) -> tuple[Trainer, dict[str, Any]]:
         "epoch_began": 0.5,
         "best": {"epoch": 1, "mIoU": 0.5},
         "rows": 2,
-        "data": trainer.data,
+        "fingerprints": trainer.fingerprints,
         "metric_names": ["a", "b"],
         "pending": [torch.ones(2)],
         "random": {"torch": torch.get_rng_state()},

@@ -23,7 +23,7 @@ def with_data_dir(config: Config, folder: Path | None, *, resumed: bool = False)
 
     def joined(path: str) -> str:
         there, already = (Path(str(one).replace("{split}", "train")) for one in (folder / path, path))
-        if resumed and already.is_relative_to(folder) and already.exists() and not there.exists():
+        if resumed and already.is_relative_to(folder) and not there.exists():
             return path
         return str(folder / path)
 

@@ -51,19 +51,18 @@ def fingerprint(samples: Sequence[Sample], encoded: Sequence[np.ndarray], featur
     }
 
 
-def difference(stored: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """What a split has that the run was not trained with, and what to do; None if it has nothing such."""
-    same_files = "give it the files it had, or start a new run"
-    if stored["sentences"] != found["sentences"]:
-        return f"other sentences; {same_files}"
-    if stored["tagger"] != found["tagger"]:
+def difference(wanted: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """What is other in the split that was found; None if nothing is."""
+    if wanted["sentences"] != found["sentences"]:
+        return "other sentences"
+    if wanted["words"] != found["words"] and wanted["tagger"] != found["tagger"]:
         return (
-            f"content words chosen by {found['tagger']}, not {stored['tagger']}; nltk chooses where its data "
-            f"averaged_perceptron_tagger_eng is installed, function-words where it is not"
+            f"content words chosen by {found['tagger']}, not {wanted['tagger']} (nltk chooses where its data "
+            f"averaged_perceptron_tagger_eng is installed, function-words where it is not)"
         )
-    if stored["words"] != found["words"]:
-        return f"other words of its sentences; {same_files}"
-    if len(stored["features"]) != len(found["features"]):
-        return f"other features; {same_files}"
-    apart = np.abs(np.array(stored["features"]) - np.array(found["features"])).max(initial=0)
-    return f"other features; {same_files}" if apart > TOLERANCE * found["size"] else None
+    if wanted["words"] != found["words"]:
+        return "other words of its sentences"
+    if len(wanted["features"]) != len(found["features"]):
+        return "other features"
+    apart = np.abs(np.array(wanted["features"]) - np.array(found["features"])).max(initial=0)
+    return "other features" if apart > TOLERANCE * max(wanted["size"], found["size"]) else None

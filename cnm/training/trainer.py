@@ -150,7 +150,7 @@ class Trainer:
         self.val_split = self._open_val(config, opened)
         self.chooses_best = self.val_split is not None and self.val_split is not self.test_split
 
-        self.data = {split.name: split.fingerprint() for split in self.splits}
+        self.fingerprints = {split.name: split.fingerprint() for split in self.splits}
         self.config = config if resume else with_vocabulary_size(config, len(self.train_split.vocabulary))
         train = self.config.train
         torch.manual_seed(train.seed)
@@ -222,12 +222,11 @@ class Trainer:
                     "batches of the epoch": self.batch,
                     "sentences": len(self.train_split),
                     "words": len(self.train_split.vocabulary),
-                    "splits": ", ".join(self.data),
+                    "splits": ", ".join(self.fingerprints),
                     "precision": self.options["precision"],
                 }
                 self.group.check_same(found, str(self.run.path))
-                for rank, others in enumerate(self.group.gather(self.data)):
-                    self._check_data(others, f"{self.run.path}: process {rank} of the job has other data")
+                self._check_same_data(self.group)
             if self.saved is None and self.writes:
                 self.run.check_new()
                 self.run.create(self.config)
@@ -443,7 +442,7 @@ class Trainer:
             "epoch_began": self.epoch_began,
             "best": self.best,
             "rows": self.rows,
-            "data": self.data,
+            "fingerprints": self.fingerprints,
             "metric_names": self.metric_names,
             "pending": [values.cpu() for values in self.pending],
             "random": random,
@@ -454,7 +453,13 @@ class Trainer:
     def _restore(self, saved: dict[str, Any]) -> None:
         vocabulary = self.train_split.vocabulary
         check_vocabulary(self.model, vocabulary, type(vocabulary).from_state(saved["vocabulary"]))
-        self._check_data(saved["training"].get("data", {}), f"{self.run.last}: was not trained with this data")
+        for name, wanted in saved["training"].get("fingerprints", {}).items():
+            other = difference(wanted, self.fingerprints[name]) if name in self.fingerprints else None
+            if other is not None:
+                raise InputError(
+                    f"{self.run.last}: was not trained with this data, the {name} split has {other}; give it the files "
+                    f"it had, or start a new run"
+                )
         try:
             training = saved["training"]
             self.model.load_state_dict(saved["model_parameters"])
@@ -473,13 +478,6 @@ class Trainer:
             raise InputError(
                 f"{self.run.last}: its training state does not fit this version of cnm ({detail})"
             ) from None
-
-    def _check_data(self, others: dict[str, Any], problem: str) -> None:
-        """Raises ``InputError``, which begins with ``problem``, where splits differ from these fingerprints."""
-        for name, other in others.items():
-            found = difference(other, self.data[name]) if name in self.data else None
-            if found is not None:
-                raise InputError(f"{problem}: the {name} split has {found}")
 
     def _restore_random_state(self, random: dict[str, Any]) -> None:
         torch.set_rng_state(random["torch"])
@@ -518,6 +516,17 @@ class Trainer:
         """Stops if a signal asked for it. The last epoch's state is saved; the model may be the best by now."""
         if self.stop_signal.received is not None:
             raise Interrupted(self.stop_signal.received, self.run.last)
+
+    def _check_same_data(self, group: Group) -> None:
+        """Raises ``InputError`` where a process of the job, on another machine perhaps, reads other data."""
+        for rank, others in enumerate(group.gather(self.fingerprints)):
+            for name, mine in self.fingerprints.items():
+                other = difference(mine, others[name])
+                if other is not None:
+                    raise InputError(
+                        f"{self.run.path}: process {rank} of the job has {other} in the {name} split, unlike process "
+                        f"{group.rank}; give all machines the same files"
+                    )
 
     def _check_still_last(self, saved: dict[str, Any]) -> None:
         """Raises ``InputError`` where another process trained on between the reading of the checkpoint and the lock."""

@@ -63,3 +63,9 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) if tensor.dtype in _NARROWED else tensor for tensor in tensors)
+
+
+def autocast_bias(bias: Tensor, operand: Tensor) -> Tensor:
+    """A narrow bias in the dtype of the operands that were cast; a float32 one is added as it is."""
+    narrow = isinstance(bias, Tensor) and bias.dtype in (torch.bfloat16, torch.float16)
+    return bias.to(operand.dtype) if narrow and _autocasts(operand.device.type) else bias

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from cnm_kernels.checks import Arguments
 from cnm_kernels.constants import BETA_1, BETA_2, LABEL_SMOOTHING
-from cnm_kernels.ops._call import autocast, run
+from cnm_kernels.ops._call import autocast, autocast_bias, run
 from cnm_kernels.ops._checks import check_vocabulary, finite
 from cnm_kernels.parameter_uses import use
 
@@ -33,6 +33,7 @@ def contrastive_reconstruction_loss(
     """
     check = Arguments("contrastive_reconstruction_loss")
     hidden, weight = autocast(hidden, weight)
+    bias = autocast_bias(bias, hidden)
     check.floating("hidden", hidden, "3 B L D")
     check_vocabulary(check, weight, bias, label_smoothing)
     check.integer("target", target, "B L")

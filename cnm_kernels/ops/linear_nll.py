@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cnm_kernels.checks import Arguments
 from cnm_kernels.constants import LABEL_SMOOTHING
-from cnm_kernels.ops._call import autocast, run
+from cnm_kernels.ops._call import autocast, autocast_bias, run
 from cnm_kernels.ops._checks import check_vocabulary
 from cnm_kernels.parameter_uses import use
 
@@ -66,6 +66,7 @@ def linear_nll(
     """
     check = Arguments("linear_nll")
     hidden, weight = autocast(hidden, weight)
+    bias = autocast_bias(bias, hidden)
     check.floating("hidden", hidden, "M L D")
     check_vocabulary(check, weight, bias, label_smoothing)
     check.integer("target", target, "M L")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import cnm_kernels as kernels
 from cnm.models.input_dropout import without_keeping
@@ -44,18 +44,30 @@ def test_values_and_gradients_are_those_of_dropout_kept(layer: nn.Linear) -> Non
             assert torch.equal(one, other)
 
 
-def test_what_is_drawn_is_not_kept(layer: nn.Linear) -> None:
-    drawn: list[weakref.ref[Tensor]] = []
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_what_is_drawn_is_not_kept(layer: nn.Linear, backend: str | None) -> None:
+    """Not even as a view: PyTorch's product keeps one."""
+    drawn: list[StorageWeakRef] = []
 
     def draw_and_note(x: Tensor) -> Tensor:
         found = draw(x)
-        drawn.append(weakref.ref(found))
+        drawn.append(StorageWeakRef(found.untyped_storage()))
         return found
 
-    out = without_keeping(partial(apply_linear, layer), torch.randn(2, 5, 6), draw_and_note)
-    assert [reference() for reference in drawn] == [None]
+    with kernels.use_backend(backend):
+        out = without_keeping(partial(apply_linear, layer), torch.randn(2, 5, 6), draw_and_note)
+    assert [storage.expired() for storage in drawn] == [True]
     out.sum().backward()
     assert len(drawn) == 2
+
+
+def test_frames_of_inference_mode_are_taken(layer: nn.Linear) -> None:
+    with torch.inference_mode():
+        x = torch.randn(2, 5, 6)
+    out = run(layer, x)
+    (found,) = torch.autograd.grad(out.sum(), [layer.weight])
+    (wanted,) = torch.autograd.grad(apply_linear(layer, draw(x.clone())).sum(), [layer.weight])
+    assert torch.equal(found, wanted)
 
 
 def test_the_backward_draws_on_the_forwards_backend(layer: nn.Linear) -> None:

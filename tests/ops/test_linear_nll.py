@@ -162,3 +162,10 @@ def test_any_shape(
     inputs = vocabulary(draw, *sizes, lengths=lengths, label_smoothing=label_smoothing, return_accuracy=True)
     check_values(OP, inputs, backend)
     check_gradients(OP, inputs, backend)
+
+
+def test_autocast_takes_parameters_of_the_other_narrow_dtype() -> None:
+    inputs = sample(OP, "plain", torch.float16, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        (nll,) = run(OP, inputs, "torch")[:1]
+    assert nll.isfinite().all()
