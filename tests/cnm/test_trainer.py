@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -454,78 +452,6 @@ def test_a_run_whose_every_update_is_skipped_ends(tmp_path: Path, monkeypatch: p
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"/proc/self/run: cannot be written .*; free disk space or choose another"):
         Trainer(synthetic_config(), Path("/proc/self/run"), quiet=True).train()
-
-
-def edit_rows(folder: Path, name: str, change: Callable[[list[Any]], None]) -> None:
-    path = folder / f"{name}.json"
-    rows = json.loads(path.read_text())
-    change(rows)
-    path.write_text(json.dumps(rows))
-
-
-def change_features(change: Callable[[np.ndarray], np.ndarray], videos: str = "") -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        with h5py.File(folder / "features.hdf5", "a") as file:
-            for name in filter(lambda name: name.startswith(videos), file):
-                file[name][...] = change(file[name][()])
-
-    return edit
-
-
-HAD = "give it the files it had"
-OTHER_DATA: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a sentence less": (
-        lambda folder: edit_rows(folder, "train", list.pop),
-        f"train split has other sentences; {HAD}",
-    ),
-    "another moment": (
-        lambda folder: edit_rows(folder, "test", lambda rows: rows[0].__setitem__(2, [0.0, 1.0])),
-        f"test split has other sentences; {HAD}",
-    ),
-    "larger features": (change_features(lambda x: 1.5 * x), f"train split has other features; {HAD}"),
-    "negative features": (change_features(np.negative), f"train split has other features; {HAD}"),
-    "columns in another order": (change_features(lambda x: x[:, ::-1]), f"train split has other features; {HAD}"),
-    "one video's": (change_features(lambda x: x[::-1], "val3"), f"val split has other features; {HAD}"),
-}
-
-
-@pytest.mark.parametrize("case", OTHER_DATA)
-def test_a_run_is_not_resumed_on_other_data(case: str, tmp_path: Path) -> None:
-    config = CNMConfig.from_json(write_files(tmp_path))
-    start(config, tmp_path / "run").train()
-    change, message = OTHER_DATA[case]
-    change(tmp_path)
-    with pytest.raises(InputError, match=rf"last\.pt: was not trained with this data, the {message}"):
-        resume(tmp_path / "run")
-
-
-def test_rounding_does_not_make_other_features(tmp_path: Path) -> None:
-    config = CNMConfig.from_json(write_files(tmp_path))
-    start(config, tmp_path / "run").train()
-    change_features(lambda x: torch.from_numpy(x).bfloat16().float().numpy())(tmp_path)
-    resume(tmp_path / "run")
-
-
-def test_a_resumed_run_takes_the_same_numbers_from_another_file(tmp_path: Path) -> None:
-    config = CNMConfig.from_json(write_files(tmp_path))
-    start(config, tmp_path / "run").train()
-    (tmp_path / "features.hdf5").rename(tmp_path / "old.hdf5")
-    shutil.copy(tmp_path / "old.hdf5", tmp_path / "features.hdf5")
-    edit_rows(tmp_path, "train", lambda rows: None)
-    resume(tmp_path / "run")
-
-
-def test_another_choice_of_content_words_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = CNMConfig.from_json(write_files(tmp_path))
-    start(config, tmp_path / "run").train()
-    for module in ("split", "fingerprint"):
-        monkeypatch.setattr(f"cnm.data.{module}.tagger_name", lambda: "another")
-    resume(tmp_path / "run")  # it chose the same words
-    monkeypatch.setattr("cnm.data.tagging.FUNCTION_WORDS", frozenset())
-    for module in ("split", "fingerprint"):
-        monkeypatch.setattr(f"cnm.data.{module}.tagger_name", lambda: "a third")
-    with pytest.raises(InputError, match="the train split has content words chosen by a third, not"):
-        resume(tmp_path / "run")
 
 
 def test_features_replaced_while_training_do_not_reach_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
