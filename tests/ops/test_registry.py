@@ -130,7 +130,8 @@ def test_importing_starts_no_cuda() -> None:
         "torch.cuda.device_count = lambda: 1\n"
         "import cnm_kernels, cnm, cnm.cli"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tempfile.gettempdir())
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tempfile.gettempdir(), env=environment)
 
 
 @pytest.mark.parametrize(
