@@ -226,6 +226,7 @@ def _timm(name: str, weights: Path | None) -> Network:
 def _torchvision(name: str, weights: Path | None) -> Network:
     torchvision = _module("torchvision", f"torchvision/{name}", "torchvision")
     try:
+        preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
         module = torchvision.models.get_model(name, weights="DEFAULT" if weights is None else None)
         if weights is not None:
             _load_weights(module, weights)
@@ -233,10 +234,12 @@ def _torchvision(name: str, weights: Path | None) -> Network:
         raise
     except Exception as error:
         raise _not_loaded(f"torchvision/{name}", "https://download.pytorch.org/models", error) from None
+    if not hasattr(preset, "crop_size"):
+        raise InputError(f"--encoder torchvision/{name}: does not classify pictures; choose another")
     for head in ("fc", "classifier", "heads", "head"):  # the layer that classifies features
         if hasattr(module, head):
             setattr(module, head, _before_classes(getattr(module, head)))
-    return Network(module, 224, IMAGENET)
+    return Network(module, preset.crop_size[0], (preset.mean, preset.std))
 
 
 def _before_classes(head: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -185,6 +186,16 @@ def test_weights_of_another_model_are_refused(
         Encoder("timm/net", weights=tmp_path / "a.pt")
 
 
+def put_in_torchvisions_place(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module], size: int | None = 224, mean: float = 0.5
+) -> None:
+    """A package whose one network takes pictures as its weights' transforms say."""
+    taken: dict[str, Any] = {"mean": [mean] * 3, "std": [0.25] * 3} | ({} if size is None else {"crop_size": [size]})
+    weights = SimpleNamespace(DEFAULT=SimpleNamespace(transforms=lambda: SimpleNamespace(**taken)))
+    models = SimpleNamespace(get_model=lambda name, weights: make(), get_model_weights=lambda name: weights)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("head", "width"),
     [
@@ -210,8 +221,7 @@ def test_features_are_what_the_classifier_reads(
             found = self.features(images)
             return self.classifier(found.mean((2, 3)) if self.pools else found)
 
-    torchvision = SimpleNamespace(models=SimpleNamespace(get_model=lambda name, weights: Network()))
-    monkeypatch.setitem(sys.modules, "torchvision", torchvision)  # type: ignore[arg-type]
+    put_in_torchvisions_place(monkeypatch, Network)
     if width is None:
         with pytest.raises(
             InputError, match=r"--encoder torchvision/net: gives \[4, 2, 2\] numbers a picture, not a row"
@@ -221,9 +231,30 @@ def test_features_are_what_the_classifier_reads(
         assert Encoder("torchvision/net").width == width
 
 
+@pytest.mark.parametrize(("size", "mean"), [(224, 0.5), (600, 0.25)])
+def test_pictures_are_those_the_weights_were_trained_on(
+    size: int, mean: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EfficientNet-B7 wants 600 pixels, and EfficientNetV2-L other means than most."""
+
+    class Network(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.stack([images.mean((1, 2, 3)), torch.full((len(images),), images.shape[-1])], 1)
+
+    put_in_torchvisions_place(monkeypatch, Network, size, mean)
+    encoder = Encoder("torchvision/net")
+    [found] = encoder([np.full((encoder.size, encoder.size, 3), 255, np.uint8)])
+    assert found.tolist() == pytest.approx([(1 - mean) / 0.25, size], rel=1e-6)
+
+
+def test_a_model_that_does_not_classify_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_torchvisions_place(monkeypatch, lambda: nn.Conv2d(3, 4, 3), size=None)
+    with pytest.raises(InputError, match="--encoder torchvision/net: does not classify pictures; choose another"):
+        Encoder("torchvision/net")
+
+
 def test_a_model_of_other_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    models = SimpleNamespace(get_model=lambda name, weights: nn.Sequential(nn.Conv2d(3, 4, 299)))
-    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))  # type: ignore[arg-type]
+    put_in_torchvisions_place(monkeypatch, lambda: nn.Sequential(nn.Conv2d(3, 4, 299)))
     with pytest.raises(InputError, match=r"net: takes no pictures of 224 x 224 \(.*size.*\); choose another"):
         Encoder("torchvision/net")
 
