@@ -82,13 +82,18 @@ class DatasetConfig(_Section):
         default=None, description="word vectors: what `cnm vocabulary` wrote, or the published pickle"
     )
     train_data: PathText | None = Field(
-        default=None, description="annotations to train on: published JSON rows, or JSON lines as QVHighlights has them"
+        default=None,
+        description="annotations to train on: published JSON rows, JSON lines as QVHighlights has them, or the files "
+        "of ActivityNet Captions, TACoS or Charades-STA; moments are not needed",
     )
     val_data: PathText | None = Field(
         default=None,
-        description="annotations that choose the best epoch; without them, or with the test's, it is the last",
+        description="annotations that choose the best epoch; without them, or with the test's, or where they have no "
+        "moments, it is the last",
     )
-    test_data: PathText | None = Field(default=None, description="annotations that the result is scored on")
+    test_data: PathText | None = Field(
+        default=None, description="annotations that the result is scored on, if they have moments"
+    )
     vocab_size: Words = Field(description="words kept, most frequent first; the padding comes on top")
     word_dim: Width = Field(description="width of a word vector")
     frame_dim: Width = Field(description="width of a feature")
@@ -112,7 +117,7 @@ class DatasetConfig(_Section):
     @model_validator(mode="after")
     def _files_given(self) -> DatasetConfig:
         if self.dataset != "synthetic":
-            for name in ("feature_path", "vocab_path", "train_data", "test_data"):
+            for name in ("feature_path", "vocab_path", "train_data"):
                 if not getattr(self, name):
                     raise ValueError(f"{name} is needed for dataset {self.dataset}")
         return self

@@ -22,7 +22,8 @@ class Evaluation:
 
     Attributes:
         centers, widths, confidences: [N, K] float64; of the moments, fractions of the video, and ``Proposals.score``.
-        scores: R@1 and mIoU of the first, keyed by ``cnm.metrics.SCORES``; and R@5 where there are several.
+        scores: R@1 and mIoU of the first, keyed by ``cnm.metrics.SCORES``; and R@5 where there are several. Empty where
+            the split's moments are not known.
         by_selection: the same for each way to choose the first, ``cnm.metrics.SELECTIONS``, "nll" being ``scores``.
     """
 
@@ -99,8 +100,8 @@ def evaluate(
     if scoring is not None and scoring.select is not None:
         arrays[1] = metrics.width_above(scoring.select, arrays[1], model.alpha, model.min_width)
     moments = metrics.moments_from_gaussian(arrays[0], arrays[1])
-    by_selection = metrics.by_selection(moments, split.windows)
-    return Evaluation(arrays[0], arrays[1], arrays[2], by_selection["nll"], by_selection)
+    by_selection = metrics.by_selection(moments, split.windows) if split.scored else {}
+    return Evaluation(arrays[0], arrays[1], arrays[2], by_selection.get("nll", {}), by_selection)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeGuard
 
 from cnm.errors import InputError
 
@@ -116,6 +116,11 @@ def _where(place: tuple[str | int, ...]) -> str:
     first, *rest = place
     words = f"row {first}" if isinstance(first, int) else first
     return words + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest) + ": "
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def shortened(value: Any) -> str:

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cnm import metrics, qvhighlights
-from cnm.data.annotations import Sample, is_number, objects, qid_problem
+from cnm.data.annotation_rows import objects, qid_problem
+from cnm.data.annotations import Sample
 from cnm.errors import InputError
-from cnm.files import read_text, replace_file, shortened
+from cnm.files import is_number, read_text, replace_file, shortened
 
 Window = tuple[float, float, float]  # start and end in seconds, score
 

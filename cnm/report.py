@@ -29,12 +29,12 @@ pre { background: #f5f5f5; padding: 1em; overflow: auto; font-size: 13px }
 
 
 def write_report(run: FinishedRun, split: Split, sentences: int) -> str:
-    """The page, with at most so many sentences, evenly from the best to the worst.
+    """The page, with at most so many sentences, evenly from the best to the worst, or through a split without moments.
 
     Raises:
         InputError: no sentence of the split has a word the model knows.
     """
-    answers = sorted(run.answers(split), key=lambda answer: -answer.iou)
+    answers = sorted(run.answers(split), key=lambda answer: -(answer.iou or 0.0))
     if not answers:
         raise InputError(f"{run.path}: no sentence of the {split.name} split has a word the model knows")
     title = f"Run {run.path.resolve().name}"
@@ -43,7 +43,7 @@ def write_report(run: FinishedRun, split: Split, sentences: int) -> str:
         "<h2>Learning curves</h2>",
         png(plot.learning_curves(run.rows), "losses over updates and scores over epochs"),
         f"<h2>Scores on the {split.name} split</h2>{_scores(run, split, answers)}",
-        f"<h2>Sentences, best first</h2>{_sentences(run, answers, sentences)}",
+        f"<h2>Sentences{', best first' if split.scored else ''}</h2>{_sentences(run, split, answers, sentences)}",
         f"<h2>Configuration</h2><pre>{text(json.dumps(run.config, indent=2))}</pre>",
     ]
     return (
@@ -65,31 +65,33 @@ def _summary(run: FinishedRun, split: Split) -> str:
 
 def _scores(run: FinishedRun, split: Split, answers: Sequence[Answer]) -> str:
     """Ours above the baselines that never look at the video."""
-    ours = metrics.summary([answer.iou for answer in answers])
-    rows = {"this run": ours} | metrics.baselines(windows_of([answer.sample for answer in answers]))
+    if not split.scored:
+        return "<p>Its sentences have no moments, so nothing is scored.</p>"
+    ours = metrics.summary([answer.iou for answer in answers if answer.iou is not None])
+    rows = {"this run": ours} | metrics.baselines(windows_of([answer.sample for answer in answers], split.name))
     left_out = len(split) - len(answers)
     note = f"<p>{left_out} sentences without a known word are left out.</p>" if left_out else ""
     cells = [[text(name), *(f"{scores[score]:.4f}" for score in metrics.SCORES)] for name, scores in rows.items()]
     return table([split.name, *metrics.SCORES], cells, "scores") + note
 
 
-def _sentences(run: FinishedRun, answers: Sequence[Answer], count: int) -> str:
+def _sentences(run: FinishedRun, split: Split, answers: Sequence[Answer], count: int) -> str:
     shown = np.unique(np.linspace(0, len(answers) - 1, min(count, len(answers))).astype(int))
     rows = []
     for answer in (answers[place] for place in shown):
         sample, found = answer.sample, answer.found
         unknown = f"<br><small>not known: {text(', '.join(found.unknown))}</small>" if found.unknown else ""
+        true = f"<br><small>true: {spans(sample.windows)} s</small>" if sample.windows else ""
         rows.append(
             [
-                f"{answer.iou:.3f}",
+                "" if answer.iou is None else f"{answer.iou:.3f}",
                 f"{text(sample.sentence)}{unknown}<br><small>{text(sample.video)}, {sample.duration:.1f} s</small>",
                 timeline(run.localizer, found, sample.duration, sample.windows),
-                f"{found.start:.1f} to {found.end:.1f} s<br><small>true: {spans(sample.windows)} s</small>",
+                f"{found.start:.1f} to {found.end:.1f} s{true}",
             ]
         )
-    some = (
-        "" if len(shown) == len(answers) else f" {len(shown)} of {len(answers):,}, evenly from the best to the worst."
-    )
+    order = "from the best to the worst" if split.scored else "through the split"
+    some = "" if len(shown) == len(answers) else f" {len(shown)} of {len(answers):,}, evenly {order}."
     key = (
         f'<p class="key">The Gaussian over the video\'s time.{some}<i style="background:{plot.BLUE}"></i>found'
         f'<i style="background:{plot.ORANGE}"></i>true</p>'

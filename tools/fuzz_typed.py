@@ -82,6 +82,10 @@ def as_json(value: Any) -> bytes:
 
 
 ROWS = [[f"v{i}", 30.0 + i, [1.0, 5.5], "person opens the door"] for i in range(3)]
+BY_VIDEO = {
+    "v0": {"duration": 30.0, "timestamps": [[1.0, 5.5], [2, 31]], "sentences": ["person opens", "the door"]},
+    "v1": {"fps": 29.4, "num_frames": 900, "timestamps": [[30, 60]], "sentences": ["a person"]},
+}
 METRICS = {"kind": "train", "epoch": 1, "update": 20, "nll/positive": 1.0}
 CONFIG = configs.resolve(
     "synthetic", ["model.config.hidden_size=8", "model.config.DualTransformer.d_model=8"]
@@ -115,6 +119,7 @@ def read_metrics(path: Path) -> Any:
 Typed = tuple[Callable[[random.Random], bytes], str, Callable[[Path], Any]]
 TYPED: dict[str, Typed] = {
     "annotation values": (lambda draw: as_json(changed(ROWS, draw)), ".json", read_annotations),
+    "values by video": (lambda draw: as_json(changed(BY_VIDEO, draw)), ".json", read_annotations),
     "configuration values": (lambda draw: as_json(changed(CONFIG, draw)), ".json", configs.resolve),
     "metrics values": (lambda draw: as_json(changed([METRICS], draw)[0:1]).strip(b"[]"), ".jsonl", read_metrics),
     "vocabulary values": (

@@ -54,13 +54,14 @@ def demo(
 
     localizer = Localizer.from_checkpoint(result.checkpoint, chosen_device(device))
     split = trainer.test_split
+    assert split is not None  # of generated data there is always one
     sample = split.samples[0]
     features = split.batch(np.arange(1)).frames[0].float().numpy()
     np.save(out / "example.npy", features)
     [found] = localizer.find(localizer.encode(features, duration=sample.duration), [sample.sentence])
     plot_path = out / "pictures" / "example.png"
     replace_file(plot_path, picture(found, localizer.model, sample.duration, sample.windows))
-    start, end = sample.moment
+    [(start, end)] = sample.windows
     typer.echo(
         f'\n"{sample.sentence}"\n  found: {moment_text(found, sample.duration)}\n  true:  {start:.1f} s to {end:.1f} s'
     )

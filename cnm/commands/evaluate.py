@@ -80,6 +80,8 @@ def evaluate_command(
 ) -> None:
     """Scores a checkpoint: R@1 at five IoU thresholds and mIoU, beside baselines that need no video.
 
+    Of sentences without moments it writes the --predictions alone.
+
     For a model with several proposals it scores the best one, two votes among them, and the best of five. The model
     orders its proposals by the reconstruction of masked words. This error is averaged over --masks draws and does not
     depend on the batch. A second table is as published: one random draw, and the batch's longest sentence counts.
@@ -113,17 +115,22 @@ def evaluate_command(
         origin=Origin.from_record(checkpoint.load(checkpoint_path).get("features")),
     )
     check_vocabulary(model, data.vocabulary, stored)
+    if not data.scored and predictions is None:
+        raise InputError(
+            f"{split.value} split: its sentences have no moments, so nothing can be scored; --predictions F.jsonl "
+            f"writes what is found"
+        )
     several, batch_size = model.num_proposals > 1, chosen.train.batch_size
     scoring = Scoring(masks, select=select)
     with products_of(name):
-        found = {"": evaluate_seeds(model, data, batch_size, seeds if several else 1, scoring)}
-        if several:
+        found = {"": evaluate_seeds(model, data, batch_size, seeds if several and data.scored else 1, scoring)}
+        if several and data.scored:
             found[", as published"] = evaluate_seeds(model, data, batch_size, seeds, Scoring(published=True))
     notes = [*notes_on_precision(name, chosen_device(device)), *(notes_on_tagging() if several else []), *data.notes]
     if predictions is not None:
         first = found[""].first
         write_predictions(predictions, data.samples, first.centers, first.widths, first.confidences)
-    baselines = metrics.baselines(data.windows, top=several)
+    baselines = metrics.baselines(data.windows, top=several) if data.scored else {}
     if as_json:
         ours = found[""]
         content = {
@@ -134,16 +141,19 @@ def evaluate_command(
             "device": chosen_device(device).type,
             "precision": name,
             "select": select,
-            "scores": ours.mean["nll"],
+            "scores": ours.mean.get("nll", {}),
             "baselines": baselines,
             "notes": notes,
         }
-        if several:
+        if several and data.scored:
             content |= {"seeds": seeds, "masks": masks, "by_selection": _plain(ours)}
             content["as_published"] = _plain(found[", as published"])
         typer.echo(json.dumps(content, allow_nan=False))
         return
     print_notes(notes)
+    if not data.scored:
+        typer.echo(f"{predictions}: moments of {len(data):,} sentences, not scored: the {split.value} split has none")
+        return
     if select is not None:
         found = {("" if way else f", above {select:g} of the peak") + way: spread for way, spread in found.items()}
     alone = f"{checkpoint_path}{next(iter(found))}"

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from cnm import metrics, qvhighlights
@@ -21,7 +20,7 @@ def score_command(
     predictions: Annotated[
         Path, typer.Argument(metavar="F.jsonl", help="Predictions in QVHighlights' submission form.")
     ],
-    annotations: Annotated[Path, typer.Option(help="Annotations to compare with: published rows or JSON lines.")],
+    annotations: Annotated[Path, typer.Option(help="Annotations with moments, to compare with.")],
     as_json: JsonOption = False,
 ) -> None:
     """Scores predictions of any model: R@1 and mIoU of the first window, and QVHighlights' mAP of the first ten.
@@ -31,8 +30,8 @@ def score_command(
       cnm score found.jsonl --annotations charades_test_release.jsonl     (found.jsonl by cnm evaluate --predictions)
     """
     samples, notes = read_annotations(annotations)
+    baselines = metrics.baselines(windows_of(samples, str(annotations)))
     found = score(read_predictions(predictions, samples), samples)
-    baselines = metrics.baselines(np.asarray(windows_of(samples)))
     if as_json:
         content = {
             "predictions": str(predictions),

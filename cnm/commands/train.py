@@ -136,11 +136,18 @@ def train_and_report(trainer: Trainer) -> Result:
     for split in trainer.splits:
         print_notes(split.notes)
     if trainer.val_split is None:
-        echo("no validation split is configured: the last epoch is the result")
+        echo("no validation split with moments is configured: the last epoch is the result")
     elif not trainer.chooses_best:
         echo("validation and test are the same file: no epoch is chosen by it, the last one is the result")
+    test = trainer.test_split
+    scored = test is not None and test.scored
+    if not scored:
+        echo("no test split with moments is configured: the result is not scored")
     result = trainer.train()
-    title = split_title("test", trainer.test_split.samples)
+    if test is None or not scored:
+        echo(f"the result is {result.checkpoint} (epoch {result.epoch})")
+        return result
+    title = split_title("test", test.samples)
     print_scores(title, {f"{result.checkpoint} (epoch {result.epoch})": result.scores} | result.baselines)
     return result
 

@@ -1,18 +1,19 @@
-"""Reads annotation files: published JSON rows [video, seconds, [start, end], sentence], or moment-DETR's JSON lines."""
+"""Reads annotation files: sentences, and the moments that they describe where these are known."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from cnm.data.annotation_rows import Row, rows_of
 from cnm.data.names import name_problem
 from cnm.errors import InputError
-from cnm.files import NoJson, parse_json, read_text, shortened
+from cnm.files import is_number, read_text, shortened
 
 LONGEST_SECONDS = 1e9  # the longest video, 30 years; plots cannot show more
+# Files of this field hold a few moments without length, 4 of the 12,408 of Charades-STA for example. More are an error.
+MOST_EMPTY = 0.01
 
 
 @dataclass(frozen=True)
@@ -20,156 +21,103 @@ class Sample:
     """One sentence and the moments that it describes. Each moment is a right answer. Times are seconds of the video.
 
     Attributes:
-        moment: the first moment.
+        moment: the first moment; None where none is known, which training does not need.
         others: the other moments; only JSON lines have them.
-        qid: the sentence's number or name in JSON lines.
+        qid: the sentence's number or name in JSON lines; the row's number where rows of the file were left out.
     """
 
     video: str
     duration: float
-    moment: tuple[float, float]
+    moment: tuple[float, float] | None
     sentence: str
     others: tuple[tuple[float, float], ...] = ()
     qid: int | str | None = None
 
     @property
     def windows(self) -> tuple[tuple[float, float], ...]:
-        """All moments; there is at least one."""
-        return (self.moment, *self.others)
+        """All moments; none where none is known."""
+        return () if self.moment is None else (self.moment, *self.others)
 
 
 def read_annotations(path: str | Path) -> tuple[list[Sample], list[str]]:
-    """Returns the sentences of an annotation file, and notes on corrections (moments clipped to their video).
+    """Returns the sentences of an annotation file, and notes on corrections.
 
-    The file's content decides whether it is read as published rows or as JSON lines
-    ``{"qid", "query", "vid", "duration", "relevant_windows": [[start, end], ...]}``, other keys are ignored.
+    Moments that end after their video are clipped to its end. Moments without length in their video, which end before
+    they start or start after it, are left out, and so are sentences that have no other; a file in which they are more
+    than ``MOST_EMPTY`` of all moments is refused.
+
+    Args:
+        path: a file in one of the layouts of ``cnm.data.annotation_rows``.
 
     Raises:
         InputError: the file is unreadable or a row is malformed; the message names the file and the row or line.
     """
-    text = read_text(path)
-    rows = json_lines(text, str(path)) if are_json_lines(text) else _published_rows(text, path)
-    samples, clipped = [], 0
-    for read, row, where in rows:
-        sample, of_it = read(row, where)
-        samples.append(sample)
-        clipped += of_it
+    samples: list[tuple[int, Sample]] = []
+    clipped, moments, rows = 0, 0, 0
+    empty: list[str] = []
+    for index, row in enumerate(rows_of(read_text(path), Path(path))):
+        windows, problems = _windows(row)
+        rows += 1
+        moments += len(windows) + len(problems)
+        empty += problems
+        if windows or row.windows is None:
+            clipped += sum(end > row.duration for _, end in windows)
+            samples.append((index, _sample(row, [(start, min(end, float(row.duration))) for start, end in windows])))
+    if len(empty) > MOST_EMPTY * moments:
+        raise InputError(f"{empty[0]}; correct it")
+    if not samples:
+        raise InputError(f"{path}: holds no rows; check that it is the right file")
     notes = [f"{path}: {clipped} moments end after their video; clipped to its end"] if clipped else []
-    return samples, notes
+    left_out = rows - len(samples)
+    if empty:
+        first = empty[0].removeprefix(f"{path}: ")
+        notes.append(f"{path}: {len(empty)} moments left out, {left_out} sentences with them ({first})")
+    found = [replace(s, qid=i) if left_out and s.qid is None else s for i, s in samples]
+    return found, notes
 
 
-Row = tuple[Callable[[Any, str], tuple[Sample, int]], Any, str]
-
-
-def are_json_lines(text: str) -> bool:
-    """Whether the first line is a complete object with a sentence or video, not the start of a JSON document."""
-    first = text.lstrip().split("\n", 1)[0]
-    return first.startswith("{") and ('"query"' in first or '"vid"' in first)
-
-
-def objects(text: str, source: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Returns each object of a JSON lines file with its place for messages ("FILE: line 3"); skips blank lines.
+def windows_known(samples: Sequence[Sample], name: str) -> bool:
+    """Whether the moments of all sentences are known, as scores need them.
 
     Raises:
-        InputError: a line is not a JSON object; a truncated file ends with such a line.
+        InputError: some are known and some are not; ``name`` is what the message calls the sentences.
     """
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{source}: line {number}"
-        try:
-            row = parse_json(line, where)
-        except NoJson:
-            raise InputError(
-                f"{where} is not JSON ({shortened(line.strip())}); if it is the last one, the file was cut short: "
-                f"fetch it again"
-            ) from None
-        if not isinstance(row, dict):
-            raise InputError(f"{where} is {shortened(row)}, not an object; correct it")
-        yield row, where
-
-
-def json_lines(text: str, source: str) -> Iterator[Row]:
-    """The rows of a JSON lines file, and the function that reads one."""
-    seen: dict[str, str] = {}
-    for row, where in objects(text, source):
-        qid = row.get("qid")
-        if qid is not None and not isinstance(qid, (list, dict, float)):
-            if str(qid) in seen:
-                raise InputError(f"{where}: qid {shortened(qid)} is that of {seen[str(qid)]} too; correct one of them")
-            seen[str(qid)] = where.removeprefix(f"{source}: ")
-        yield _of_object, row, where
-
-
-def _published_rows(text: str, path: str | Path) -> Iterable[Row]:
-    try:
-        rows = parse_json(text, str(path))
-    except NoJson as error:
+    unknown = [sample for sample in samples if sample.moment is None]
+    if unknown and len(unknown) < len(samples):
         raise InputError(
-            f"{error}; annotations are a JSON list of rows [video, seconds, [start, end], sentence], or a JSON object "
-            f"a line with qid, query, vid, duration and relevant_windows"
-        ) from None
-    if not isinstance(rows, list):
-        raise InputError(
-            f"{path}: holds a {type(rows).__name__}, not a list of rows [video, seconds, [start, end], text]"
+            f"{name}: {len(unknown):,} of {len(samples):,} sentences have no moment, {shortened(unknown[0].sentence)} "
+            f"the first; scores need all or none"
         )
-    if not rows:
-        raise InputError(f"{path}: holds no rows; check that it is the right file")
-    return ((_of_row, row, f"{path}: row {index}") for index, row in enumerate(rows))
+    return not unknown
 
 
-def _of_row(row: Any, where: str) -> tuple[Sample, int]:
-    if not isinstance(row, list) or len(row) != 4:
-        raise InputError(f"{where} is {shortened(row)}, not [video, seconds, [start, end], sentence]; correct it")
-    video, duration, moment, sentence = row
-    return _sample(video, duration, [moment], sentence, None, where)
+def _sample(row: Row, windows: list[tuple[float, float]]) -> Sample:
+    first, others = (windows[0], tuple(windows[1:])) if windows else (None, ())
+    return Sample(row.video, float(row.duration), first, row.sentence, others, row.qid)
 
 
-def _of_object(row: dict[str, Any], where: str) -> tuple[Sample, int]:
-    missing = [name for name in ("qid", "query", "vid", "duration", "relevant_windows") if name not in row]
-    if missing:
-        kept = "; the makers of QVHighlights keep those of its test split" if "relevant_windows" in missing else ""
-        raise InputError(f"{where} lacks {', '.join(missing)}{kept}; take another file or correct it")
-    qid, windows = row["qid"], row["relevant_windows"]
-    qid_problem(qid, where)
-    if not isinstance(windows, list) or not windows:
-        raise InputError(f"{where}: relevant_windows is {shortened(windows)}, not [[start, end], ...]; correct it")
-    return _sample(row["vid"], row["duration"], windows, row["query"], qid, where)
-
-
-def qid_problem(qid: Any, where: str) -> None:
-    """Raises ``InputError`` where a qid is neither a whole number nor a text."""
-    if isinstance(qid, bool) or not isinstance(qid, (int, str)):
-        raise InputError(f"{where}: qid is {shortened(qid)}, neither a whole number nor a text; correct it")
-
-
-def _sample(
-    video: Any, duration: Any, windows: list[Any], sentence: Any, qid: int | str | None, where: str
-) -> tuple[Sample, int]:
-    """Checks a row; returns its sample and the number of moments that were clipped."""
+def _windows(row: Row) -> tuple[list[tuple[float, float]], list[str]]:
+    """Checks a row; returns its moments, and what is wrong with those that have no length in the video."""
+    video, duration, windows, sentence, _, where = row
     problem = name_problem(video)
     if problem:
         raise InputError(f"{where}: video is {shortened(video)}, not a name: {problem}; correct it")
+    where = f"{where} ({video})"
     if not is_number(duration) or not 0 < duration <= LONGEST_SECONDS:
-        raise InputError(f"{where} ({video}): duration is {shortened(duration)}, not seconds above 0; correct it")
-    first, *others = (_moment(window, duration, f"{where} ({video})") for window in windows)
+        raise InputError(f"{where}: duration is {shortened(duration)}, not seconds above 0; correct it")
     if not isinstance(sentence, str) or not sentence.strip():
-        raise InputError(f"{where} ({video}): the sentence is {shortened(sentence)}; remove the row or write one")
-    clipped = sum(end > duration for _, end in windows)
-    return Sample(video, float(duration), first, sentence, tuple(others), qid), clipped
-
-
-def _moment(moment: Any, duration: float, where: str) -> tuple[float, float]:
-    if not isinstance(moment, list) or len(moment) != 2 or not all(map(is_number, moment)):
-        raise InputError(f"{where}: moment is {shortened(moment)}, not [start, end] in seconds; correct it")
-    start, end = map(float, moment)
-    if start < 0 or start >= end:
-        raise InputError(f"{where}: moment {shortened(moment)} must have 0 <= start < end; correct it")
-    if start >= duration:
-        raise InputError(f"{where}: moment {shortened(moment)} starts after the video's {duration} seconds; correct it")
-    return start, min(end, float(duration))
-
-
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        raise InputError(f"{where}: the sentence is {shortened(sentence)}; remove the row or write one")
+    moments, empty = [], []
+    for window in windows or []:
+        if not isinstance(window, list) or len(window) != 2 or not all(map(is_number, window)):
+            raise InputError(f"{where}: moment is {shortened(window)}, not [start, end] in seconds; correct it")
+        start, end = map(float, window)
+        if start < 0:
+            raise InputError(f"{where}: moment {shortened(window)} must have 0 <= start < end; correct it")
+        if start >= end:
+            empty.append(f"{where}: moment {shortened(window)} must have 0 <= start < end")
+        elif start >= duration:
+            empty.append(f"{where}: moment {shortened(window)} starts after the video's {duration} seconds")
+        else:
+            moments.append((start, end))
+    return moments, empty

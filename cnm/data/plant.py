@@ -19,6 +19,7 @@ from cnm.data.annotations import Sample, read_annotations
 from cnm.data.tagging import tag
 from cnm.data.vocabulary import Vocabulary
 from cnm.errors import InputError
+from cnm.files import shortened
 
 MIN_FRAMES, MAX_FRAMES = 16, 1024
 DISTRACTORS = 2  # number per video; sentences of other videos, planted outside the annotated moments
@@ -52,11 +53,13 @@ def plant(
         The number of videos written.
 
     Raises:
-        InputError: an annotation file is wrong, or the output cannot be written.
+        InputError: an annotation file is wrong or lacks a moment, or the output cannot be written.
     """
     samples: dict[str, list[Sample]] = {}
     for path in annotations:
         for sample in read_annotations(path)[0]:
+            if sample.moment is None:
+                raise InputError(f"{path}: {shortened(sample.sentence)} has no moment to plant it in; give it one")
             samples.setdefault(sample.video, []).append(sample)
     _check_names(samples)
     everything = [sample for of_video in samples.values() for sample in of_video]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cnm.config import DatasetConfig
 from cnm.data import cache, synthetic
-from cnm.data.annotations import Sample, read_annotations
+from cnm.data.annotations import Sample, read_annotations, windows_known
 from cnm.data.batch import Batch
 from cnm.data.buffers import BufferPool
 from cnm.data.expected import Expected, origin_of
@@ -41,6 +41,7 @@ class Split:
         name: ``train``, ``val`` or ``test``.
         vocabulary: maps word ids to words.
         samples: one per sentence, in the file's order.
+        scored: whether the moments of all sentences are known.
         notes: messages for the user on corrected or omitted data.
         dtype: the dtype of the batches' frames.
     """
@@ -59,6 +60,7 @@ class Split:
         self.name = name
         self.vocabulary = vocabulary
         self.samples = samples
+        self.scored = all(sample.moment is not None for sample in samples)
         self.notes = notes
         self.dtype = dtype
         self._features = features  # [videos, T, frame_dim] as STORED, on disk
@@ -70,13 +72,17 @@ class Split:
 
     @property
     def moments(self) -> np.ndarray:
-        """[N, 2] float64, start and end of the first moment, fractions of the video; evaluation alone reads it."""
-        return np.array([[time / sample.duration for time in sample.moment] for sample in self.samples])
+        """[N, 2] float64, the first of ``windows``; evaluation alone reads it."""
+        return self.windows[:, 0]
 
     @property
     def windows(self) -> np.ndarray:
-        """[N, M, 2] float64, all moments of each sentence as fractions; the first moment fills unused places."""
-        return windows_of(self.samples)
+        """[N, M, 2] float64, all moments of each sentence as fractions; the first moment fills unused places.
+
+        Raises:
+            InputError: a sentence's moment is not known.
+        """
+        return windows_of(self.samples, f"{self.name} split")
 
     @property
     def max_num_words(self) -> int:
@@ -120,10 +126,16 @@ class Split:
         )
 
 
-def windows_of(samples: Sequence[Sample]) -> np.ndarray:
-    """[N, M, 2] float64, all moments as fractions of their video; the first moment fills unused places."""
+def windows_of(samples: Sequence[Sample], name: str) -> np.ndarray:
+    """[N, M, 2] float64, all moments as fractions of their video; the first moment fills unused places.
+
+    Raises:
+        InputError: a sentence's moment is not known; ``name`` is what the message calls the sentences.
+    """
+    if not windows_known(samples, name):
+        raise InputError(f"{name}: its sentences have no moments, so nothing can be scored; take annotations with them")
     most = max((len(sample.windows) for sample in samples), default=1)
-    filled = [(*sample.windows, *[sample.moment] * (most - len(sample.windows))) for sample in samples]
+    filled = [(*sample.windows, *sample.windows[:1] * (most - len(sample.windows))) for sample in samples]
     return np.array(
         [
             [[time / sample.duration for time in moment] for moment in windows]
@@ -181,6 +193,8 @@ def open_split(
         if origin is not None:
             origin.check(origin_of(config, split), f"{split} split")
         samples, notes = read_annotations(path)
+        if split != "train":
+            windows_known(samples, path)
         encoded = _cached_encoding(config, path, samples, vocabulary)
         videos = sorted({sample.video for sample in samples})
         expected = Expected(config)

@@ -19,11 +19,12 @@ from cnm.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Answer:
-    """A sentence of a split, what was found for it, and how well: IoU with the best of the true moments, 0 to 1."""
+    """A sentence of a split, what was found for it, and how well: IoU with the best of the true moments, 0 to 1; None
+    where none is known."""
 
     sample: Sample
     found: LocalizedMoment
-    iou: float
+    iou: float | None
 
 
 class FinishedRun:
@@ -77,6 +78,11 @@ class FinishedRun:
             for sample, found in zip(
                 samples, self.localizer.find(video, [sample.sentence for sample in samples]), strict=True
             ):
-                moment = metrics.moments_from_gaussian(found.center, found.width)
-                iou = metrics.best_iou(moment, np.array(sample.windows) / sample.duration)
-                yield Answer(sample, found, float(iou))
+                yield Answer(sample, found, _iou(sample, found))
+
+
+def _iou(sample: Sample, found: LocalizedMoment) -> float | None:
+    if sample.moment is None:
+        return None
+    moment = metrics.moments_from_gaussian(found.center, found.width)
+    return float(metrics.best_iou(moment, np.array(sample.windows) / sample.duration))

@@ -54,9 +54,9 @@ class Result:
     """The result of a run: scores of the chosen checkpoint on the test split, and of baselines without a video.
 
     Attributes:
-        checkpoint: the file that was scored.
+        checkpoint: the chosen file.
         epoch: its epoch, counted from 1.
-        scores: keyed by ``cnm.metrics.SCORES``.
+        scores: keyed by ``cnm.metrics.SCORES``; empty, as ``baselines``, without a test split that has moments.
         baselines: scores by name of the baseline.
     """
 
@@ -70,7 +70,8 @@ class Trainer:
     """One training run in one folder.
 
     The best checkpoint is chosen on a validation split that is not the test split. Where there is none (the published
-    Charades-STA files validate on the test file) nothing is chosen: the last epoch is the result.
+    Charades-STA files validate on the test file) nothing is chosen: the last epoch is the result. Training reads no
+    moments; splits without them are not scored.
 
     Args:
         config: what to train; with ``resume`` None means as stored, and only ``resumed.RESUMABLE_CHANGES`` may differ.
@@ -146,7 +147,9 @@ class Trainer:
             self.origin = Origin.from_record(self.saved.get("features"))
         opened: dict[str, Any] = {"progress": progress, "dtype": self.dtype, "origin": self.origin}
         self.train_split = open_split(config.dataset, "train", **opened)
-        self.test_split = open_split(config.dataset, "test", **opened)
+        dataset = config.dataset
+        has_test = dataset.dataset == "synthetic" or dataset.test_data is not None
+        self.test_split = open_split(dataset, "test", **opened) if has_test else None
         self.val_split = self._open_val(config, opened)
         self.chooses_best = self.val_split is not None and self.val_split is not self.test_split
 
@@ -201,8 +204,8 @@ class Trainer:
     @property
     def splits(self) -> list[Split]:
         """The splits in use, each once."""
-        splits = [self.train_split, self.test_split]
-        return splits if not self.chooses_best or self.val_split is None else [splits[0], self.val_split, splits[1]]
+        val = self.val_split if self.chooses_best else None
+        return [split for split in (self.train_split, val, self.test_split) if split is not None]
 
     def train(self) -> Result:
         """Trains to the last epoch and scores the result on the test split.
@@ -378,10 +381,14 @@ class Trainer:
                 self.model.load_state_dict(checkpoint.load(path)["model_parameters"])
             if self.group is not None:
                 self.group.share_parameters(self.model)
-        scores = self._evaluate(self.test_split, self._check_stop_of_result).scores
-        self._append("result", {"checkpoint": path.name, **scores}, split=self.test_split.name, epoch=epoch)
+        scores, baselines, of = {}, {}, {}
+        if self.test_split is not None and self.test_split.scored:
+            scores = self._evaluate(self.test_split, self._check_stop_of_result).scores
+            baselines = metrics.baselines(self.test_split.windows, top=self.model.num_proposals > 1)
+            of = {"split": self.test_split.name}
+        self._append("result", {"checkpoint": path.name, **scores}, epoch=epoch, **of)
         self._draw()
-        return Result(path, epoch, scores, metrics.baselines(self.test_split.windows, top=self.model.num_proposals > 1))
+        return Result(path, epoch, scores, baselines)
 
     def _evaluate(self, split: Split, check_stop: Callable[[], None] | None = None) -> Evaluation:
         check = (check_stop or self._check_stop) if self.group is None else None
@@ -403,7 +410,7 @@ class Trainer:
         if not self.writes:
             return
         replace_file(self.run.pictures / "learning_curves.png", plot.learning_curves(self.run.rows()))
-        split = self.test_split
+        split = self.test_split or self.train_split
         count = min(PICTURED_SENTENCES, len(split))
         indices = np.linspace(0, len(split) - 1, count).astype(int)
         batch = split.batch(indices).to(self.device)
@@ -485,6 +492,7 @@ class Trainer:
             torch.cuda.set_rng_state(random["cuda"], self.device)
 
     def _open_val(self, config: Config, opened: dict[str, Any]) -> Split | None:
+        """The split that epochs are scored on; None where there is none with moments."""
         dataset = config.dataset
         if dataset.dataset != "synthetic":
             if dataset.val_data is None:
@@ -492,8 +500,9 @@ class Trainer:
             if dataset.test_data is not None and os.path.realpath(dataset.val_data) == os.path.realpath(
                 dataset.test_data
             ):
-                return self.test_split
-        return open_split(dataset, "val", **opened)
+                return self.test_split if self.test_split is not None and self.test_split.scored else None
+        split = open_split(dataset, "val", **opened)
+        return split if split.scored else None
 
     def _check_stop(self, *, logged: bool = True) -> None:
         """Saves and stops if a signal asked for it; processes that train together do so after the same update.

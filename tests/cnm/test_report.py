@@ -151,10 +151,10 @@ def test_all_true_moments_are_shown(run: Path, tmp_path: Path) -> None:
     for answer in answers:
         moment = metrics.moments_from_gaussian(answer.found.center, answer.found.width)
         assert answer.found.end == pytest.approx(moment[1] * answer.sample.duration)
-        windows = windows_of([answer.sample])[0]
+        windows = windows_of([answer.sample], "test")[0]
         assert answer.iou == pytest.approx(max(metrics.iou(moment, window) for window in windows))
     [whole] = [row for row in page.tables[0] if row[0] == "whole video"]
-    expected = metrics.baselines(windows_of([answer.sample for answer in answers]))["whole video"]
+    expected = metrics.baselines(windows_of([answer.sample for answer in answers], "test"))["whole video"]
     assert whole[1:] == [f"{expected[name]:.4f}" for name in metrics.SCORES]
 
 

@@ -62,7 +62,7 @@ def test_bad_rows_are_named(tmp_path: Path, row: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[[1,", "line 1 column 5 is not JSON"), ("{}", "holds a dict"), ("[]", "holds no rows")]
+    ("text", "message"), [("[[1,", "line 1 column 5 is not JSON"), ("7", "holds a int"), ("[]", "holds no rows")]
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.json").write_text(text)
@@ -80,7 +80,28 @@ def test_real_annotation_files(shared_data: Path) -> None:
         assert not clipped or f"{clipped} moments" in notes[0]
 
 
-@pytest.mark.parametrize("text", ["AO8RW 0.0 6.9##a person is putting a book\n", "video,start,end\nv,0,1\n"])
+def test_moments_without_length_are_left_out_where_they_are_few(tmp_path: Path) -> None:
+    """4 of Charades-STA's 12,408 end before they start, and nobody counts them."""
+    good = [["v", 10, [1, 2], f"text {index}"] for index in range(198)]
+    rows = [good[0], ["v", 10, [5, 2], "reversed"], *good[1:], ["v", 10, [10, 12], "after"]]
+    path = write(tmp_path / "a.json", rows)
+    samples, notes = read_annotations(path)
+    assert [sample.sentence for sample in samples] == [f"text {index}" for index in range(198)]
+    # Predictions name a sentence by its row.
+    assert [sample.qid for sample in samples] == [0, *range(2, 199)]
+    reason = "row 1 (v): moment [5, 2] must have 0 <= start < end"
+    assert notes == [f"{path}: 2 moments left out, 2 sentences with them ({reason})"]
+    with pytest.raises(InputError, match=r"row 1 \(v\): moment \[5, 2\] must have 0 <= start < end; correct it"):
+        read_annotations(write(path, rows[:50]))
+
+
+def test_moments_need_not_be_known(tmp_path: Path) -> None:
+    (first, second), notes = read_annotations(write(tmp_path / "a.json", [GOOD, ["v", 10, None, "text"]]))
+    assert (first.windows, second.windows, second.moment) == (((0.0, 6.9),), (), None)
+    assert notes == []
+
+
+@pytest.mark.parametrize("text", ["video,start,end\nv,0,1\n", "AO8RW 0.0##a person is putting a book\n"])
 def test_other_formats_are_told_what_is_read(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.txt"
     path.write_text(text)

@@ -62,14 +62,33 @@ def test_bad_lines_are_named(tmp_path: Path, change: dict[str, Any], message: st
 
 
 def test_missing_keys_and_lines_cut_short_are_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", GOOD, {"qid": 1, "query": "x", "vid": "v", "duration": 3})
-    with pytest.raises(InputError, match="line 2 lacks relevant_windows; the makers of QVHighlights"):
+    path = write(tmp_path / "a.jsonl", GOOD, {"qid": 1, "vid": "v", "relevant_windows": [[0, 1]]})
+    with pytest.raises(InputError, match="line 2 lacks query, duration; take another file"):
         read_annotations(path)
     text = json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"qid": 8})
     for end in range(len(text) - len(json.dumps(GOOD | {"qid": 8})) + 1, len(text)):
         path.write_text(text[:end])
         with pytest.raises(InputError, match=r"a\.jsonl: line 2 is not JSON .* cut short: fetch it again"):
             read_annotations(path)
+
+
+def test_lines_without_windows_are_read(tmp_path: Path) -> None:
+    """QVHighlights' test split, and anybody's pairs of videos and sentences."""
+    unknown = {name: GOOD[name] for name in ("query", "vid", "duration")}
+    path = write(tmp_path / "a.jsonl", unknown | {"qid": 1}, unknown | {"qid": 2, "relevant_windows": None})
+    samples, notes = read_annotations(path)
+    assert [(sample.moment, sample.windows, sample.qid) for sample in samples] == [(None, (), 1), (None, (), 2)]
+    assert notes == []
+
+
+def test_a_window_without_length_leaves_the_others(tmp_path: Path) -> None:
+    """CASTELLA has some that begin where the video ends."""
+    lines = [GOOD | {"qid": index} for index in range(40)]
+    path = write(tmp_path / "a.jsonl", *lines, GOOD | {"qid": 40, "relevant_windows": [[20, 21], [1, 2]]})
+    samples, notes = read_annotations(path)
+    assert samples[-1].windows == ((1.0, 2.0),)
+    reason = "line 41 (a/b): moment [20, 21] starts after the video's 20 seconds"
+    assert notes[1:] == [f"{path}: 1 moments left out, 0 sentences with them ({reason})"]
 
 
 def test_the_best_of_several_windows_is_scored(tmp_path: Path) -> None:
