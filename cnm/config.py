@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from cnm.config_fields import suggestion
@@ -113,6 +113,12 @@ class DatasetConfig(_Section):
         default=600,
         description="training videos to generate, and a quarter as many for val and test each; synthetic only",
     )
+
+    @field_validator("val_data", "test_data", mode="before")
+    @classmethod
+    def _none_as_published(cls, value: Any) -> Any:
+        """Published code takes an empty name for none."""
+        return None if value == "" else value
 
     @model_validator(mode="after")
     def _files_given(self) -> DatasetConfig:
@@ -330,7 +336,7 @@ def _class_for(cls: type[Config], content: Any, source: str) -> Any:
 
 def _describe(item: Any, config: type[BaseModel]) -> str:
     """One pydantic error as words: the field's dotted name, what was found, what is wanted."""
-    field = ".".join(str(part) for part in item["loc"])
+    field = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # without the names of types
     if item["type"] == "extra_forbidden":
         return f"unknown field {field}; {suggestion(field, config) or 'remove it or correct its name'}"
     if item["type"] == "missing":

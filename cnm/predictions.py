@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,11 @@ def write_predictions(
     replace_file(path, "".join(lines).encode())
 
 
-def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[list[Window]]:
+def read_predictions(path: str | Path, samples: Sequence[Sample], left_out: Collection[str] = ()) -> list[list[Window]]:
     """Each sentence's predicted windows, as the file orders them, in the order of ``samples``; lines may come in any.
+
+    Args:
+        left_out: qids of the annotations' other sentences, see ``Annotations``; predictions for them do not count.
 
     Raises:
         InputError: the file is unreadable or cut short, a line is malformed or about another sentence or video than the
@@ -62,6 +65,8 @@ def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[list[W
             raise InputError(f"{where} lacks {', '.join(missing)}; give predictions in QVHighlights' submission form")
         qid_problem(row["qid"], where)
         index = row_of.get(str(row["qid"]))
+        if index is None and str(row["qid"]) in left_out:
+            continue
         if index is None:
             raise InputError(
                 f"{where}: qid {shortened(row['qid'])} is not in the annotations; take those it was made for"

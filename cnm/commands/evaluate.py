@@ -104,7 +104,7 @@ def evaluate_command(
         chosen = configs.resolve(config, changes or [])
     else:
         chosen = configs.change(model.config.to_dict(), changes or [], str(checkpoint_path))
-    chosen = with_data_dir(chosen, data_dir)
+    chosen = with_data_dir(chosen, data_dir, stored=config is None)
     stored = stored_vocabulary(checkpoint_path)
     data = open_split(
         chosen.dataset,

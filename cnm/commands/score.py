@@ -10,7 +10,7 @@ import typer
 
 from cnm import metrics, qvhighlights
 from cnm.commands.common import JsonOption, print_notes, print_scores, split_title
-from cnm.data import read_annotations
+from cnm.data.annotations import load_annotations
 from cnm.data.known_splits import known_split
 from cnm.data.split import windows_of
 from cnm.predictions import read_predictions, score
@@ -29,11 +29,12 @@ def score_command(
     Example:
       cnm score found.jsonl --annotations charades_test_release.jsonl     (found.jsonl by cnm evaluate --predictions)
     """
-    samples, notes = read_annotations(annotations)
+    content = load_annotations(annotations)
+    samples, notes = content.samples, content.notes
     baselines = metrics.baselines(windows_of(samples, str(annotations)))
-    found = score(read_predictions(predictions, samples), samples)
+    found = score(read_predictions(predictions, samples, content.left_out), samples)
     if as_json:
-        content = {
+        scored = {
             "predictions": str(predictions),
             "annotations": str(annotations),
             "sentences": len(samples),
@@ -42,7 +43,7 @@ def score_command(
             "baselines": baselines,
             "notes": notes,
         }
-        typer.echo(json.dumps(content, allow_nan=False))
+        typer.echo(json.dumps(scored, allow_nan=False))
         return
     print_notes(notes)
     print_scores(split_title(annotations.name, samples), {str(predictions): found} | baselines)

@@ -41,7 +41,8 @@ def rows_of(text: str, path: Path) -> Iterator[Row]:
     source = str(path)
     if _are_json_lines(text):
         return _json_lines(text, source)
-    if _CHARADES_STA.fullmatch(text.lstrip().split("\n", 1)[0].rstrip()):
+    first = text.lstrip().split("\n", 1)[0].rstrip()
+    if not first.startswith(("[", "{")) and _CHARADES_STA.fullmatch(first):
         return _charades_sta(text, path)
     try:
         content = parse_json(text, source)

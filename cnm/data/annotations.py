@@ -39,8 +39,28 @@ class Sample:
         return () if self.moment is None else (self.moment, *self.others)
 
 
+@dataclass(frozen=True)
+class Annotations:
+    """The content of an annotation file.
+
+    Attributes:
+        notes: on corrections.
+        left_out: qids (or numbers of rows) of the sentences that were left out, as texts.
+    """
+
+    samples: list[Sample]
+    notes: list[str]
+    left_out: frozenset[str]
+
+
 def read_annotations(path: str | Path) -> tuple[list[Sample], list[str]]:
-    """Returns the sentences of an annotation file, and notes on corrections.
+    """Returns the samples and notes of ``load_annotations``."""
+    found = load_annotations(path)
+    return found.samples, found.notes
+
+
+def load_annotations(path: str | Path) -> Annotations:
+    """Reads an annotation file.
 
     Moments that end after their video are clipped to its end. Moments without length in their video, which end before
     they start or start after it, are left out, and so are sentences that have no other; a file in which they are more
@@ -53,27 +73,28 @@ def read_annotations(path: str | Path) -> tuple[list[Sample], list[str]]:
         InputError: the file is unreadable or a row is malformed; the message names the file and the row or line.
     """
     samples: list[tuple[int, Sample]] = []
-    clipped, moments, rows = 0, 0, 0
+    clipped, moments = 0, 0
     empty: list[str] = []
+    left_out: set[str] = set()
     for index, row in enumerate(rows_of(read_text(path), Path(path))):
         windows, problems = _windows(row)
-        rows += 1
         moments += len(windows) + len(problems)
         empty += problems
         if windows or row.windows is None:
             clipped += sum(end > row.duration for _, end in windows)
             samples.append((index, _sample(row, [(start, min(end, float(row.duration))) for start, end in windows])))
+        else:
+            left_out.add(str(index if row.qid is None else row.qid))
     if len(empty) > MOST_EMPTY * moments:
         raise InputError(f"{empty[0]}; correct it")
     if not samples:
         raise InputError(f"{path}: holds no rows; check that it is the right file")
     notes = [f"{path}: {clipped} moments end after their video; clipped to its end"] if clipped else []
-    left_out = rows - len(samples)
     if empty:
         first = empty[0].removeprefix(f"{path}: ")
-        notes.append(f"{path}: {len(empty)} moments left out, {left_out} sentences with them ({first})")
+        notes.append(f"{path}: {len(empty)} moments left out, {len(left_out)} sentences with them ({first})")
     found = [replace(s, qid=i) if left_out and s.qid is None else s for i, s in samples]
-    return found, notes
+    return Annotations(found, notes, frozenset(left_out))
 
 
 def windows_known(samples: Sequence[Sample], name: str) -> bool:

@@ -40,7 +40,8 @@ def plant(
 
     Each content word has a fixed random vector. The frames of a moment carry the sum of its sentence's vectors, scaled
     to ``signal`` per feature; some other frames carry other videos' sentences; all frames have noise of strength 1.
-    Every video's features depend on its name, its sentences and the seed alone.
+    Every video's features depend on its name, its sentences, the vocabulary and the seed, and its distractors on all
+    sentences of the files. A file that is named twice counts once.
 
     Args:
         annotations: files for ``read_annotations``; a video may be in several.
@@ -56,7 +57,7 @@ def plant(
         InputError: an annotation file is wrong or lacks a moment, or the output cannot be written.
     """
     samples: dict[str, list[Sample]] = {}
-    for path in annotations:
+    for path in {os.path.realpath(path): path for path in annotations}.values():  # val and test may be one file
         for sample in read_annotations(path)[0]:
             if sample.moment is None:
                 raise InputError(f"{path}: {shortened(sample.sentence)} has no moment to plant it in; give it one")

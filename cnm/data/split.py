@@ -195,7 +195,7 @@ def open_split(
         samples, notes = read_annotations(path)
         if split != "train":
             windows_known(samples, path)
-        encoded = _cached_encoding(config, path, samples, vocabulary)
+        encoded = _cached_encoding(config, samples, vocabulary)
         videos = sorted({sample.video for sample in samples})
         expected = Expected(config)
         notes += expected.notes(videos, split)
@@ -237,7 +237,7 @@ def _folder(config: DatasetConfig) -> Path:
 
 
 def _cached_encoding(
-    config: DatasetConfig, path: str, samples: Sequence[Sample], vocabulary: Vocabulary
+    config: DatasetConfig, samples: Sequence[Sample], vocabulary: Vocabulary
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     names = ("ids", "content", "lengths")
 
@@ -245,10 +245,11 @@ def _cached_encoding(
         for name, array in zip(names, _encode(samples, vocabulary, config.max_num_words), strict=True):
             np.save(folder / f"{name}.npy", array)
 
+    sentences = json.dumps([sample.sentence for sample in samples]).encode()
     words = json.dumps(vocabulary.words).encode()
     made_from = {
         "what": "sentences",
-        "annotations": cache.content_hash(path),
+        "sentences": hashlib.sha256(sentences).hexdigest(),  # tables beside the file may leave some of them out
         "words": hashlib.sha256(words).hexdigest(),  # a checkpoint's own, where the file is not there
         "max_num_words": config.max_num_words,
         "tagger": tagger_name(),

@@ -84,8 +84,8 @@ class Vocabulary:
         words, vectors = vocabulary_files.read(path)
         if vectors.shape[1] != word_dim:
             raise InputError(
-                f"{path}: its vectors are {vectors.shape[1]} wide, but dataset.word_dim is {word_dim}; correct the "
-                f"configuration or the file"
+                f"{path}: its vectors are {vectors.shape[1]} wide, but word_dim is {word_dim}; give word_dim "
+                f"{vectors.shape[1]}, or another file"
             )
         padding = np.zeros((1, word_dim), np.float32)
         return cls([PADDING, *words[:vocab_size]], np.concatenate([padding, vectors[:vocab_size]]))
@@ -116,7 +116,7 @@ class Vocabulary:
             if vector.shape != (word_dim,):
                 raise InputError(
                     f"{path}: the vector of {word!r} has shape {list(vector.shape)}, "
-                    f"but dataset.word_dim is {word_dim}; correct the configuration or the file"
+                    f"but word_dim is {word_dim}; give the width of the vectors, or another file"
                 )
             if not np.isfinite(vector).all():
                 raise InputError(f"{path}: the vector of {word!r} holds NaN or infinity; fetch the file again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -51,6 +52,10 @@ def read_vectors(
             for number, line in enumerate(file, start=1):
                 bar.update(len(line))
                 fields = line.rstrip()
+                if number == 1:
+                    fields = fields.removeprefix(codecs.BOM_UTF8)
+                if not fields:
+                    continue
                 if number == 1 and len(fields.split()) == 2 and fields.replace(b" ", b"").isdigit():
                     promised, width = map(int, fields.split())
                     continue

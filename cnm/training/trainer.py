@@ -122,8 +122,8 @@ class Trainer:
             if self.saved.get("training") is None or self.saved.get("vocabulary") is None:
                 raise InputError(f"{self.run.last}: holds a model alone, not the state of a run; it cannot be resumed")
             stored = Config.from_json(self.saved["config"], f"{self.run.last}: config")
-            stored = with_data_dir(stored, data_dir, resumed=True)
-            given = None if config is None else with_data_dir(config, data_dir, resumed=True)
+            stored = with_data_dir(stored, data_dir, stored=True)
+            given = None if config is None else with_data_dir(config, data_dir, stored=True)
             config = stored if given is None else resumed_config(stored, given)
         elif config is None:
             raise TypeError("Trainer: config is needed for a new run")

@@ -73,6 +73,13 @@ def test_the_published_file_is_read_unchanged(tmp_path: Path) -> None:
     assert CNMConfig.from_json(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_an_empty_name_of_a_split_is_none_as_published() -> None:
+    for name in ("val_data", "test_data"):
+        assert getattr(CNMConfig.from_json(changed(f"dataset.{name}", "")).dataset, name) is None
+    with pytest.raises(InputError, match="train_data is needed"):
+        CNMConfig.from_json(changed("dataset.train_data", ""))
+
+
 def test_sizes_that_a_published_checkpoint_carries_must_agree() -> None:
     content = changed("model.config.words_input_size", 300)
     assert CNMConfig.from_json(content).model.config.words_input_size == 300
@@ -97,6 +104,11 @@ def test_sizes_that_a_published_checkpoint_carries_must_agree() -> None:
             "dataset.dataset: Input should be 'CharadesSTA', 'ActivityNet', 'synthetic' or 'custom'",
         ),
         ("dataset.feature_path", None, "feature_path is needed for dataset CharadesSTA"),
+        (
+            "dataset.feature_path",
+            5,
+            "dataset.feature_path: Input should be a valid string, got 5; dataset.feature_path",
+        ),
         ("model.config.hidden_size", 128, "hidden_size 128 must equal DualTransformer.d_model 256"),
         ("model.config.DualTransformer.num_heads", 3, "d_model 256 must be divisible by num_heads 3"),
         ("model.config.dropout", 1.0, "model.config.dropout: Input should be less than 1"),

@@ -257,4 +257,11 @@ def test_a_run_whose_data_moved_is_resumed_from_there(tmp_path: Path, monkeypatc
     assert [row["epoch"] for row in epochs] == [1, 2]
     assert all(row["epoch_seconds"] > 0 for row in epochs)
     assert run("evaluate", "--checkpoint", "run", "--json").exit_code == 0
+    Path("data").rename("moved")  # and once more
+    moved = run("train", "--resume", "run", "--set", "train.max_num_epochs=3", "--data-dir", "moved")
+    assert moved.exit_code == 0, moved.stderr
+    assert configs.resolve("run/config.json").dataset.train_data == "moved/train.json"
+    assert run("evaluate", "--checkpoint", "run", "--data-dir", "moved", "--json").exit_code == 0
+    elsewhere = run("evaluate", "--checkpoint", "run", "--data-dir", "run")
+    assert "run/moved/test.json: cannot be read" in error_line(elsewhere)
     assert "--data-dir none: is not a folder" in error_line(run(*resume, "--data-dir", "none"))

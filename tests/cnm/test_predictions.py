@@ -93,6 +93,16 @@ def test_the_file_says_which_window_is_first(tmp_path: Path) -> None:
         assert found["mAP"] == pytest.approx(np.mean(expected))
 
 
+def test_predictions_for_sentences_that_are_left_out_do_not_count(tmp_path: Path) -> None:
+    """Other tools answer every line of a file, those without a moment too."""
+    path = tmp_path / "p.jsonl"
+    lines = [{"qid": qid, "pred_relevant_windows": [[1, 2, 1]]} for qid in (5, "gone", 7, "text")]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert read_predictions(path, SAMPLES, {"gone", "7"}) == [[(1.0, 2.0, 1.0)]] * 2
+    with pytest.raises(InputError, match="line 3: qid 7 is not in the annotations"):
+        read_predictions(path, SAMPLES, {"gone"})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
+from small_runs import write_files
 
-from cnm.data import read_annotations
+from cnm.config import CNMConfig
+from cnm.data import open_split, read_annotations
 from cnm.errors import InputError
 
 ACTIVITYNET = {
@@ -99,3 +103,28 @@ def test_what_is_wrong_in_charades_sta_is_named(tmp_path: Path, text: str, table
     with pytest.raises(InputError, match=message) as caught:
         read_annotations(path)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_sentence_may_hold_what_charades_sta_ends_with(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", [["v", 10, [1, 2], "text number ## two"]])
+    assert read_annotations(path)[0][0].sentence == "text number ## two"
+
+
+def test_the_cache_follows_the_tables(tmp_path: Path) -> None:
+    """A table decides which rows count: sentences never get the words of others."""
+    config = CNMConfig.from_json(write_files(tmp_path)).dataset
+    words = ["the person opens the door", "a dog runs quickly"]
+    lines = [f"train{row % 10} 1.0 4.0##{words[row % 2]}" for row in range(1, 150)]
+    path = write(tmp_path / "sta.txt", "\n".join(["gone 5.0 9.0##a woman reads the book", *lines]))
+    config = config.model_copy(update={"train_data": str(path)})
+    with h5py.File(str(config.feature_path), "a") as file:
+        file["gone"] = file["train0"][()]
+    for length, count in ((20, 150), (3, 149), (20, 150)):
+        rows = [f"gone,{length}", *(f"train{video},20" for video in range(10))]
+        write(tmp_path / "Charades_v1_train.csv", "\n".join(["id,length", *rows]))
+        split = open_split(config, "train")
+        assert len(split) == count
+        batch = split.batch(np.arange(count))
+        for index, sample in enumerate(split.samples):
+            expected = list(split.vocabulary.encode(sample.sentence, 20).ids)
+            assert batch.word_ids[index, : len(expected)].tolist() == expected

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cnm.data import read_annotations
+from cnm.data.annotations import load_annotations
 from cnm.errors import InputError
 
 GOOD = ["AO8RW", 33.67, [0.0, 6.9], "a person is putting a book on a shelf."]
@@ -89,6 +90,7 @@ def test_moments_without_length_are_left_out_where_they_are_few(tmp_path: Path) 
     assert [sample.sentence for sample in samples] == [f"text {index}" for index in range(198)]
     # Predictions name a sentence by its row.
     assert [sample.qid for sample in samples] == [0, *range(2, 199)]
+    assert load_annotations(path).left_out == {"1", "199"}
     reason = "row 1 (v): moment [5, 2] must have 0 <= start < end"
     assert notes == [f"{path}: 2 moments left out, 2 sentences with them ({reason})"]
     with pytest.raises(InputError, match=r"row 1 \(v\): moment \[5, 2\] must have 0 <= start < end; correct it"):

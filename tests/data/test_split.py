@@ -182,6 +182,18 @@ def test_planted_moments_carry_their_sentence(tmp_path: Path) -> None:
             assert same > 3 * abs(np.mean([means[0] @ mean for mean in others])), sentence
 
 
+def test_a_file_named_twice_is_planted_once(tmp_path: Path) -> None:
+    """Charades-STA's published configuration validates on the test file."""
+    config = CNMConfig.from_json(write_files(tmp_path))
+    vocabulary = open_split(config.dataset, "test").vocabulary
+    (tmp_path / "link.json").symlink_to(tmp_path / "test.json")
+    for name, more in (("a", []), ("b", [tmp_path / "test.json", tmp_path / "link.json"])):
+        plant([tmp_path / "test.json", *more], vocabulary, tmp_path / f"{name}.hdf5", frame_dim=8)
+    with h5py.File(tmp_path / "a.hdf5") as once, h5py.File(tmp_path / "b.hdf5") as thrice:
+        for video in once:
+            np.testing.assert_array_equal(once[video][()], thrice[video][()])
+
+
 def test_a_plant_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     config = CNMConfig.from_json(write_files(tmp_path))
     vocabulary = open_split(config.dataset, "train").vocabulary

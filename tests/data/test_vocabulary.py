@@ -43,7 +43,7 @@ def test_the_most_common_words_are_kept_in_order(tmp_path: Path) -> None:
         ({"counter": {"a": 1}}, "'counter' is a dict"),
         ({"counter": collections.Counter()}, "'counter' is empty"),
         ({"w2id": {}}, "word 'the' is counted but has no vector"),
-        ({"id2vec": [np.zeros(3)] * 4}, r"'the' has shape \[3\], but dataset.word_dim is 2"),
+        ({"id2vec": [np.zeros(3)] * 4}, r"'the' has shape \[3\], but word_dim is 2"),
         ({"id2vec": [np.full(2, np.nan)] * 4}, "'the' holds NaN"),
     ],
 )

@@ -32,6 +32,12 @@ def test_glove_and_word2vec(tmp_path: Path, header: str) -> None:
     assert {word: vector.tolist() for word, vector in found.items()} == {"dog": [3, 4], "cat": [7, 8]}
 
 
+@pytest.mark.parametrize("header", ["", "5 2\n"])
+def test_a_byte_order_mark_and_blank_lines_are_no_words(tmp_path: Path, header: str) -> None:
+    found, _ = read_vectors(text(tmp_path / "g.txt", f"\ufeff{header}{GLOVE}\n"), ["the", "cat"])
+    assert {word: vector.tolist() for word, vector in found.items()} == {"the": [1, 2], "cat": [7, 8]}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -90,7 +96,7 @@ def _ids(words: list[str]) -> list[int]:
 def test_two_files_that_do_not_belong_together(tmp_path: Path) -> None:
     for name, value in (("a.json", 1.0), ("b.json", 2.0)):
         vocabulary_files.write(tmp_path / name, [("x", 2)], np.full((1, 2), value, np.float32), {}, "text")
-    with pytest.raises(InputError, match=r"are 2 wide, but dataset\.word_dim is 3"):
+    with pytest.raises(InputError, match=r"are 2 wide, but word_dim is 3"):
         Vocabulary.from_file(tmp_path / "a.json", 5, 3)
     (tmp_path / "b.safetensors").replace(tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=r"a\.safetensors: is not the file that a\.json was written with"):
