@@ -74,7 +74,7 @@ def _fake_backward(
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, alpha, min_width, complement, causal, key_lengths, scale, _ = inputs
+    *tensors, alpha, min_width, complement, causal, key_lengths, scale, ctx.return_weights = inputs
     ctx.save_for_backward(*tensors, key_lengths, output[1])
     ctx.numbers = alpha, min_width, complement, causal
     ctx.scale = scale
@@ -125,7 +125,7 @@ def register(namespace: str) -> tuple[Callable[..., Any], ...]:
 
     def backward(ctx: Any, d_out: Tensor | None, _stats: None, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, key_lengths, stats = ctx.saved_tensors
-        if d_weights is not None and d_weights.numel() == 0:
+        if not ctx.return_weights:
             d_weights = None
         if d_out is None:
             if d_weights is None:

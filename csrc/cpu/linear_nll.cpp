@@ -189,8 +189,7 @@ struct Softmax {
         }
         for (int64_t i = 0; i < TOKENS; i += W) {
             const Vec top = load(scale + i), raised = load(max + i) - top, factor = exp(raised);
-            Vec sum = load(total + i) * factor, under = load(below + i);
-            if (begin > 0) under += raised * set1(static_cast<float>(begin));
+            Vec sum = set1(0), under = set1(0);  // of this block: beside a likely word's 1 a small one rounds away
             for (int64_t v = 0; v < words; ++v) {
                 float* p = logits + v * TOKENS + i;
                 const Vec less_top = load(p) - top, e = exp(less_top);
@@ -198,8 +197,10 @@ struct Softmax {
                 if (keep) store(p, e);
                 sum += e;
             }
-            store(total + i, sum);
-            store(below + i, under);
+            Vec before = load(below + i);
+            if (begin > 0) before += raised * set1(static_cast<float>(begin));
+            store(total + i, load(total + i) * factor + sum);
+            store(below + i, before + under);
             store(max + i, top);
             store(scale + i, factor);
         }

@@ -27,6 +27,20 @@ def test_a_query_without_keys_weighs_none(backend: str, device: str, dtype: torc
     assert weights[1:].sum(-1).allclose(torch.ones_like(weights[1:, :, 0]))
 
 
+@pytest.mark.parametrize("sizes", [(0, 5, 7), (2, 0, 7)], ids=["batch", "queries"])
+@on_every_float32
+def test_gradients_of_nothing_are_zeros(
+    backend: str, device: str, dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> None:
+    B, Lq, Lk = sizes
+    inputs = [torch.randn(B, 3, L, 8, device=device, requires_grad=True) for L in (Lq, Lk)]
+    inputs.append(torch.rand(B, Lk, device=device, requires_grad=True))
+    with cnm_kernels.use_backend(backend):
+        gradients = torch.autograd.grad(cnm_kernels.attention_weights(*inputs).sum(), inputs)
+    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in inputs]
+    assert not any(gradient.any() for gradient in gradients)
+
+
 @on_every_float32
 def test_they_weigh_the_values_of_weighted_attention(backend: str, device: str, dtype: torch.dtype) -> None:
     """The mean over heads of one head is that head's."""

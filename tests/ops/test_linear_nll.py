@@ -48,6 +48,25 @@ def test_a_float32_bias_is_not_rounded(backend: str, device: str, dtype: torch.d
     assert gradient.tolist() == pytest.approx([1 - math.exp(-wanted), math.exp(-wanted) - 1, 0.0], rel=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@on_every_float32
+def test_a_likely_word_hides_no_others(backend: str, device: str, dtype: torch.dtype, smoothing: float) -> None:
+    """8,000 words of probability 5e-8 each are nearly all of the loss, and the gradient, of one of nearly 1."""
+    V = 8001
+    bias = torch.full((V,), -16.8, device=device)
+    bias[3] = 0
+    wide, narrow = bias.double().requires_grad_(), bias.clone().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(wide[None], torch.tensor([3], device=device), label_smoothing=smoothing)
+    zeros = torch.zeros(1, 1, 8, device=device), torch.zeros(V, 8, device=device)
+    target, length = torch.tensor([[3]], device=device), torch.tensor([1], device=device)
+    with cnm_kernels.use_backend(backend):
+        nll = cnm_kernels.linear_nll(*zeros, narrow, target, length, label_smoothing=smoothing)
+        (gradient,) = torch.autograd.grad(nll.sum(), narrow)
+    (exact,) = torch.autograd.grad(wanted, wide)
+    assert nll.item() == pytest.approx(wanted.item(), abs=4e-5)
+    assert gradient[3].item() == pytest.approx(exact[3].item(), abs=4e-5)
+
+
 @on_every_float32
 def test_of_equally_likely_words_the_first_counts(backend: str, device: str, dtype: torch.dtype) -> None:
     """Whatever tiles and parts the vocabulary is worked through in."""
