@@ -138,6 +138,7 @@ class Checkpoint(_Part):
     model_parameters: dict[str, Real]
     vocabulary: VocabularyState | None = None
     training: Training | None = None
+    epoch: Count | None = None  # of a best model, counted from 1
 
 
 def described(error: ValidationError) -> str:

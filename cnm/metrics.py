@@ -162,12 +162,13 @@ def best_constant_moments(true: ArrayLike, count: int, grid: int = CONSTANT_GRID
     return best
 
 
-def baselines(true: ArrayLike, seed: int = 0, *, top: bool = False) -> dict[str, dict[str, float]]:
+def baselines(true: ArrayLike, seed: int = 0, *, moments: int = 1) -> dict[str, dict[str, float]]:
     """Scores that need no video: what a model must beat, on the same moments.
 
     Args:
         true: [N, 2], or [N, M, 2] where each sentence has M right answers.
-        top: also R@5, of the five constant moments that are best together, and of five random ones.
+        moments: how many the model proposes. Of several also R@5: of as many constant moments, five at most, that are
+            best together, and of as many random ones.
 
     Returns:
         Scores of the constant moment that is best on these very sentences (its name carries it), so fitted to what it
@@ -175,7 +176,8 @@ def baselines(true: ArrayLike, seed: int = 0, *, top: bool = False) -> dict[str,
         over moments drawn uniformly from all start < end).
     """
     true = _as_windows(true)
-    constants = best_constant_moments(true, TOP if top else 1)
+    count = min(TOP, moments)
+    constants = best_constant_moments(true, count)
     ends = np.random.default_rng(seed).random((RANDOM_DRAWS, len(true), 2))
     constant = f"best constant [{constants[0, 0]:g}, {constants[0, 1]:g}], fitted to these sentences"
     found = {
@@ -184,9 +186,10 @@ def baselines(true: ArrayLike, seed: int = 0, *, top: bool = False) -> dict[str,
         "random moment": best_iou(np.sort(ends, axis=-1), true),
     }  # [draws, N] each
     scores = {name: summary(ious) for name, ious in found.items()}
-    if top:
-        fives = [best_iou(constants[:, None], true).T, found["whole video"].T, _draws_of(found["random moment"], TOP)]
-        for row, ious in zip(scores.values(), fives, strict=True):
+    if moments > 1:
+        several = [best_iou(constants[:, None], true).T, found["whole video"].T]
+        several.append(_draws_of(found["random moment"], count))
+        for row, ious in zip(scores.values(), several, strict=True):
             row.update(top_summary(ious))
     return scores
 

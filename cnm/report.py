@@ -58,7 +58,8 @@ def _summary(run: FinishedRun, split: Split) -> str:
     known = known_split(split.samples)
     name = f"{split.name} split" + ("" if known is None else f" ({known})")
     return (
-        f"{run.checkpoint.name}; {updates:,} updates in {epochs} epochs; {len(split):,} sentences in the {name}; "
+        f"{run.checkpoint.name}, after {run.updates:,} of {updates:,} updates in {epochs} epochs; "
+        f"{len(split):,} sentences in the {name}; "
         f"vocabulary of {len(run.localizer.vocabulary) - 1:,} words"
     )
 
@@ -68,7 +69,9 @@ def _scores(run: FinishedRun, split: Split, answers: Sequence[Answer]) -> str:
     if not split.scored:
         return "<p>Its sentences have no moments, so nothing is scored.</p>"
     ours = metrics.summary([answer.iou for answer in answers if answer.iou is not None])
-    rows = {"this run": ours} | metrics.baselines(windows_of([answer.sample for answer in answers], split.name))
+    vocabulary = run.localizer.vocabulary
+    known = [sample for sample in split.samples if len(vocabulary.encode(sample.sentence, 1).ids)]  # not by the answers
+    rows = {"this run": ours} | metrics.baselines(windows_of(known, split.name))
     left_out = len(split) - len(answers)
     note = f"<p>{left_out} sentences without a known word are left out.</p>" if left_out else ""
     cells = [[text(name), *(f"{scores[score]:.4f}" for score in metrics.SCORES)] for name, scores in rows.items()]

@@ -117,12 +117,12 @@ def split_title(name: str, samples: Sequence[Sample]) -> str:
     return f"{name} split, {len(samples):,} sentences" + (f" ({known})" if known else "")
 
 
-def print_scores(title: str, rows: dict[str, dict[str, float]]) -> None:
-    """Prints R@1 and mIoU of each row; below, for rows that have them, those of the best of five moments."""
+def print_scores(title: str, rows: dict[str, dict[str, float]], moments: int = 1) -> None:
+    """Prints R@1 and mIoU of each row; below, for rows that have them, those of the best of ``moments``, or five."""
     _print_table(title, rows, metrics.SCORES)
     of_five = {name: scores for name, scores in rows.items() if metrics.TOP_SCORES[0] in scores}
     if of_five:
-        _print_table(f"best of {metrics.TOP} moments", of_five, metrics.TOP_SCORES)
+        _print_table(f"best of {min(metrics.TOP, moments)} moments", of_five, metrics.TOP_SCORES)
 
 
 def _print_table(title: str, rows: dict[str, dict[str, float]], names: tuple[str, ...]) -> None:

@@ -84,7 +84,7 @@ def evaluate_command(
 
     For a model with several proposals it scores the best one, two votes among them, and the best of five. The model
     orders its proposals by the reconstruction of masked words. This error is averaged over --masks draws and does not
-    depend on the batch. A second table is as published: one random draw, and the batch's longest sentence counts.
+    depend on the batch. Rows "as published" have one random draw, and the batch's longest sentence counts.
 
     \b
     Example:
@@ -130,7 +130,7 @@ def evaluate_command(
     if predictions is not None:
         first = found[""].first
         write_predictions(predictions, data.samples, first.centers, first.widths, first.confidences)
-    baselines = metrics.baselines(data.windows, top=several) if data.scored else {}
+    baselines = metrics.baselines(data.windows, moments=model.num_proposals) if data.scored else {}
     if as_json:
         ours = found[""]
         content = {
@@ -159,7 +159,8 @@ def evaluate_command(
     alone = f"{checkpoint_path}{next(iter(found))}"
     rows = _rows(found, seeds) if several else {alone: next(iter(found.values())).mean["nll"]}
     title = split_title(split.value, data.samples)
-    print_scores(title if name == Precision.float32.value else f"{title}, {name}", rows | baselines)
+    title = title if name == Precision.float32.value else f"{title}, {name}"
+    print_scores(title, rows | baselines, model.num_proposals)
 
 
 def _plain(spread: Spread) -> dict[str, Any]:

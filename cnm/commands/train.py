@@ -135,21 +135,27 @@ def train_and_report(trainer: Trainer) -> Result:
     print_notes(notes_on_tagging())
     for split in trainer.splits:
         print_notes(split.notes)
+    data = trainer.config.dataset
     if trainer.val_split is None:
-        echo("no validation split with moments is configured: the last epoch is the result")
+        echo(f"{_lacks(data.val_data, 'validation')}: the last epoch is the result")
     elif not trainer.chooses_best:
         echo("validation and test are the same file: no epoch is chosen by it, the last one is the result")
     test = trainer.test_split
     scored = test is not None and test.scored
     if not scored:
-        echo("no test split with moments is configured: the result is not scored")
+        echo(f"{_lacks(data.test_data, 'test')}: the result is not scored")
     result = trainer.train()
     if test is None or not scored:
         echo(f"the result is {result.checkpoint} (epoch {result.epoch})")
         return result
     title = split_title("test", test.samples)
-    print_scores(title, {f"{result.checkpoint} (epoch {result.epoch})": result.scores} | result.baselines)
+    rows = {f"{result.checkpoint} (epoch {result.epoch})": result.scores} | result.baselines
+    print_scores(title, rows, trainer.model.num_proposals)
     return result
+
+
+def _lacks(path: str | None, split: str) -> str:
+    return f"no {split} split is configured" if path is None else f"{path}: no sentence has a moment"
 
 
 def _fallback(device: torch.device) -> list[str]:

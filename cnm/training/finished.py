@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cnm import metrics
+from cnm import checkpoint, metrics
 from cnm.data import Sample, Split, open_split
 from cnm.errors import InputError
 from cnm.localizer import LocalizedMoment, Localizer, Video
@@ -32,6 +32,7 @@ class FinishedRun:
 
     Attributes:
         checkpoint: the best one, or the last where none was chosen.
+        updates: how many the checkpoint has seen.
         rows: of ``metrics.jsonl``.
 
     Raises:
@@ -44,6 +45,7 @@ class FinishedRun:
         self.checkpoint = folder.best if folder.best.is_file() else folder.last
         if not self.checkpoint.is_file():
             raise InputError(f"{path}: is not a finished run, it has neither best.pt nor last.pt; give a run's folder")
+        self.updates = int(checkpoint.load(self.checkpoint)["num_updates"])
         self.rows = folder.rows()
         self.localizer = Localizer.from_checkpoint(self.checkpoint, device)
 

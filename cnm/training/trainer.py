@@ -176,6 +176,7 @@ class Trainer:
         self.metric_names: list[str] = []
         self.pending: list[torch.Tensor] = []  # metrics of updates since the last row
         self.stop_signal = StopSignal(quiet=quiet, several=group is not None)
+        self.random = self._random_state()  # others may draw before train()
         if self.saved is not None:
             self._restore(self.saved)
 
@@ -238,9 +239,9 @@ class Trainer:
                     self._check_still_last(self.saved)
                     self.run.clean()
                     self.run.keep_rows(self.rows)
-                    self.run.write_config(self.config)
-                self._restore_random_state(self.saved["training"]["random"])
+                    self._write_config(self.saved)
                 self.saved = None
+            self._restore_random_state(self.random)
             self.progress = Progress(epochs * len(self.loader), self.step.num_updates, quiet=self.quiet)
             self.events = _event_writer(self.run.events, self.step.num_updates) if self.writes else None
             self.last_save = time.monotonic()
@@ -364,7 +365,7 @@ class Trainer:
         if self.chooses_best and score is not None and score > self.best.get("mIoU", -1.0):
             self.best = {"epoch": self.epoch + 1, "mIoU": score}
             if self.writes:
-                checkpoint.save(self.run.best, self._model_state())
+                checkpoint.save(self.run.best, self._model_state() | {"epoch": self.best["epoch"]})
         self.epoch += 1
         self.batch = 0
         self._save()
@@ -376,17 +377,20 @@ class Trainer:
         if self.group is not None:
             self.group.gather(None)  # process 0 has written the checkpoint by now
         if self.chooses_best and self.best:
-            path, epoch = self.run.best, self.best["epoch"]
+            path = self.run.best
+            best = checkpoint.load(path)
+            epoch = best.get("epoch", self.best["epoch"])  # a kill may have left it ahead of last.pt
             if self.writes:
-                self.model.load_state_dict(checkpoint.load(path)["model_parameters"])
+                self.model.load_state_dict(best["model_parameters"])
             if self.group is not None:
                 self.group.share_parameters(self.model)
         scores, baselines, of = {}, {}, {}
         if self.test_split is not None and self.test_split.scored:
             scores = self._evaluate(self.test_split, self._check_stop_of_result).scores
-            baselines = metrics.baselines(self.test_split.windows, top=self.model.num_proposals > 1)
+            baselines = metrics.baselines(self.test_split.windows, moments=self.model.num_proposals)
             of = {"split": self.test_split.name}
-        self._append("result", {"checkpoint": path.name, **scores}, epoch=epoch, **of)
+        skipped = {"skipped": len(self.pending)} if self.pending else {}  # of a last row that has no other updates
+        self._append("result", {"checkpoint": path.name, **skipped, **scores}, epoch=epoch, **of)
         self._draw()
         return Result(path, epoch, scores, baselines)
 
@@ -437,9 +441,6 @@ class Trainer:
             self._finite_pending()
         if not self.writes:
             return
-        random: dict[str, Any] = {"torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
         training = {
             "options": self.options,
             "step": self.step.state_dict(),
@@ -452,7 +453,7 @@ class Trainer:
             "fingerprints": self.fingerprints,
             "metric_names": self.metric_names,
             "pending": [values.cpu() for values in self.pending],
-            "random": random,
+            "random": self._random_state(),
         }
         checkpoint.save(self.run.last, self._model_state() | {"training": training})
         self.last_save = time.monotonic()
@@ -471,7 +472,8 @@ class Trainer:
             training = saved["training"]
             self.model.load_state_dict(saved["model_parameters"])
             self.step.load_state_dict(training["step"])
-            torch.Generator().set_state(training["random"]["torch"])  # raises where it is none
+            self.random = training["random"]
+            torch.Generator().set_state(self.random["torch"])  # raises where it is none
             self.epoch, self.batch, self.seconds = training["epoch"], training["batch"], training["seconds"]
             if self.batch > len(self.loader):
                 raise ValueError(f"batch {self.batch} of an epoch of {len(self.loader)}")
@@ -485,6 +487,23 @@ class Trainer:
             raise InputError(
                 f"{self.run.last}: its training state does not fit this version of cnm ({detail})"
             ) from None
+        if self.chooses_best and self.best and not self.run.best.is_file():
+            raise InputError(f"{self.run.best}: is not there, the best model of this run so far; copy it there too")
+
+    def _write_config(self, saved: dict[str, Any]) -> None:
+        """Writes the configuration, whose data may have moved, everywhere that it is read from."""
+        self.run.create(self.config)
+        config = {"config": self.config.to_dict()}
+        if saved["config"] != config["config"]:
+            checkpoint.save(self.run.last, saved | config)
+            if self.run.best.is_file():
+                checkpoint.save(self.run.best, checkpoint.load(self.run.best) | config)
+
+    def _random_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
 
     def _restore_random_state(self, random: dict[str, Any]) -> None:
         torch.set_rng_state(random["torch"])

@@ -327,7 +327,7 @@ def test_every_command(tmp_path: Path) -> None:
     result = run("train", "--config", str(path), "--run", str(folder), "--device", "cpu", "--precision", "bf16")
     assert result.exit_code == 0, result.output
     assert "R@5" not in result.output.splitlines()[0]
-    assert "best of 5 moments" in result.output
+    assert "best of 3 moments" in result.output
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"loss/total", "loss/diversity", "nll/reference", "nll/left"} <= rows[0].keys()
     assert (folder / "pictures" / "learning_curves.png").stat().st_size > 10_000
@@ -335,12 +335,15 @@ def test_every_command(tmp_path: Path) -> None:
 
     result = run("evaluate", "--checkpoint", str(folder / "last.pt"), "--seeds", "2", "--masks", "3")
     assert result.exit_code == 0, result.output
-    for name in ("lowest nll", "weighted vote", "equal vote, as published", "+- of 2 seeds", "best of 5 moments"):
+    for name in ("lowest nll", "weighted vote", "equal vote, as published", "+- of 2 seeds", "best of 3 moments"):
         assert name in result.output
     result = run("evaluate", "--checkpoint", str(folder / "last.pt"), "--json")
     scores = json.loads(result.stdout)
     assert set(scores["scores"]) == {*metrics.SCORES, *metrics.TOP_SCORES}
     assert set(scores["as_published"]["mean"]) == set(metrics.SELECTIONS)
+    trained = load_checkpoint(folder / "last.pt", torch.device("cpu"))
+    published = evaluate_seeds(trained, open_split(trained.config.dataset, "test"), 8, 1, Scoring(published=True))
+    assert scores["as_published"]["mean"] == published.mean
     selected = ["evaluate", "--checkpoint", str(folder / "last.pt"), "--select", "0.3"]
     above = json.loads(run(*selected, "--json").stdout)
     assert above["select"] == 0.3
@@ -391,9 +394,43 @@ def test_only_the_published_scoring_depends_on_the_draw() -> None:
     assert np.array_equal(*first)
     published = [evaluate(model, split, 4, scoring=Scoring(published=True)).confidences for _ in range(2)]
     assert not np.array_equal(*published)
-    spread = evaluate_seeds(model, split, 4, 3)
-    assert spread.deviation["nll"].keys() == spread.mean["nll"].keys()
-    assert spread.mean["nll"] != evaluate(model, split, 4).scores or max(spread.deviation["nll"].values()) == 0
+
+
+def seeing(model: Any) -> Any:
+    """The model with parameters that make its answers depend on the masks drawn."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        model.fc_gauss.weight.normal_()
+    return model
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_seeds_are_draws_of_their_own(published: bool) -> None:
+    torch.manual_seed(3)
+    model = seeing(model_and_batch()[0])
+    split = open_split(model.config.dataset.model_copy(update={"num_videos": 160}), "test")
+    spread = evaluate_seeds(model, split, 4, 3, Scoring(published=published))
+    found = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found.append(evaluate(model, split, 4, scoring=Scoring(published=published, seed=seed)).scores["mIoU"])
+    assert len(set(found)) == 3
+    assert spread.mean["nll"]["mIoU"] == pytest.approx(np.mean(found))
+    assert spread.deviation["nll"]["mIoU"] == pytest.approx(np.std(found, ddof=1))
+    assert spread.first.scores["mIoU"] == found[0]
+
+
+def test_the_moment_above_a_level_is_scored() -> None:
+    torch.manual_seed(3)
+    model = seeing(model_and_batch()[0])
+    split = open_split(model.config.dataset, "test")
+    found = evaluate(model, split, 4, scoring=Scoring(select=0.3))
+    centers, widths = evaluate(model, split, 4).center, evaluate(model, split, 4).width
+    above = 2 * np.maximum(widths, model.min_width) * np.sqrt(-2 * np.log(0.3)) / model.config.model.config.sigma
+    ious = metrics.best_iou(metrics.moments_from_gaussian(centers, above), split.windows)
+    assert found.scores["mIoU"] == pytest.approx(ious.mean())
+    assert found.scores["mIoU"] != evaluate(model, split, 4).scores["mIoU"]
 
 
 def test_a_sentence_without_a_known_word_has_proposals() -> None:

@@ -124,13 +124,16 @@ def test_five_constants_are_never_worse_than_one() -> None:
     best = [metrics.iou(moments[:count, None], true).max(0).mean() for count in range(1, 6)]
     assert best == sorted(best)
     assert best[4] > best[0] + 0.1
-    rows = metrics.baselines(true, top=True)
+    rows = metrics.baselines(true, moments=8)
     plain = metrics.baselines(true)
     for name, scores in plain.items():
         assert {score: rows[name][score] for score in metrics.SCORES} == scores
     assert next(iter(rows.values()))["mIoU@5"] == pytest.approx(best[4])
     assert rows["whole video"]["mIoU@5"] == rows["whole video"]["mIoU"]
     assert rows["random moment"]["mIoU@5"] > rows["random moment"]["mIoU"]
+    three = metrics.baselines(true, moments=3)  # beside a model that proposes three
+    assert next(iter(three.values()))["mIoU@5"] == pytest.approx(best[2])
+    assert rows["random moment"]["mIoU@5"] > three["random moment"]["mIoU@5"] > three["random moment"]["mIoU"]
 
 
 def test_the_width_above_a_level_ends_where_the_gaussian_has_it() -> None:

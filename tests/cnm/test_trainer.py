@@ -407,6 +407,16 @@ def test_a_short_row_of_skipped_updates_joins_the_next(tmp_path: Path, monkeypat
     assert sum(row["skipped"] for row in trained) == 1
 
 
+def test_skipped_updates_of_the_last_short_row_count_in_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer_ = Trainer(synthetic_config(), tmp_path / "run", log_every=3, quiet=True, skip_nonfinite=True)
+    poison(monkeypatch, {2 * len(trainer_.loader)})
+    trainer_.train()
+    assert [row["skipped"] for row in rows(tmp_path / "run") if "skipped" in row][-1] == 1
+    assert rows(tmp_path / "run")[-1]["kind"] == "result"
+
+
 def test_a_step_that_fails_half_way_can_be_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = start(synthetic_config(), tmp_path / "run").step
 

@@ -63,8 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     succeeded("train", "--config", config, "--run", folder / "scored", "--set", "dataset.val_data=null")
     alone = changed(config, train_data=str(folder / "pairs_train.jsonl"), val_data=None, test_data=None)
     said = succeeded("train", "--config", alone, "--run", folder / "alone").stderr
-    assert "no validation split with moments is configured: the last epoch is the result" in said
-    assert "no test split with moments is configured: the result is not scored" in said
+    assert "no validation split is configured: the last epoch is the result" in said
+    assert "no test split is configured: the result is not scored" in said
     assert said.rstrip().endswith(f"the result is {folder / 'alone/last.pt'} (epoch 2)")
     return folder
 
