@@ -93,6 +93,9 @@ def evaluate_command(
     """
     if select is not None and not 0 < select < 1:
         raise InputError(f"--select must lie between 0 and 1, got {select:g}")
+    for change in changes or []:
+        if change.startswith(("model.", "loss.")):
+            raise InputError(f"--set {change}: a model is scored as it was trained; change dataset or train.batch_size")
     if predictions is not None and predictions.exists():
         raise InputError(f"{predictions}: exists and is not written over; choose another --predictions")
     if predictions is not None:

@@ -129,8 +129,9 @@ class ModelStep(ABC):
         if self.group is not None:
             gradients = self.group.sum(gradients, self.share)
         # Gradients alone decide among processes: summed, they are the same in all, and all skip the same updates.
-        looked_at = gradients if self.group is not None else [loss, *gradients]
-        if self.skip_nonfinite and not _all_finite(looked_at):  # waits for the device
+        looked_at = [] if self.group is not None else [loss]
+        if self.skip_nonfinite and not _all_finite([*looked_at, torch.nn.utils.get_total_norm(gradients)]):
+            # That waits for the device. Finite gradients may have a norm that is not.
             for parameter in optimizer.parameters:  # the other group's clip counts them, and a resumed run has none
                 parameter.grad = None
             return loss.new_full((), math.nan)

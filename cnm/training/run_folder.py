@@ -117,6 +117,11 @@ class RunFolder:
         for path in self.path.rglob(".*.tmp"):
             path.unlink(missing_ok=True)
 
-    def keep_rows(self, count: int) -> None:
-        """Drops what was written after the checkpoint that knew ``count`` rows, a line cut short among it."""
-        replace_file(self.metrics, "".join(f"{json.dumps(row)}\n" for row in self.rows()[:count]).encode())
+    def keep_rows(self, count: int) -> int:
+        """Drops what was written after the checkpoint that knew ``count`` rows, a line cut short among it.
+
+        Returns the number of rows, fewer than ``count`` where the file was moved away.
+        """
+        rows = self.rows()[:count]
+        replace_file(self.metrics, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        return len(rows)

@@ -238,7 +238,7 @@ class Trainer:
                 if self.writes:
                     self._check_still_last(self.saved)
                     self.run.clean()
-                    self.run.keep_rows(self.rows)
+                    self.rows = self.run.keep_rows(self.rows)
                     self._write_config(self.saved)
                 self.saved = None
             self._restore_random_state(self.random)
@@ -389,7 +389,8 @@ class Trainer:
             scores = self._evaluate(self.test_split, self._check_stop_of_result).scores
             baselines = metrics.baselines(self.test_split.windows, moments=self.model.num_proposals)
             of = {"split": self.test_split.name}
-        skipped = {"skipped": len(self.pending)} if self.pending else {}  # of a last row that has no other updates
+        skips = self.step.skip_nonfinite and self.pending  # those of a last row that has no other updates
+        skipped = {"skipped": len(self.pending)} if skips else {}
         self._append("result", {"checkpoint": path.name, **skipped, **scores}, epoch=epoch, **of)
         self._draw()
         return Result(path, epoch, scores, baselines)
@@ -487,6 +488,12 @@ class Trainer:
             raise InputError(
                 f"{self.run.last}: its training state does not fit this version of cnm ({detail})"
             ) from None
+        begun, wanted = self.epoch + (self.batch > 0), self.config.train.max_num_epochs
+        if wanted < begun:
+            raise InputError(
+                f"{self.run.path}: is in epoch {begun}, so train.max_num_epochs cannot be {wanted}; give {begun} "
+                f"or more"
+            )
         if self.chooses_best and self.best and not self.run.best.is_file():
             raise InputError(f"{self.run.best}: is not there, the best model of this run so far; copy it there too")
 

@@ -161,6 +161,12 @@ def test_evaluate_prints_scores_beside_baselines(finished: Path) -> None:
     assert len(result.stdout.splitlines()) == 5
 
 
+@pytest.mark.parametrize("change", ["model.config.max_width=0.1", "loss.beta_1=1"])
+def test_evaluate_changes_no_model(finished: Path, change: str) -> None:
+    line = error_line(run("evaluate", "--checkpoint", finished, "--set", change))
+    assert line == f"error: --set {change}: a model is scored as it was trained; change dataset or train.batch_size"
+
+
 def test_evaluate_json_is_what_training_reported(finished: Path) -> None:
     result = run("evaluate", "--checkpoint", finished / "best.pt", "--json")
     found = json.loads(result.stdout)

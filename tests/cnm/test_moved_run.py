@@ -16,7 +16,24 @@ from cnm.config import CNMConfig
 from cnm.errors import InputError
 from cnm.evaluation import evaluate
 from cnm.training.finished import FinishedRun
+from cnm.training.step import LeanStep
 from cnm.training.trainer import Trainer
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, update: int) -> None:
+    """The next run ends within this update, as if killed."""
+    step = LeanStep.__call__
+
+    def observed(self: LeanStep, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        if self.num_updates == update:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LeanStep, "__call__", observed)
 
 
 def parameters(folder: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
@@ -93,3 +110,35 @@ def test_checkpoints_name_the_data_where_it_is(tmp_path: Path, monkeypatch: pyte
         assert_equal(kept, stored["model_parameters"])
     assert checkpoint.load(tmp_path / "run/last.pt")["training"]["epoch"] == 2
     assert len(FinishedRun(tmp_path / "run").split("test")) == 10
+
+
+def test_a_run_does_not_end_before_the_epoch_it_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The half of an epoch would be scored as the epoch before."""
+    trainer = Trainer(synthetic_config(train__max_num_epochs=3), tmp_path / "run", quiet=True)
+    per_epoch = len(trainer.loader)
+    monkeypatch.setattr(trainer, "_check_stop", lambda *, logged=True: trainer._save())
+    killed_at(monkeypatch, per_epoch + 1)
+    with pytest.raises(Killed):
+        trainer.train()
+    with pytest.raises(InputError, match=r"run: is in epoch 2, so train\.max_num_epochs cannot be 1; give 2"):
+        Trainer(synthetic_config(train__max_num_epochs=1), tmp_path / "run", resume=True, quiet=True)
+
+
+def test_rows_are_not_written_twice_where_the_file_was_moved_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = synthetic_config(train__max_num_epochs=2)
+    Trainer(config, tmp_path / "run", quiet=True, log_every=2).train()
+    (tmp_path / "run/metrics.jsonl").rename(tmp_path / "old.jsonl")
+    longer = synthetic_config(train__max_num_epochs=4)
+    trainer = Trainer(longer, tmp_path / "run", resume=True, quiet=True, log_every=2)
+    per_epoch = len(trainer.loader)
+    with monkeypatch.context() as patched:
+        killed_at(patched, 4 * per_epoch - 1)
+        with pytest.raises(Killed):
+            trainer.train()
+    Trainer(None, tmp_path / "run", resume=True, quiet=True, log_every=2).train()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    places = [(row["kind"], row["epoch"], row["update"]) for row in rows]
+    assert len(set(places)) == len(places)
+    assert places[-1] == ("result", rows[-1]["epoch"], 4 * per_epoch)
