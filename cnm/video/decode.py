@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,11 @@ TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.T
 MATROSKA_DURATION = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")  # a track's, of .mkv and .webm
 MICROSECONDS = 1_000_000  # FFmpeg's unit of a file's duration
 CUT_SHORT = 0.9  # a file is broken if its frames last less than this part of its declared duration
+ROUNDED = Fraction(1, 100)  # seconds, the coarsest unit of time stamps (GIF's)
+LATE = 1  # seconds; sound that begins earlier than this before the pictures shifts time 0 to its begin
+JUMP_BACK = 1  # seconds; frames out of order are less apart
+BROADCAST = ("mpegts", "mpeg")  # containers that are joined end to end, each part with a clock of its own
+JUMP_FORWARD = 10  # seconds between frames of such a container
 
 
 def require_av() -> Any:
@@ -45,7 +52,8 @@ class VideoFile:
 
     Attributes:
         rate: declared average frames per second.
-        duration: seconds from the start of the first frame to the end of the last; known after all frames are read.
+        duration: seconds from time 0 to the end of the last frame; known after all frames are read. Time 0 is the start
+            of the first frame, or of the file where its sound begins more than a second before.
         frames: number of frames decoded so far.
 
     Raises:
@@ -57,16 +65,17 @@ class VideoFile:
         self.duration = 0.0
         self.frames = 0
         self._first = 0.0  # time stamp of the first frame, seconds
+        self._waited = 0.0  # seconds from time 0 to the first frame
         if not Path(path).is_file():
             raise InputError(f"{path}: there is no such video; check the path")
         av = require_av()
         self._errors: type[Exception] = av.error.FFmpegError
         with self._readable():
-            self._container = av.open(str(path), metadata_errors="replace")
+            self._container = av.open(os.path.abspath(path), metadata_errors="replace")  # "12:30.mkv" is no URL
         try:
-            if not self._container.streams.video:
+            self._stream = self._container.streams.best("video")  # others are covers and previews
+            if self._stream is None:
                 raise InputError(f"{path}: has no video stream; give a file with pictures")
-            self._stream = self._container.streams.video[0]
             self._stream.thread_type = "AUTO"
             self._check_size(self._stream.width, self._stream.height)
             self.rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
@@ -85,19 +94,20 @@ class VideoFile:
     def images(self, size: int, *, stride: int | None = None, rate: float | None = None) -> Iterator[np.ndarray]:
         """Yields the pictures at the times 0, p, 2p, ... of the video: [size, size, 3] uint8 each, RGB.
 
-        Scales the short side to ``size`` (bicubic), crops the center, and applies the rotation that the file declares.
-        Uses the frames' time stamps, so that pictures are equally spaced even if the frame rate varies.
+        Scales the short side to ``size`` (bicubic), crops the center, and turns and mirrors as the file declares. Uses
+        the frames' time stamps, so that pictures are equally spaced even if the frame rate varies.
 
         Args:
             stride: p is the time of this many frames at the average rate; exact if the rate is constant.
             rate: p is 1 / rate seconds. Give one of the two.
 
         Raises:
-            InputError: the file holds no frame, cannot be decoded to its end, or ends before its declared duration.
+            InputError: the file holds no frame, cannot be decoded to its end, ends before its declared duration, or its
+                clock jumps.
         """
         assert (stride is None) != (rate is None)
         period = Fraction(stride) / self.rate if stride is not None else 1 / Fraction(rate or 0)
-        slack = 1 / (4 * self.rate)  # the container rounds time stamps to its unit
+        slack = min(1 / (4 * self.rate), ROUNDED)  # the container rounds time stamps to its unit
         count = 0
         for frame, end in self._timed_frames():
             image = None
@@ -108,29 +118,33 @@ class VideoFile:
         if self.frames == 0:
             raise InputError(f"{self.path}: holds no frame that can be decoded; it is empty or broken, fetch it again")
         declared = self._declared_duration()
-        if declared is not None and self.duration < CUT_SHORT * declared - 1 / float(self.rate):
+        read = self.duration - self._waited
+        if declared is not None and read < CUT_SHORT * declared - 1 / float(self.rate):
             raise InputError(
-                f"{self.path}: is cut short, {self.duration:.1f} of {declared:.1f} seconds can be read; fetch it again"
+                f"{self.path}: is cut short, {read:.1f} of {declared:.1f} seconds can be read; fetch it again"
             )
 
     def _timed_frames(self) -> Iterator[tuple[Any, Fraction]]:
-        """Yields each frame with the time in seconds at which it ends; the first frame starts at 0."""
+        """Yields each frame with the time in seconds at which it ends; the first frame is shown from 0."""
         usual = 1 / self.rate
         first: Fraction | None = None
         held: Any = None
-        start = Fraction(0)
+        zero = start = Fraction(0)  # time 0 as a time stamp; when the held frame starts
         with self._readable():
             for frame in self._container.decode(self._stream):
-                time = frame.pts * frame.time_base if frame.pts is not None else (first or 0) + self.frames * usual
+                stamp = frame.pts * frame.time_base if frame.pts is not None else (first or 0) + self.frames * usual
                 if first is None:
-                    first = time
-                    self._first = float(first)
+                    first, zero = stamp, self._time_zero(stamp)
+                    self._first, self._waited = float(first), float(first - zero)
+                    start = first - zero
+                time = stamp - zero
+                self._check_jump(start, time)
                 if held is not None:
-                    if time - first <= start:  # out of order or repeated: a player shows the later frame
+                    if time <= start:  # out of order or repeated: a player shows the later frame
                         held = frame
                         continue
-                    yield held, time - first
-                    start = time - first
+                    yield held, time
+                    start = time
                 held = frame
                 self.frames += 1
         if held is not None:
@@ -138,8 +152,26 @@ class VideoFile:
             self.duration = float(end)
             yield held, end
 
+    def _time_zero(self, first: Fraction) -> Fraction:
+        """The time stamp that players show as 0; ``first`` is that of the first frame."""
+        if self._container.start_time is None:
+            return first
+        began = Fraction(self._container.start_time, MICROSECONDS)
+        return began if first - began > LATE else first
+
+    def _check_jump(self, start: Fraction, time: Fraction) -> None:
+        """Refuses a time that cannot follow ``start``: later frames would be lost, or one be shown for hours."""
+        forward = self._container.format.name in BROADCAST and time - start > JUMP_FORWARD
+        if forward or start - time > max(JUMP_BACK, 4 / self.rate):
+            raise InputError(
+                f"{self.path}: its clock jumps from {float(start):.1f} to {float(time):.1f} seconds, it may be several "
+                f"videos in one file; give them as files of their own, or write it anew with one clock"
+            )
+
     def _declared_duration(self) -> float | None:
         """In seconds, of the pictures alone. Matroska counts from 0, not from the first of them."""
+        if self._container.format.name == "avi" and self._stream.frames:  # its duration is FFmpeg's guess by size
+            return float(self._stream.frames * self._stream.time_base)
         if self._stream.duration is not None:
             return float(self._stream.duration * self._stream.time_base)
         tag = MATROSKA_DURATION.fullmatch(self._stream.metadata.get("DURATION", ""))
@@ -152,10 +184,7 @@ class VideoFile:
         self._check_size(frame.width, frame.height)
         with self._readable():
             image = frame.to_image()
-        turn = round(frame.rotation / 90) % 4  # counterclockwise
-        if turn:
-            image = image.transpose(TURNS[turn])
-        return center_square(image, size)
+        return center_square(_as_shown(image, frame.side_data.get("DISPLAYMATRIX")), size)
 
     def _check_size(self, width: int, height: int) -> None:
         if not 0 < width * height <= MAX_PIXELS:
@@ -171,6 +200,17 @@ class VideoFile:
         except self._errors as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise InputError(f"{self.path}: is not a readable video ({reason}); fetch it again") from None
+
+
+def _as_shown(image: Image.Image, matrix: Any) -> Image.Image:
+    """Turns by a multiple of 90 degrees, and mirrors, as a display matrix says: x' = a x + c y, y' = b x + d y."""
+    if matrix is None:
+        return image
+    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
+    if a * d < b * c:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    turn = round(math.degrees(math.atan2(-b, a)) / 90) % 4  # counterclockwise
+    return image.transpose(TURNS[turn]) if turn else image
 
 
 def center_square(image: Image.Image, size: int) -> np.ndarray:

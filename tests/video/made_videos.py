@@ -26,14 +26,21 @@ def write_video(
     rate: int = 10,
     times: Sequence[float] | None = None,
     size: tuple[int, int] = (48, 32),
+    sound: int = 0,
 ) -> Path:
-    """A video of plain grey frames; ``times`` in seconds instead of a constant ``rate``. ``size``: width, height."""
+    """A video of plain grey frames; ``times`` in seconds instead of a constant ``rate``. ``size``: width, height.
+    ``sound``: seconds of silence, from 0."""
     pictures = [np.full((size[1], size[0], 3), shade(index), np.uint8) for index in range(frames)]
-    return write_pictures(path, pictures, rate=rate, times=times)
+    return write_pictures(path, pictures, rate=rate, times=times, sound=sound)
 
 
 def write_pictures(
-    path: Path, pictures: Sequence[np.ndarray], *, rate: int = 10, times: Sequence[float] | None = None
+    path: Path,
+    pictures: Sequence[np.ndarray],
+    *,
+    rate: int = 10,
+    times: Sequence[float] | None = None,
+    sound: int = 0,
 ) -> Path:
     import av
 
@@ -43,6 +50,8 @@ def write_pictures(
         stream.pix_fmt = "bgr0" if path.suffix == ".mkv" else "yuv420p"
         if times is not None:
             stream.codec_context.time_base = MILLISECOND
+        if sound:
+            add_sound(container, sound)
         for index, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             if times is not None:
@@ -74,10 +83,15 @@ def add_sound(container: Any, seconds: int = 1) -> None:
 
 def turn_clockwise(path: Path) -> None:
     """Writes into an mp4's track header that it is to be shown turned by 90 degrees, as phones do."""
+    show_by_matrix(path, ((0, 1), (-1, 0)))
+
+
+def show_by_matrix(path: Path, rows: Sequence[Sequence[int]]) -> None:
+    """Writes into an mp4's track header that the place [x, y] is to be shown at [x, y] times this matrix."""
     content = bytearray(path.read_bytes())
-    matrix = content.index(b"tkhd") + 4 + 40
-    one = 1 << 16
-    content[matrix : matrix + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)
+    place = content.index(b"tkhd") + 4 + 40
+    (a, b), (c, d) = (tuple(value << 16 for value in row) for row in rows)
+    content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(content)
 
 

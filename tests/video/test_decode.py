@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-from made_videos import add_sound, real_clips, shade, turn_clockwise, write_pictures, write_sound, write_video
+from made_videos import (
+    add_sound,
+    real_clips,
+    shade,
+    show_by_matrix,
+    turn_clockwise,
+    write_pictures,
+    write_sound,
+    write_video,
+)
 from PIL import Image
 
 from cnm import InputError
@@ -72,6 +82,69 @@ def test_times_count_from_the_first_frame(tmp_path: Path) -> None:
     assert shades(path, rate=5)[:4] == [shade(index) for index in (0, 2, 4, 6)]
 
 
+def test_slides_change_when_they_change(tmp_path: Path) -> None:
+    """An mp4's average rate is that of its frames: here one in 8 seconds."""
+    path = write_video(tmp_path / "a.mp4", 4, times=[0, 8, 16, 24])
+    for rate in (1, 4):
+        found = shades(path, rate=rate)
+        changes = [index for index in range(1, len(found)) if found[index] != found[index - 1]]
+        assert changes == [8 * rate, 16 * rate, 24 * rate]
+
+
+@pytest.mark.parametrize("late", [3, 2.5, 0.5])
+def test_sound_before_the_pictures(tmp_path: Path, late: float) -> None:
+    """Players hold the first picture; less than a second is lost in what containers and encoders add."""
+    path = write_video(tmp_path / "a.mkv", 20, times=[late + index / 10 for index in range(20)], sound=6)
+    waited = late if late > 1 else 0
+    wanted = [max(0, round(10 * (time - waited))) for time in np.arange(0, waited + 2, 0.5)]
+    assert shades(path, rate=2) == [shade(index) for index in wanted]
+    with VideoFile(path) as video:
+        assert len(list(video.images(8, rate=2))) == len(wanted)
+        assert video.duration == pytest.approx(waited + 2)
+
+
+@pytest.mark.parametrize("starts", [0, 60])
+def test_joined_broadcasts_are_refused(tmp_path: Path, starts: int) -> None:
+    """Each part has its own clock: what comes after a jump back was lost, and a jump forward filled with one frame."""
+    first = write_video(tmp_path / "a.ts", 40, times=[index / 10 for index in range(40)])
+    second = write_video(tmp_path / "b.ts", 40, times=[starts + index / 10 for index in range(40)])
+    for path in (first, second):
+        assert len(shades(path, rate=1)) == 4
+    (tmp_path / "ab.ts").write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(InputError, match=rf"ab\.ts: its clock jumps from [34]\.\d to {starts}\.\d seconds"):
+        shades(tmp_path / "ab.ts", rate=1)
+
+
+def test_a_long_still_picture_is_no_jump(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", 2, times=[0, 60])
+    assert shades(path, rate=0.1) == [shade(0)] * 6 + [shade(1)]
+
+
+def test_the_main_video_stream_is_taken(tmp_path: Path) -> None:
+    """A first stream may be a preview."""
+    import av
+
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("ffv1", rate=10) for _ in range(2)]
+        for stream, (width, height) in zip(streams, ((16, 16), (48, 32)), strict=True):
+            stream.width, stream.height, stream.pix_fmt = width, height, "bgr0"
+        streams[1].disposition = av.stream.Disposition.default.value
+        for stream, value in zip(streams, (255, 100), strict=True):
+            for _ in range(20):
+                picture = np.full((stream.height, stream.width, 3), value, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    assert shades(path, stride=10) == [100, 100]
+
+
+@pytest.mark.parametrize("name", ["12:30.mkv", "file:a.mkv", "-a.mkv"])
+def test_a_name_is_not_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    write_video(tmp_path / name, 20)
+    monkeypatch.chdir(tmp_path)
+    assert shades(Path(name), stride=8) == [shade(index) for index in (0, 8, 16)]
+
+
 def test_a_turned_video_is_turned(tmp_path: Path) -> None:
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[:32, :32] = (255, 0, 0)  # red at the top left
@@ -81,6 +154,26 @@ def test_a_turned_video_is_turned(tmp_path: Path) -> None:
         image = next(video.images(32, stride=1))
     assert image[8, 24, 0] > 200  # and now at the top right
     assert image[8, 8, 0] < 50
+
+
+@pytest.mark.parametrize("turned", [((1, 0), (0, 1)), ((0, 1), (-1, 0)), ((-1, 0), (0, -1)), ((0, -1), (1, 0))])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_picture_is_shown_as_the_matrix_says(
+    tmp_path: Path, turned: tuple[tuple[int, int], ...], mirrored: bool
+) -> None:
+    """Phones mirror the videos of their front cameras."""
+    matrix = np.array(turned) * ([[-1], [1]] if mirrored else 1)
+    corners = {(-1, -1): (255, 0, 0), (1, -1): (0, 255, 0), (-1, 1): (0, 0, 255), (1, 1): (255, 255, 255)}
+    picture = np.zeros((64, 64, 3), np.uint8)
+    for (x, y), colour in corners.items():
+        picture[16 + 16 * y : 48 + 16 * y, 16 + 16 * x : 48 + 16 * x] = colour
+    path = write_pictures(tmp_path / "a.mp4", [picture] * 3)
+    show_by_matrix(path, matrix.tolist())
+    with VideoFile(path) as video:
+        image = next(video.images(32, stride=1)).astype(int)
+    for corner, colour in corners.items():
+        x, y = corner @ matrix
+        assert np.abs(image[16 + 8 * y, 16 + 8 * x] - colour).max() < 40
 
 
 def test_real_clips_have_their_frames() -> None:
@@ -154,27 +247,31 @@ def test_a_video_without_frames(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.85])
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "with sound.mkv"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "with sound.mkv", "with late pictures.mkv", "a.avi"])
 def test_a_truncated_video_is_refused(tmp_path: Path, name: str, part: float) -> None:
     """A file for streaming has its index at its start, so that a missing part shows only at the end."""
     import av
 
     rng = np.random.default_rng(0)
     path = tmp_path / name
+    late = "late" in name
     options = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        if "sound" in name:
-            add_sound(container, seconds=9)
-        for _ in range(40):
+        if "sound" in name or late:
+            add_sound(container, seconds=1 if late else 9)
+        for index in range(40):
             picture = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = index + (30 if late else 0), Fraction(1, 10)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     content = path.read_bytes()
     with VideoFile(path) as video:
-        assert len(list(video.images(8, stride=1))) == 40
-    path.write_bytes(content[: int(part * len(content))])
+        assert len(list(video.images(8, stride=1))) == (70 if late else 40)
+    begin = 16_000 if late else 0  # the sound's bytes
+    path.write_bytes(content[: begin + int(part * (len(content) - begin))])
     with (
         pytest.raises(InputError, match=rf"{name}: is (cut short|no video that can be read)"),
         VideoFile(path) as video,
