@@ -57,12 +57,12 @@ def test_a_failure_is_kept_and_the_next_command_still_runs() -> None:
 
 
 def test_what_a_command_out_of_time_printed_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gpu_day.LIMITS, "tests", 1)
+    monkeypatch.setitem(gpu_day.LIMITS, "tests", 3)
     code = "import sys, time; print('passed: \u00fc'); print('warned', file=sys.stderr); time.sleep(60)"
-    stage = gpu_day.Stage("tests", [[sys.executable, "-c", code]], environment={"PYTHONUTF8": "1"})
+    stage = gpu_day.Stage("tests", [[sys.executable, "-S", "-c", code]], environment={"PYTHONUTF8": "1"})
     gpu_day.run(stage)
     assert stage.status == "failed"
-    assert stage.reason.startswith("longer than 1 s")
+    assert stage.reason.startswith("longer than 3 s")
     assert "passed: \u00fc" in stage.said
     assert "warned" in stage.said
 
