@@ -17,6 +17,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -64,15 +65,16 @@ ARCHITECTURES = ("8.0", "8.6", "9.0a", "10.0+PTX")
 
 
 class BuildPython(build_py):
-    """Removes from the source tree the modules that are left out: Python would go on loading an earlier build's."""
+    """Removes an earlier build's modules that are left out of this one: from the source tree, where Python would go on
+    loading them, and from the folder that becomes the wheel."""
 
     def run(self) -> None:
         super().run()
-        package = Path("cnm_kernels")
-        for name in left_out():
-            for stale in [*package.glob(f"{name}.*so"), *package.glob(REASON_FILE.format(name))]:
-                print(f"{stale}: removed, {name} is left out of this build")
-                stale.unlink()
+        for package in (Path("cnm_kernels"), Path(self.build_lib, "cnm_kernels")):
+            for name in left_out():
+                for stale in [*package.glob(f"{name}.*so"), *package.glob(REASON_FILE.format(name))]:
+                    print(f"{stale}: removed, {name} is left out of this build")
+                    stale.unlink()
 
 
 class BuildNative(build_ext):
@@ -281,6 +283,7 @@ def instruction_sets() -> dict[str, list[str]]:
     return {"portable": []}
 
 
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # such Pythons have no stable ABI
 SWITCHES = {"_C_cpu": "CNM_KERNELS_NATIVE", "_C_cuda": "CNM_KERNELS_CUDA"}
 WITHOUT = {"_C_cpu": "PyTorch's own operations", "_C_cuda": "Triton or PyTorch's own operations on GPUs"}
 
@@ -293,13 +296,13 @@ def extension(name: str, sources: list[Path], folder: str, libraries: list[str],
         depends=sorted(map(str, headers)),
         include_dirs=[str(SOURCES), str(SOURCES / folder)],
         define_macros=[
-            ("Py_LIMITED_API", "0x030A0000"),
+            *([] if FREE_THREADED else [("Py_LIMITED_API", "0x030A0000")]),
             ("TORCH_TARGET_VERSION", "0x020B000000000000"),  # torch 2.11
             *((macro, "1") for macro in macros),
         ],
         libraries=libraries,
         language="c++",
-        py_limited_api=True,
+        py_limited_api=not FREE_THREADED,
         optional=True,  # so that a module left out is no error
     )
 
@@ -327,7 +330,7 @@ def native() -> dict[str, Any]:
     return {
         "ext_modules": modules,
         "cmdclass": commands | {"build_ext": BuildNative},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+        "options": {} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 

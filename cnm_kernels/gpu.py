@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 
-def present() -> bool:
-    """Whether there is an NVIDIA GPU.
+def missing() -> str | None:
+    """Why there is no NVIDIA GPU, or None if there is one. PyTorch calls AMD's "cuda" too.
 
     ``torch.cuda.is_available`` would initialise the driver: a later ``CUDA_VISIBLE_DEVICES`` would do nothing, and
     forked processes could not use CUDA. The count comes from NVML.
     """
-    return torch.cuda.device_count() > 0
+    if torch.version.hip is not None:
+        return f"needs an NVIDIA GPU, and torch {torch.__version__} is a build for AMD's"
+    return None if torch.cuda.device_count() > 0 else "needs an NVIDIA GPU"
 
 
 @cache

@@ -55,7 +55,7 @@ def _load_cuda() -> str | None:
         from cnm_kernels import _C_cuda  # noqa: F401
     except ImportError as error:
         return _why_missing("_C_cuda", error, "CNM_KERNELS_CUDA")
-    return None if gpu.present() else "needs an NVIDIA GPU"
+    return gpu.missing()
 
 
 OPS = {"cpu": registry.OPS, "cuda": tuple(op for op in registry.OPS if op not in registry.LIBRARY_OPS)}

@@ -80,6 +80,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_nll, const Tensor& h
                                             bool need_hidden, bool need_weight, bool need_bias) {
     const OnDevice device(hidden);
     const Arguments arguments(hidden, weight, bias, target, valid_lengths, label_smoothing);
+#if defined(CNM_CUDA)  // which computes no logits for it
+    STD_TORCH_CHECK(!need_hidden || expected.numel() == hidden.numel(),
+                    "linear_nll: hidden's gradient needs what a forward with keep_expected keeps");
+#endif
     auto p = arguments.params<LinearNllBackwardParams>();
     const Tensor upstream = floats(d_nll), kept_stats = packed(stats), kept_expected = packed(expected);
     const auto like = [](bool wanted, const Tensor& tensor) {

@@ -56,6 +56,26 @@ def test_a_failure_is_kept_and_the_next_command_still_runs() -> None:
     assert "here" in stage.said
 
 
+def test_what_a_command_out_of_time_printed_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu_day.LIMITS, "tests", 3)
+    code = "import sys, time; print('passed: \u00fc'); print('warned', file=sys.stderr); time.sleep(60)"
+    stage = gpu_day.Stage("tests", [[sys.executable, "-S", "-c", code]], environment={"PYTHONUTF8": "1"})
+    gpu_day.run(stage)
+    assert stage.status == "failed"
+    assert stage.reason.startswith("longer than 3 s")
+    assert "passed: \u00fc" in stage.said
+    assert "warned" in stage.said
+
+
+def test_the_emulator_takes_none_of_the_time(tmp_path: Path) -> None:
+    tests = gpu_day.stages(tmp_path, "9.0a", False)[1]
+    tests.commands[0].append("--collect-only")
+    gpu_day.run(tests)
+    assert tests.status == "done", tests.said
+    assert "test_a_cuda_graph_holds_forward_and_backward" in tests.said
+    assert "cuda_emulation" not in tests.said
+
+
 def test_all_stages_fit_in_twenty_five_minutes() -> None:
     assert set(gpu_day.LIMITS) == set(gpu_day.STAGES)
     assert sum(gpu_day.LIMITS.values()) <= 25 * 60

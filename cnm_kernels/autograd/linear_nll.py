@@ -57,8 +57,9 @@ def register(namespace: str, keeps_expected: Callable[[Tensor, Tensor, Tensor], 
         label_smoothing: float,
         return_accuracy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        differentiated = hidden.requires_grad and torch.is_grad_enabled()
-        keep_expected = differentiated and keeps_expected(hidden, weight, bias)
+        # A tensor batched by torch.func does not tell whether what it holds wants a gradient.
+        wanted = hidden.requires_grad or torch._C._are_functorch_transforms_active()
+        keep_expected = wanted and torch.is_grad_enabled() and keeps_expected(hidden, weight, bias)
         nll, accuracy, _, _ = operator.forward(
             hidden, weight, bias, target, valid_lengths, label_smoothing, return_accuracy, keep_expected
         )

@@ -71,6 +71,8 @@ def check_vocabulary(check: Arguments, weight: Tensor, bias: Tensor, label_smoot
     check.floating("bias", bias, "V", own_dtype=True)
     if weight.size(0) == 0:
         raise ValueError(f"{check.op}: weight must hold at least one word, got shape {list(weight.shape)}")
+    if weight.size(1) == 0:
+        raise ValueError(f"{check.op}: weight must have at least one column, got shape {list(weight.shape)}")
     check.number("label_smoothing", label_smoothing, 0, 1)
 
 

@@ -38,9 +38,8 @@ def refuses_on_gpu(op: str, tensor: torch.Tensor) -> str | None:
 def _load_error() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not _INTERPRETED and not gpu.present():
-        return "needs an NVIDIA GPU (TRITON_INTERPRET=1 runs it on CPUs, for tests)"
-    return None
+    missing = None if _INTERPRETED else gpu.missing()
+    return None if missing is None else f"{missing} (TRITON_INTERPRET=1 runs it on CPUs, for tests)"
 
 
 _LOAD_ERROR = _load_error()

@@ -24,8 +24,8 @@ def _hinge(margin, index, B):
 
 @triton.jit
 def _slope(margin):
-    """Computes the gradient of relu, one half at the kink."""
-    return tl.where(margin > 0.0, 1.0, tl.where(margin == 0.0, 0.5, 0.0))
+    """Computes the gradient of relu, one half at the kink, and 1 at NaN as torch.maximum has it."""
+    return tl.where(margin < 0.0, 0.0, tl.where(margin == 0.0, 0.5, 1.0))
 
 
 @triton.jit

@@ -9,9 +9,9 @@ namespace {
 
 inline Vec margin(Vec positive, Vec negative, float beta) { return positive - negative + set1(beta); }
 
-// 0 below the kink, 1 above it, 1/2 at it.
+// 0 below the kink, 1 above it and at NaN, 1/2 at it.
 inline Vec slope(Vec margin) {
-    const Vec from_zero_on = select(less(set1(0), margin), set1(1), set1(0.5f));
+    const Vec from_zero_on = select(at_most(margin, set1(0)), set1(0.5f), set1(1));
     return select(less(margin, set1(0)), set1(0), from_zero_on);
 }
 

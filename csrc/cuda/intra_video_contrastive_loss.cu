@@ -11,8 +11,8 @@ constexpr int THREADS = 256;
 
 __device__ __forceinline__ float hinge(float margin) { return margin < 0.0f ? 0.0f : margin; }  // a NaN stays
 
-// The hinge's slope; one half at the kink.
-__device__ __forceinline__ float slope(float margin) { return margin > 0.0f ? 1.0f : margin == 0.0f ? 0.5f : 0.0f; }
+// The hinge's slope; one half at the kink, 1 at NaN as torch.maximum has it: what made the NaN gets a gradient.
+__device__ __forceinline__ float slope(float margin) { return margin < 0.0f ? 0.0f : margin == 0.0f ? 0.5f : 1.0f; }
 
 template <class T>
 __device__ __forceinline__ float nll(const void* of, int64_t b) {

@@ -82,9 +82,10 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, 1)
 #pragma unroll
                             for (int r = 0; r < 2; ++r) {
                                 float& number = z[n][2 * r + column];
-                                const float log_probability = number + bias[r] - note.highest - note.log_total;
-                                // no probability is above 1, however large logits round
-                                float d_z = exponential(fminf(log_probability, 0.0f)) - uniform;
+                                float log_probability = number + bias[r] - note.highest - note.log_total;
+                                // no probability is above 1, however large logits round; NaN stays, unlike in fminf
+                                log_probability = log_probability > 0.0f ? 0.0f : log_probability;
+                                float d_z = exponential(log_probability) - uniform;
                                 if (own_word + row_of(2 * r) == note.target) d_z -= 1.0f - smoothing;
                                 number = note.d_nll == 0.0f ? 0.0f : d_z * note.d_nll;  // no token: exp may be infinite
                                 d_bias[r] += number;

@@ -154,6 +154,13 @@ def test_an_empty_vocabulary(op: str) -> None:
     refused(op, inputs, ValueError, "weight must hold at least one word", "got shape [0, ")
 
 
+@pytest.mark.parametrize("op", ["linear_nll", "contrastive_reconstruction_loss"])
+def test_words_of_no_columns(op: str) -> None:
+    inputs = valid(op)
+    inputs |= {"hidden": inputs["hidden"][..., :0], "weight": inputs["weight"][:, :0]}
+    refused(op, inputs, ValueError, "weight must have at least one column", ", 0]")
+
+
 @pytest.mark.parametrize("op", ATTENTION)
 def test_heads_of_no_dim(op: str) -> None:
     inputs = valid(op)

@@ -55,6 +55,17 @@ def test_satisfied_margins_pass_no_gradient(backend: str, device: str, dtype: to
 
 
 @on_every_float32
+def test_a_nan_reaches_the_gradients(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = vocabulary(Draw("NaN", dtype, device), 6, 3, 8, 11, branches=True, lengths=(3, 3))
+    inputs["hidden"][0, 1] = torch.nan
+    leaves = [inputs[name].requires_grad_() for name in TRAINABLE]
+    d_hidden, d_weight, d_bias = torch.autograd.grad(run(OP, inputs, backend)[0], leaves)
+    assert d_hidden[0, 1].isnan().all()
+    assert d_weight.isnan().all()
+    assert d_bias.isnan().all()
+
+
+@on_every_float32
 @given(
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40), st.integers(1, 70)),
     seed=st.integers(0, 999),

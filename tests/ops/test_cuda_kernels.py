@@ -157,6 +157,16 @@ def test_a_word_that_is_none_gives_nan() -> None:
     assert hidden.isfinite().all()
 
 
+def test_a_backward_to_hidden_wants_what_the_forward_keeps() -> None:
+    inputs = vocabulary(Draw("kept", torch.float32, "cpu"), 3, 5, 8, 11)
+    tensors = [inputs[name] for name in ("hidden", "weight", "bias", "target", "valid_lengths")]
+    ops = torch.ops.cnm_kernels_emulated
+    nll, _, *kept = ops.linear_nll(*tensors, 0.1, False, False)
+    with pytest.raises(RuntimeError, match="hidden's gradient needs what a forward with keep_expected keeps"):
+        ops.linear_nll_backward(nll, *tensors, 0.1, *kept, True, True, True)
+    assert all(d.isfinite().all() for d in ops.linear_nll_backward(nll, *tensors, 0.1, *kept, False, True, True))
+
+
 def test_rows_without_a_gradient_take_no_part_in_the_backward() -> None:
     """A row without a gradient may hold NaN."""
     inputs = vocabulary(Draw("rows", torch.float32, "cpu"), 3, 5, 8, 11)

@@ -78,6 +78,22 @@ def test_per_sample_gradients(op: str, name: str, backend: str, device: str, dty
 
 
 @pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
+@pytest.mark.parametrize("way", ["torch.func", "autograd"])
+def test_gradients_of_a_batch(way: str, op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    """Within vmap the op's own inputs do not say that they want a gradient."""
+    function, x = _function(op, sample(op, name, dtype, device), backend)
+    batch = torch.stack([x, 0.5 * x, -x])
+    expected = torch.stack([torch.func.grad(function)(row) for row in batch])
+
+    def total(batch: Tensor) -> Tensor:
+        return torch.func.vmap(function)(batch).sum()
+
+    leaf = batch.detach().requires_grad_()
+    found = torch.func.grad(total)(batch) if way == "torch.func" else torch.autograd.grad(total(leaf), leaf)[0]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
 def test_no_samples_have_no_gradients(op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
     function, x = _function(op, sample(op, name, dtype, device), backend)
     nothing = x.new_empty(0, *x.shape)

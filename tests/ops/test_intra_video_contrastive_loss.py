@@ -35,6 +35,19 @@ def test_at_the_kink_the_gradient_is_one_half(backend: str, device: str, dtype: 
 
 
 @on_every_float32
+def test_a_nan_gets_a_gradient(backend: str, device: str, dtype: torch.dtype) -> None:
+    """As torch.maximum gives it: what made the NaN is to see that its loss is none."""
+    values = {"positive": [1.0, torch.nan, 2.0], "hard": [1.0, 1.0, 9.0], "easy": [9.0, 1.0, torch.nan]}
+    leaves = {name: torch.tensor(value, device=device, requires_grad=True) for name, value in values.items()}
+    (loss,) = run(OP, leaves, backend)
+    assert loss.isnan()
+    (3 * loss).backward()
+    assert leaves["positive"].grad.tolist() == pytest.approx([1.0, 2.0, 1.0])
+    assert leaves["hard"].grad.tolist() == pytest.approx([-1.0, -1.0, 0.0])
+    assert leaves["easy"].grad.tolist() == pytest.approx([0.0, -1.0, -1.0])
+
+
+@on_every_float32
 def test_satisfied_margins_cost_nothing(backend: str, device: str, dtype: torch.dtype) -> None:
     inputs = sample(OP, "inactive", dtype, device)
     positive = inputs["positive"].requires_grad_()

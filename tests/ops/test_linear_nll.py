@@ -113,6 +113,22 @@ def test_without_a_word_that_can_be_there_is_no_result(backend: str, device: str
 
 
 @on_every_float32
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+def test_a_nan_reaches_the_gradients(backend: str, device: str, dtype: torch.dtype, name: str) -> None:
+    """Those of plain PyTorch: a gradient that is finite where the loss is not would go into the weights."""
+    inputs = vocabulary(Draw("NaN", dtype, device), 2, 3, 8, 11, lengths=(3, 2))
+    inputs[name].view(-1)[8] = torch.nan
+    leaves = {name: inputs[name].requires_grad_() for name in ("hidden", "weight", "bias")}
+    found, expected = (
+        torch.autograd.grad(run(OP, inputs | leaves, which)[0].sum(), list(leaves.values()))
+        for which in (backend, "torch")
+    )
+    assert expected[2].isnan().all()
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert torch.equal(gradient.isnan(), wanted.isnan())
+
+
+@on_every_float32
 @pytest.mark.parametrize("size", [1e6, 1e8])
 @pytest.mark.parametrize("D", [64, 200, 600])
 def test_probabilities_at_large_logits(backend: str, device: str, dtype: torch.dtype, size: float, D: int) -> None:

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import setuptools
@@ -119,6 +120,37 @@ def test_a_module_left_out_leaves_no_earlier_build_in_the_sources(checkout: Path
     assert outcome.returncode == 0, outcome.stderr
     assert "cnm_kernels/_C_cpu.abi3.so: removed, _C_cpu is left out of this build" in outcome.stdout
     assert not list(package.glob("*.so"))
+
+
+def test_a_module_left_out_is_not_packed_from_an_earlier_build(checkout: Path) -> None:
+    built = checkout / "built" / "cnm_kernels"
+    built.mkdir(parents=True)
+    for name in ("_C_cpu.abi3.so", "_C_cuda.abi3.so", "_C_cuda_skipped.txt"):
+        (built / name).touch()
+    assert build(checkout, CNM_KERNELS_NATIVE="0").returncode == 0
+    assert (built / "native.py").exists()
+    assert not [*built.glob("*.so"), *built.glob("*_skipped.txt")]
+
+
+@pytest.mark.parametrize("free_threaded", [False, True])
+def test_only_pythons_that_have_the_stable_abi_build_for_it(
+    free_threaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: dict[str, Any] = {}
+    known = sysconfig.get_config_var
+    monkeypatch.setattr(
+        sysconfig, "get_config_var", lambda name: int(free_threaded) if name == "Py_GIL_DISABLED" else known(name)
+    )
+    monkeypatch.setattr(setuptools, "setup", said.update)
+    monkeypatch.delenv("CNM_KERNELS_NATIVE", raising=False)
+    monkeypatch.setenv("CNM_KERNELS_CUDA", "1")
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert ("bdist_wheel" in said["options"]) is not free_threaded
+    assert len(said["ext_modules"]) == 2
+    for module in said["ext_modules"]:
+        assert module.py_limited_api is not free_threaded
+        assert ("Py_LIMITED_API" in dict(module.define_macros)) is not free_threaded
 
 
 def test_an_old_setuptools_is_one_line(checkout: Path) -> None:

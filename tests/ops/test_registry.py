@@ -121,6 +121,21 @@ def test_heads_that_kernels_do_not_take_go_to_the_next_backend(gpus: dict[int, S
     assert choice_for("dropout", on_gpu(1, 256)) == "native"
 
 
+def test_an_amd_gpu_is_no_nvidia_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's builds for AMD call their GPUs "cuda"."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert gpu.missing() is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(triton, "_INTERPRETED", False)
+    reasons = {"native": gpu.missing(), "triton": triton._load_error()}
+    for backend, module in (("native", native), ("triton", triton)):
+        assert "needs an NVIDIA GPU, and torch" in str(reasons[backend])
+        monkeypatch.setattr(module, "LOAD_ERRORS", {"cuda": reasons[backend]})
+        monkeypatch.setitem(registry._modules, backend, module)
+        assert "is a build for AMD's" in str(registry.unavailable("dropout", backend, "cuda", torch.float32))
+    assert registry.choice("dropout", "cuda", torch.float32) == "torch"
+
+
 def test_importing_starts_no_cuda() -> None:
     """Else CUDA_VISIBLE_DEVICES would do nothing afterwards, and forked processes could not use the GPU."""
     code = (
