@@ -41,17 +41,7 @@ class DeferredLinear(nn.Linear):
         like = torch.empty(*input.shape[:-1], self.out_features, dtype=dtype, device="meta")
         # Copies: logits read after an update are those before it, whether or not the optimizer lets its changes show.
         weight, bias = self.weight.clone(), self.bias.clone()
-        return defer(_logits_under(autocast, dtype), like, input, weight, bias, by_row=True)
-
-
-def _logits_under(autocast: bool, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The linear layer under the autocast setting of now, whatever it is when the logits are read."""
-
-    def logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, dtype if autocast else None, enabled=autocast):
-            return nn.functional.linear(hidden, weight, bias)
-
-    return logits
+        return defer(nn.functional.linear, like, input, weight, bias, by_row=True)
 
 
 def nll_of(logits: Tensor, target: Tensor, mask: Tensor, proposals: int = 1) -> Tensor:
