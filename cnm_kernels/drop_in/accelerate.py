@@ -203,6 +203,8 @@ def _unsupported(module: Any) -> str | None:
         return "it adds a learned key and value (bias_k, bias_v)"
     if getattr(module, "add_zero_attn", False):
         return "it adds a zero key (add_zero_attn)"
+    if not isinstance(getattr(module, "dropout", 0.0), float | int):
+        return f"its dropout must be a rate, got {type(module.dropout).__name__}"
     if abs(getattr(module, "scaling", module.head_dim**-0.5) * module.head_dim**0.5 - 1) > 1e-6:
         return "its scaling is not head_dim ** -0.5"
     return None

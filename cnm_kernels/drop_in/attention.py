@@ -14,17 +14,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cnm_kernels import absorption, ops
 from cnm_kernels.absorption import Absorb, Projections, Source
-from cnm_kernels.constants import KEY_WEIGHT_EPS
 from cnm_kernels.drop_in.deferred import defer, versions
-
-PADDED_SCORE = -1e30  # of a padded key: what a query without any real key then sees is uniform
 
 
 class AcceleratedAttention:
@@ -58,25 +54,16 @@ class AcceleratedAttention:
             key_padding_mask: [B, Lk] uint8 or bool, 1 where a key is padding.
             incremental_state, static_kv: step-by-step decoding, left to the module's own class.
             need_weights: give the attention too.
-            attn_mask: [Lq, Lk], added to the scores; -inf above the diagonal is recognised as causal, anything else but
-                zeros is computed by PyTorch.
+            attn_mask: [Lq, Lk], added to the scores; -inf above the diagonal is recognised as causal.
             fast_weights: not read, as published.
             gauss_weight: [B, Lk], a weight per key.
+
+        What such masks do not say (other values, dtypes and shapes, padding before a real key or of all keys), and
+        dropout on the attention, are left to the module's own class too.
         """
         if incremental_state is not None or getattr(self, "onnx_trace", False):
-            own = cast("Callable[..., tuple[Tensor, Tensor | None]]", super().forward)  # type: ignore[misc]
-            return own(
-                query,
-                key,
-                value,
-                key_padding_mask,
-                incremental_state,
-                need_weights,
-                static_kv,
-                attn_mask,
-                fast_weights,
-                *(() if gauss_weight is None else (gauss_weight,)),  # some have no such argument
-            )
+            options = (key_padding_mask, incremental_state, need_weights, static_kv, attn_mask, fast_weights)
+            return self._by_its_own((query, key, value), *options, gauss_weight=gauss_weight)
         sources = _batch_first(query, key, value)
         out, weights = self.attend(sources, key_padding_mask, attn_mask, gauss_weight, need_weights)
         return out.transpose(0, 1).contiguous(), weights
@@ -97,16 +84,14 @@ class AcceleratedAttention:
         seen = _seen(attn_mask, Lq, Lk)
         dropout = getattr(self, "dropout", 0.0) if cast(nn.Module, self).training else 0.0
         padding = _padding(key_padding_mask, seen == "past")
-        if seen == "other" or dropout > 0 or padding.needs_mask:
-            if seen == "other":
-                _say_once("an attention mask other than a causal one is computed by PyTorch, without acceleration")
-            elif dropout > 0:
-                _say_once("dropout on the attention is computed by PyTorch, without acceleration")
-            else:
-                _say_once("padding before a real key, or of all keys, is computed by PyTorch, without acceleration")
-            packed = self._project(sources, self.in_proj_weight, self.in_proj_bias)
-            out, weights = _plainly(packed, attn_mask, padding.mask, gauss_weight, dropout)
-            return _output(self, out.transpose(1, 2).flatten(2)), weights if need_weights else None
+        reason = "dropout on the attention" if dropout > 0 else padding.reason
+        reason = "an attention mask other than a causal one" if seen == "other" else reason
+        if reason is not None:
+            _say_once(f"{reason} is computed by PyTorch, without acceleration")
+            each = tuple(source.transpose(0, 1) for source in sources)
+            options = (key_padding_mask, None, need_weights, False, attn_mask, None)
+            out, weights = self._by_its_own((*each, each[-1], each[-1])[:3], *options, gauss_weight=gauss_weight)
+            return out.transpose(0, 1), weights
 
         wide = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
         key_weight = None if gauss_weight is None else gauss_weight.to(wide)
@@ -130,6 +115,13 @@ class AcceleratedAttention:
             return out, None
         keys = Source(sources[0] if len(sources) == 1 else sources[1], padding.lengths, key_weight)
         return out, _weights_of(self, out.dtype, sources[0], keys, causal)
+
+    def _by_its_own(
+        self, sources: tuple[Tensor, ...], *options: Any, gauss_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the module's own class computes of sources, time first, and the options in their order."""
+        own = cast("Callable[..., tuple[Tensor, Tensor | None]]", super().forward)  # type: ignore[misc]
+        return own(*sources, *options, *(() if gauss_weight is None else (gauss_weight,)))  # some have no such argument
 
     def _project(
         self, sources: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None
@@ -238,42 +230,10 @@ def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 @dataclass(frozen=True)
 class _Padding:
-    """A padding mask, and the key lengths that kernels take instead of it."""
+    """What a padding mask says."""
 
-    mask: Tensor | None = None  # [B, Lk] bool, True where padded; None without padding
-    lengths: Tensor | None = None  # [B] int64; None where a real key follows padding, or a query sees no real key
-
-    @property
-    def needs_mask(self) -> bool:
-        return self.mask is not None and self.lengths is None
-
-
-def _plainly(
-    packed: tuple[Tensor, Tensor | None, Tensor | None],
-    attn_mask: Tensor | None,
-    padded: Tensor | None,
-    gauss_weight: Tensor | None,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """(out [B, H, Lq, d], weights [B, Lq, Lk]) for masks that ``weighted_attention`` does not know, in PyTorch."""
-    query, key, value = packed
-    if key is None:
-        query, key, value = query.permute(2, 0, 3, 1, 4).unbind(0)
-    elif value is None:
-        key, value = key.permute(2, 0, 3, 1, 4).unbind(0)
-    scores = query @ key.transpose(-1, -2) * query.size(-1) ** -0.5  # [B, H, Lq, Lk]
-    if attn_mask is not None:
-        by_head = attn_mask.dim() == 3 and attn_mask.size(0) == scores.size(0) * scores.size(1)  # [B H, Lq, Lk]
-        scores = scores + (attn_mask.view(scores.shape) if by_head else attn_mask).to(scores.dtype)
-    if padded is not None:
-        wide = scores if scores.dtype == torch.float64 else scores.float()
-        scores = wide.masked_fill(padded[:, None, None, :], PADDED_SCORE)
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    if gauss_weight is not None:
-        weights = weights * (gauss_weight.to(weights.dtype) + KEY_WEIGHT_EPS)[:, None, None, :]
-        weights = weights / weights.sum(-1, keepdim=True)
-    weights = F.dropout(weights, dropout).to(query.dtype)
-    return weights @ value, weights.mean(1)
+    lengths: Tensor | None = None  # [B] int64, of the real keys; None: all
+    reason: str | None = None  # why lengths do not say it
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -338,20 +298,25 @@ def _seen(attn_mask: Tensor | None, Lq: int, Lk: int) -> str:
 
 
 def _padding(mask: Tensor | None, causal: bool) -> _Padding:
-    """``mask`` [B, Lk], 1 where padded, understood."""
+    """``mask`` [B, Lk], 1 where padded and 0 elsewhere, understood."""
     if mask is None or mask.dim() == 0:
         return _Padding()
 
     def classify(mask: Tensor) -> _Padding:
         padded = mask == 1
+        if padded.dim() != 2 or mask.requires_grad:
+            return _Padding(reason="a key_padding_mask that is no mask of each sample's keys")
         if padded.size(1) == 0:
             return _Padding()
         starving = padded[:, 0] if causal else padded.all(1)
-        follows = padded[:, :-1] <= padded[:, 1:]
-        some, ends, starves = torch.stack([padded.any(), follows.all(), starving.any()]).tolist()
-        if not some:
-            return _Padding()
-        return _Padding(padded, None if starves or not ends else (~padded).sum(1))
+        broken = padded[:, :-1] > padded[:, 1:]
+        other = ~padded & (mask != 0)
+        some, breaks, starves, others = torch.stack([x.any() for x in (padded, broken, starving, other)]).tolist()
+        if others:
+            return _Padding(reason="a key_padding_mask of other values than 0 and 1")
+        if starves or breaks:
+            return _Padding(reason="padding before a real key, or of all keys,")
+        return _Padding((~padded).sum(1) if some else None)
 
     return cast(_Padding, remembered(mask, ("padding", causal), classify))
 

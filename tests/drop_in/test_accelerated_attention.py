@@ -30,6 +30,7 @@ import cnm_kernels
 from cnm_kernels import absorption
 from cnm_kernels.drop_in.attention import AcceleratedAttention
 from examples.research_code.attention import MultiheadAttention
+from examples.research_code.transformer import DecoderLayer
 
 SCATTERED = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
 STARVING = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
@@ -176,6 +177,70 @@ def test_dropout_on_the_attention_is_left_to_pytorch() -> None:
         dropped = fast(x, x, x)[1]
     assert 0.2 < (dropped == 0).double().mean() < 0.6 or (dropped < 1e-9).any()
     torch.testing.assert_close(fast.eval()(x, x, x)[0], module.eval()(x, x, x)[0])
+
+
+class ReadsMasks(MultiheadAttention):
+    """Reads masks that the published module does not know; drops the values too."""
+
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        value = nn.functional.dropout(value.contiguous(), self.dropout, self.training)
+        L = key.size(0)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype).masked_fill(attn_mask, -torch.inf)
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.repeat_interleave(self.num_heads, 0)
+        if key_padding_mask is not None and key_padding_mask.is_floating_point():
+            added = key_padding_mask.unsqueeze(1).expand(-1, query.size(0), L).repeat_interleave(self.num_heads, 0)
+            attn_mask, key_padding_mask = (added if attn_mask is None else added + attn_mask), None
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.bool()
+        return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_mask": FUTURE < 0},
+        {"attn_mask": draw(B, 5, 5, seed=3)},
+        {"key_padding_mask": PREFIX * -1e4},
+        {"key_padding_mask": torch.zeros(B, 5).masked_fill(PREFIX == 1, -torch.inf)},
+        {"key_padding_mask": PREFIX * 2},
+        {"key_padding_mask": PREFIX, "attn_mask": draw(5, 5, seed=3)},
+    ],
+    ids=["bool", "of each sample", "-1e4", "-inf", "of twos", "other"],
+)
+@pytest.mark.parametrize("layered", [False, True])
+def test_masks_that_no_trial_knows_are_the_module_s_own_business(options: dict[str, Tensor], layered: bool) -> None:
+    attention = module_in(lambda: ReadsMasks(D, H), torch.float64, "cpu")
+    module = attention
+    if layered:
+        module = module_in(lambda: DecoderLayer(D, H, dropout=0.0), torch.float64, "cpu")
+        module.self_attn = attention
+    x = draw(5, B, D)
+
+    def call() -> Any:
+        padding, mask = options.get("key_padding_mask"), options.get("attn_mask")
+        return module(x, padding, self_attn_mask=mask) if layered else module(x, x, x, padding, attn_mask=mask)
+
+    wanted = call()
+    cnm_kernels.accelerate(module)
+    assert isinstance(attention, AcceleratedAttention)
+    with pytest.warns(RuntimeWarning, match="is computed by PyTorch, without acceleration"):
+        found = call()
+    torch.testing.assert_close(found, wanted)
+
+
+def test_dropout_stands_where_the_module_puts_it() -> None:
+    module = module_in(lambda: ReadsMasks(D, H, dropout=0.5), torch.float64, "cpu")
+    x = draw(5, B, D)
+    torch.manual_seed(1)
+    wanted = module(x, x, x)
+    cnm_kernels.accelerate(module)
+    assert isinstance(module, AcceleratedAttention)
+    torch.manual_seed(1)
+    with pytest.warns(RuntimeWarning, match="dropout on the attention"):
+        torch.testing.assert_close(module(x, x, x), wanted)
 
 
 def test_step_by_step_decoding_is_the_module_s_own_business() -> None:
