@@ -127,7 +127,9 @@ def accelerate_losses(losses: Any, model: nn.Module | None = None) -> None:
     """Replaces ``cal_nll_loss``, ``rec_loss`` and ``ivc_loss`` of a module by fused ones of the same signatures.
 
     CNM's and CPL's are told apart by their arguments; values, dicts and gradients stay the same. Every loaded module
-    that imported one of these functions by name gets the new one too.
+    that imported one of these functions by name gets the new one too. Calls with an option of their own (a keyword that
+    the original's code names and the published ones do not), a fractional mask or one with an empty row go to the
+    original.
 
     Args:
         losses: the module (or any object with such attributes) that holds the functions.
@@ -139,10 +141,10 @@ def accelerate_losses(losses: Any, model: nn.Module | None = None) -> None:
     Raises:
         ValueError: nothing of that name and signature, or no such layer.
     """
+    layers = [] if model is None else _vocabulary_layers(model)
     fused_losses.replace(losses, stacklevel=3)
-    if model is not None:
-        for layer in _vocabulary_layers(model):
-            layer.__class__ = DeferredLinear
+    for layer in layers:
+        layer.__class__ = DeferredLinear
 
 
 def restore(target: Any) -> None:

@@ -242,7 +242,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling() or a.shape != b.shape or a.stride() != b.stride():
         return False
-    if a.data_ptr() != b.data_ptr() or a.requires_grad != b.requires_grad:
+    if a.data_ptr() != b.data_ptr() or a.requires_grad != b.requires_grad or a._backward_hooks or b._backward_hooks:
         return False
     if not a.requires_grad:
         return True

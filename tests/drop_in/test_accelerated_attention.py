@@ -328,6 +328,12 @@ def test_weights_are_computed_only_when_read(monkeypatch: pytest.MonkeyPatch) ->
     assert len(asked) == 1
 
 
+def hooked(x: Tensor) -> Tensor:
+    view = x.view_as(x)
+    view.register_hook(torch.zeros_like)
+    return view
+
+
 class Reversal(torch.autograd.Function):
     """Gradient reversal: the same numbers in the forward."""
 
@@ -348,8 +354,9 @@ class Reversal(torch.autograd.Function):
         lambda x: (x, x.detach(), x),
         lambda x: (x, Reversal.apply(x), Reversal.apply(x)),
         lambda x: (x.transpose(0, 1).transpose(0, 1), x, x),
+        lambda x: (x, x.view_as(x), hooked(x)),
     ],
-    ids=["keys and values detached", "queries detached", "keys detached", "reversal", "views"],
+    ids=["keys and values detached", "queries detached", "keys detached", "reversal", "views", "a hook"],
 )
 def test_equal_numbers_keep_gradients_of_their_own(sources: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
     plain = MultiheadAttention(D, H)
