@@ -77,7 +77,7 @@ def accelerate(model: Model, *, report: bool | Callable[[], Tensor] = False) -> 
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
-        ValueError: ``report`` returns something else than a loss.
+        ValueError: ``report`` returns something else than a loss. Whatever is raised, no module is replaced then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -90,7 +90,30 @@ def accelerate(model: Model, *, report: bool | Callable[[], Tensor] = False) -> 
     ]
     timer = StepTimer(model, report, [row.module for row in rows]) if callable(report) else None
     measured = [timer.measure()] if timer else []
-    found, reasons = 0, set[str]()
+    replaced: list[nn.Module] = []
+    try:
+        _replace(rows, replaced)
+        measured += [timer.measure()] if timer else []
+    except BaseException:  # all or nothing
+        for module in replaced:
+            _give_back(module)
+        raise
+    if report:
+        for row in rows:
+            row.seconds = [parts[row.module] for _, parts in measured]
+        print(table(rows, [whole for whole, _ in measured]))
+    if not any(isinstance(row.module, AcceleratedAttention | AcceleratedLayer) for row in rows):
+        warnings.warn(
+            f"accelerate: {type(model).__name__} has no attention module with the published interface; nothing changed",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def _replace(rows: list[Row], replaced: list[nn.Module]) -> None:
+    """Gives modules that pass their trial their new class, notes them in ``replaced`` and every row's outcome."""
+    reasons = set[str]()
     for mixin, looks_right, unsupported, differs, fused in KINDS:
         for row in rows:
             module, kind = row.module, type(row.module)
@@ -102,25 +125,17 @@ def accelerate(model: Model, *, report: bool | Callable[[], Tensor] = False) -> 
                 reason = unsupported(module) or differs(module, ours)
                 if reason is None:
                     module.__class__ = ours
-            found += reason is None
+                    replaced.append(module)
             row.outcome = fused if reason is None else f"nothing: {reason}"
             if reason is not None:
                 said = f"accelerate: {kind.__name__} is left alone: {reason}"
                 if said not in reasons:
-                    warnings.warn(said, RuntimeWarning, stacklevel=2)
+                    warnings.warn(said, RuntimeWarning, stacklevel=3)
                 reasons.add(said)
-    if report:
-        measured += [timer.measure()] if timer else []
-        for row in rows:
-            row.seconds = [parts[row.module] for _, parts in measured]
-        print(table(rows, [whole for whole, _ in measured]))
-    if not found:
-        warnings.warn(
-            f"accelerate: {type(model).__name__} has no attention module with the published interface; nothing changed",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return model
+
+
+def _give_back(module: Any) -> None:
+    module.__class__ = type(module)._original
 
 
 def accelerate_losses(losses: Any, model: nn.Module | None = None) -> None:
@@ -154,7 +169,7 @@ def restore(target: Any) -> None:
         return
     for module in target.modules():
         if isinstance(module, AcceleratedAttention | AcceleratedLayer):
-            module.__class__ = type(module)._original  # type: ignore[assignment]
+            _give_back(module)
         elif isinstance(module, DeferredLinear):
             module.__class__ = nn.Linear  # type: ignore[assignment]
 

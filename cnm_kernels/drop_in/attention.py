@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -20,7 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cnm_kernels import absorption, ops
 from cnm_kernels.absorption import Absorb, Projections, Source
-from cnm_kernels.drop_in.deferred import defer, versions
+from cnm_kernels.drop_in.deferred import defer, is_traced, versions
+from cnm_kernels.registry import requested, use_backend
 
 
 class AcceleratedAttention:
@@ -99,8 +100,9 @@ class AcceleratedAttention:
         causal = seen == "past"
         absorb = None if causal else _absorbs(self, sources)
         # The module may hold others by the time of the backward, which computes this again (functional_call).
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        projections = None if absorb is None else _projections(self)
+        weight, bias = (_for_both_times(tensor) for tensor in (self.in_proj_weight, self.in_proj_bias))
+        assert weight is not None
+        projections = None if absorb is None else _projections(self, weight, bias)
 
         def compute(*sources: Tensor) -> Tensor:
             if absorb is not None and projections is not None:
@@ -153,9 +155,9 @@ def _computed_again(
     Projections are up to three times as wide as what they are made from, and are made anew faster than PyTorch's were
     made once. (On a GPU the launches would cost more than the memory is worth.)
     """
-    if not torch.is_grad_enabled() or sources[0].device.type != "cpu" or torch.compiler.is_compiling():
+    if not _is_computed_again(sources[0].device):
         return compute(*sources)
-    before = versions(others)
+    before, backend = versions(others), requested()
 
     def unchanged(*sources: Tensor) -> Tensor:
         if versions(others) != before:  # PyTorch says so of what it keeps; this is not kept
@@ -163,9 +165,21 @@ def _computed_again(
                 "parameters or weights of an accelerated attention were changed in place between forward and backward; "
                 "call backward() before optimizer.step()"
             )
-        return compute(*sources)
+        with nullcontext() if requested() == backend else use_backend(backend):
+            return compute(*sources)
 
     return cast(Tensor, checkpoint(unchanged, *sources, use_reentrant=False, preserve_rng_state=False))
+
+
+def _is_computed_again(device: torch.device) -> bool:
+    return torch.is_grad_enabled() and device.type == "cpu" and not is_traced()
+
+
+def _for_both_times(parameter: Tensor | None) -> Tensor | None:
+    """The parameter, for what is computed again: it may be frozen, or no longer, by then."""
+    if parameter is None or not _is_computed_again(parameter.device):
+        return parameter
+    return parameter.view_as(parameter) if parameter.requires_grad else parameter.detach()
 
 
 def _output(module: AcceleratedAttention, joined: Tensor) -> Tensor:
@@ -185,9 +199,11 @@ def _absorbs(module: AcceleratedAttention, sources: tuple[Tensor, ...]) -> Absor
     return absorption.cheapest(x.size(2), module.num_heads, x.size(1), states.size(1))
 
 
-def _projections(module: AcceleratedAttention) -> Projections:
+def _projections(module: AcceleratedAttention, weight: Tensor, bias: Tensor | None) -> Projections:
     layer = cast(nn.Linear, module.out_proj)
-    return Projections(module.num_heads, module.in_proj_weight, module.in_proj_bias, layer.weight, layer.bias)
+    out_weight, out_bias = (_for_both_times(tensor) for tensor in (layer.weight, layer.bias))
+    assert out_weight is not None
+    return Projections(module.num_heads, weight, bias, out_weight, out_bias)
 
 
 def _weights_of(module: AcceleratedAttention, dtype: torch.dtype, x: Tensor, source: Source, causal: bool) -> Tensor:
@@ -240,7 +256,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     """One tensor, or two views of the same numbers, made by the same operation of the same tensor."""
     if a is b:
         return True
-    if torch.compiler.is_compiling() or a.shape != b.shape or a.stride() != b.stride():
+    if is_traced() or a.shape != b.shape or a.stride() != b.stride():
         return False
     if a.data_ptr() != b.data_ptr() or a.requires_grad != b.requires_grad or a._backward_hooks or b._backward_hooks:
         return False

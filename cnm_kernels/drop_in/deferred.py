@@ -130,7 +130,7 @@ def defer(function: Callable[..., Tensor], like: Tensor, *inputs: Tensor | None,
     given = [tensor for tensor in inputs if tensor is not None]
     # Inference tensors do not say that they were changed in place.
     known = not any(isinstance(tensor, Deferred) or tensor.is_inference() for tensor in given)
-    if not known or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not known or is_traced():
         return function(*inputs)
     device = given[0].device
     result: Deferred = _Defer.apply(_under_autocast_of_now(function, device.type), like, device, *inputs)
@@ -191,6 +191,11 @@ class _AtPlaceOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor, None]:
         return d_value, None
+
+
+def is_traced() -> bool:
+    """``torch.compile`` or a transform of ``torch.func`` runs this on tensors that hold no numbers of their own."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _read(value: Any) -> Any:

@@ -24,7 +24,7 @@ from cnm_kernels.constants import LABEL_SMOOTHING
 from cnm_kernels.drop_in.attention import remembered
 from cnm_kernels.drop_in.deferred import Deferred, defer
 from cnm_kernels.drop_in.logits_nll import logits_nll
-from cnm_kernels.drop_in.trial import Failed, differentiably, gradients, gradients_differ, tried
+from cnm_kernels.drop_in.trial import Failed, differentiably, gradients, gradients_differ, random_kept, tried
 
 Loss = tuple[Tensor, dict[str, float]]
 NAMES = ("cal_nll_loss", "rec_loss", "ivc_loss")
@@ -384,7 +384,7 @@ def loss_differs(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | 
 
     A function that cannot run here is not replaced: its name and arguments do not say what it computes.
     """
-    with differentiably():
+    with differentiably(), random_kept():
         for arguments in _examples(list(inspect.signature(ours).parameters)):
             inputs = [x.requires_grad_() for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point()]
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,7 +107,7 @@ def _differs(module: nn.Module, ours: Any, calls: list[Call], around: Callable[[
     ]
     for arguments, options in calls:
         inputs: list[Tensor] = []
-        with differentiably(module.parameters()), torch.random.fork_rng(), _fairseq():
+        with differentiably(module.parameters()), _unfrozen(module), buffers_kept(module), random_kept(), _fairseq():
             taken = _leaves(arguments, inputs), _leaves(options, inputs)
             torch.manual_seed(0)
             try:
@@ -138,6 +139,52 @@ def differentiably(parameters: Iterable[Tensor] = ()) -> Iterator[None]:
     recorded = not any(parameter.is_inference() for parameter in parameters)
     with torch.inference_mode(False), torch.set_grad_enabled(recorded):
         yield
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """The module's buffers are afterwards what they were."""
+    kept = [
+        (part._buffers, name, buffer, buffer.detach().clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.inference_mode():  # there tensors of either mode may be changed in place
+            for buffers, name, buffer, value in kept:
+                buffers[name] = buffer
+                buffer.copy_(value)
+
+
+@contextmanager
+def random_kept() -> Iterator[None]:
+    """The states of PyTorch's, Python's and NumPy's generators are afterwards what they were."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    of_numpy = numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(of_numpy)
+
+
+@contextmanager
+def _unfrozen(module: nn.Module) -> Iterator[None]:
+    """Parameters that are frozen have gradients for a while: somebody may train them later."""
+    frozen = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
+    frozen = frozen if torch.is_grad_enabled() else []
+    for parameter in frozen:
+        parameter.requires_grad_()
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def gradients(result: Any, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 import cnm_kernels
 from benchmarks.bench_accelerate import LOSS
 from cnm_kernels.drop_in.deferred import Deferred
-from cnm_kernels.drop_in.logits_nll import logits_nll
 from cnm_kernels.drop_in.losses import DeferredLinear
 from examples.research_code import cnm_losses, cpl_losses
 
@@ -146,30 +145,6 @@ def test_weights_in_place_of_the_mask() -> None:
     expected = cnm_losses.cal_nll_loss(logits, ids, real, weights)
     cnm_kernels.accelerate_losses(cnm_losses)
     torch.testing.assert_close(cnm_losses.cal_nll_loss(logits, ids, real, weights)[0], expected[0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (3000, 101), (0, 4), (2, 200_000)])
-def test_the_cross_entropy_of_given_logits(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Several blocks of rows, one, none, and rows longer than a block; extreme logits."""
-    N, V = shape
-    logits = (30 * draw(N, V, seed=1)).to(dtype).requires_grad_()
-    target = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
-    nll, correct = logits_nll(logits, target, 0.1)
-    wide = logits.detach().double().requires_grad_()
-    exact = nn.functional.cross_entropy(wide, target, reduction="none", label_smoothing=0.1)
-    assert nll.dtype == torch.promote_types(dtype, torch.float32)
-    torch.testing.assert_close(nll.double(), exact, rtol=1e-6, atol=1e-4)
-    assert torch.equal(correct, logits.argmax(-1) == target)
-    upstream = draw(N, seed=3)
-    (gradient,) = torch.autograd.grad(nll, logits, upstream.to(nll))
-    (wanted,) = torch.autograd.grad(exact, wide, upstream)
-    assert gradient.dtype == dtype
-    rounding = (
-        torch.finfo(nll.dtype).eps * logits.detach().abs().max().item() if N else 0.0
-    )  # of z - lse, in exp(z - lse)
-    rounding += torch.finfo(dtype).eps
-    torch.testing.assert_close(gradient.double(), wanted, rtol=4 * rounding, atol=rounding)
 
 
 def test_rec_and_ivc_share_their_work(monkeypatch: pytest.MonkeyPatch) -> None:

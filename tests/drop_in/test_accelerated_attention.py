@@ -141,6 +141,66 @@ def test_gradients_are_those_of_parameters_that_were_lent(queries: int) -> None:
         torch.testing.assert_close(found, value)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("queries", [2, 5, 40])
+def test_parameters_may_be_frozen_or_not_by_the_time_of_the_backward(queries: int, frozen: bool) -> None:
+    module = module_in(lambda: MultiheadAttention(D, H), torch.float64, "cpu")
+    x, states = draw(queries, B, D).requires_grad_(), draw(5, B, D, seed=1).requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        module.requires_grad_(not frozen)
+        out = module(x, states, states)[0]
+        module.requires_grad_(frozen)
+        return torch.autograd.grad(out.square().sum(), [x, states])
+
+    wanted = gradients()
+    cnm_kernels.accelerate(module)
+    torch.testing.assert_close(gradients(), wanted)
+
+
+@pytest.mark.parametrize("queries", [2, 5, 40])
+def test_the_backward_may_be_outside_of_the_block_that_chose_the_backend(queries: int) -> None:
+    module = cnm_kernels.accelerate(module_in(lambda: MultiheadAttention(D, H), torch.float32, "cpu"))
+    x, states = draw(queries, B, D).float(), draw(5, B, D, seed=1).float().requires_grad_()
+    found = []
+    for leaves in (False, True):
+        with cnm_kernels.use_backend("torch"):
+            out = module(x, states, states)[0].square().sum()
+            if not leaves:
+                found += torch.autograd.grad(out, states)
+        if leaves:
+            found += torch.autograd.grad(out, states)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("queries", [2, 5, 40])
+def test_transforms_of_functions(queries: int) -> None:
+    module = module_in(lambda: MultiheadAttention(D, H), torch.float64, "cpu")
+    x, states = draw(queries, B, D), draw(5, B, D, seed=1)
+
+    def loss(states: Tensor) -> Tensor:
+        out, weights = module(x, states, states)
+        return out.square().sum() + weights.square().sum()
+
+    wanted = torch.func.grad(loss)(states)
+    cnm_kernels.accelerate(module)
+    torch.testing.assert_close(torch.func.grad(loss)(states), wanted)
+
+
+def test_weights_read_outside_of_their_autocast() -> None:
+    """Queries in float32, keys in bfloat16: only autocast brings them together."""
+    module = module_in(lambda: MultiheadAttention(D, H), torch.float32, "cpu")
+    x, source = draw(5, B, D).float(), draw(7, B, D, seed=1).bfloat16()
+    results = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, weights = module(x, source, source)
+        results.append(weights.detach() + 0)
+        cnm_kernels.accelerate(module)
+    assert results[1].dtype == results[0].dtype == torch.bfloat16
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=2**-8)
+
+
 def test_attention_to_nothing_is_the_bias() -> None:
     module = cnm_kernels.accelerate(module_in(lambda: MultiheadAttention(D, H), torch.float64, "cpu"))
     nn.init.ones_(module.out_proj.bias)
