@@ -20,7 +20,7 @@ from cnm_kernels.drop_in.attention import AcceleratedAttention
 from cnm_kernels.drop_in.decoder_layer import AcceleratedLayer, passed_over
 from cnm_kernels.drop_in.losses import DeferredLinear
 from cnm_kernels.drop_in.report import Row, StepTimer, table
-from cnm_kernels.drop_in.trial import attention_differs, layer_differs
+from cnm_kernels.drop_in.trial import attention_differs, buffers_kept, layer_differs, random_kept
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,23 +81,24 @@ def accelerate(model: Model, *, report: bool | Callable[[], Tensor] = False) -> 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
-    rows = [
-        Row(name, type(module).__name__, "", module)
-        for name, module in model.named_modules()
-        if isinstance(module, AcceleratedAttention | AcceleratedLayer)
-        or _looks_like_attention(module)
-        or _looks_like_layer(module)
-    ]
-    timer = StepTimer(model, report, [row.module for row in rows]) if callable(report) else None
-    measured = [timer.measure()] if timer else []
-    replaced: list[nn.Module] = []
-    try:
-        _replace(rows, replaced)
-        measured += [timer.measure()] if timer else []
-    except BaseException:  # all or nothing
-        for module in replaced:
-            _give_back(module)
-        raise
+    with buffers_kept(model), random_kept():  # to look at a parametrized weight may already change some
+        rows = [
+            Row(name, type(module).__name__, "", module)
+            for name, module in model.named_modules()
+            if isinstance(module, AcceleratedAttention | AcceleratedLayer)
+            or _looks_like_attention(module)
+            or _looks_like_layer(module)
+        ]
+        timer = StepTimer(model, report, [row.module for row in rows]) if callable(report) else None
+        measured = [timer.measure()] if timer else []
+        replaced: list[nn.Module] = []
+        try:
+            _replace(rows, replaced)
+            measured += [timer.measure()] if timer else []
+        except BaseException:  # all or nothing
+            for module in replaced:
+                _give_back(module)
+            raise
     if report:
         for row in rows:
             row.seconds = [parts[row.module] for _, parts in measured]

@@ -59,8 +59,8 @@ class AcceleratedAttention:
             fast_weights: not read, as published.
             gauss_weight: [B, Lk], a weight per key.
 
-        What such masks do not say (other values, dtypes and shapes, padding before a real key or of all keys), and
-        dropout on the attention, are left to the module's own class too.
+        Masks of other values, dtypes or shapes, padding before a real key or of all keys, and dropout on the attention
+        are left to the module's own class too: forks differ in what they make of them.
         """
         if incremental_state is not None or getattr(self, "onnx_trace", False):
             options = (key_padding_mask, incremental_state, need_weights, static_kv, attn_mask, fast_weights)
@@ -321,7 +321,7 @@ def _padding(mask: Tensor | None, causal: bool) -> _Padding:
     def classify(mask: Tensor) -> _Padding:
         padded = mask == 1
         if padded.dim() != 2 or mask.requires_grad:
-            return _Padding(reason="a key_padding_mask that is no mask of each sample's keys")
+            return _Padding(reason="a key_padding_mask that is learned, or not [B, Lk],")
         if padded.size(1) == 0:
             return _Padding()
         starving = padded[:, 0] if causal else padded.all(1)

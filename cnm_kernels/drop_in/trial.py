@@ -13,6 +13,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def _differs(module: nn.Module, ours: Any, calls: list[Call], around: Callable[[
     ]
     for arguments, options in calls:
         inputs: list[Tensor] = []
-        with differentiably(module.parameters()), _unfrozen(module), buffers_kept(module), random_kept(), _fairseq():
+        with differentiably(module.parameters()), _unfrozen(module), _fairseq():
             taken = _leaves(arguments, inputs), _leaves(options, inputs)
             torch.manual_seed(0)
             try:
@@ -162,22 +163,20 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def random_kept() -> Iterator[None]:
     """The states of PyTorch's, Python's and NumPy's generators are afterwards what they were."""
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    of_numpy = numpy and numpy.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng():
             yield
     finally:
         random.setstate(python)
-        if numpy:
-            numpy.random.set_state(of_numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextmanager
 def _unfrozen(module: nn.Module) -> Iterator[None]:
     """Parameters that are frozen have gradients for a while: somebody may train them later."""
-    frozen = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
-    frozen = frozen if torch.is_grad_enabled() else []
+    parameters = list(module.parameters()) if torch.is_grad_enabled() else []
+    frozen = [parameter for parameter in parameters if parameter.is_floating_point() and not parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_()
     try:

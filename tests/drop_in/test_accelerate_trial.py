@@ -225,6 +225,16 @@ def test_a_trial_leaves_buffers_and_generators_as_they_were() -> None:
     assert generators() == states
 
 
+def test_a_look_at_a_parametrized_weight_leaves_it_as_it_was() -> None:
+    """Spectral norms go one step further each time their weight is read in training."""
+    module = nn.utils.parametrizations.spectral_norm(MultiheadAttention(D, H), "in_proj_weight")
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    cnm_kernels.accelerate(nn.ModuleList([module]))
+    assert isinstance(module, AcceleratedAttention)
+    assert before
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
+
+
 def test_nothing_stays_replaced_when_something_is_raised() -> None:
     class Interrupted(MultiheadAttention):
         def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
