@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from cnm_kernels import absorption, ops
 from cnm_kernels.absorption import Absorb, Projections, Source
 from cnm_kernels.drop_in.deferred import defer, is_traced, versions
+from cnm_kernels.drop_in.fairseq import fairseq
 from cnm_kernels.registry import requested, use_backend
 
 
@@ -123,7 +124,18 @@ class AcceleratedAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """What the module's own class computes of sources, time first, and the options in their order."""
         own = cast("Callable[..., tuple[Tensor, Tensor | None]]", super().forward)  # type: ignore[misc]
-        return own(*sources, *options, *(() if gauss_weight is None else (gauss_weight,)))  # some have no such argument
+        arguments = (
+            *sources,
+            *options,
+            *(() if gauss_weight is None else (gauss_weight,)),
+        )  # some have no such argument
+        try:
+            return own(*arguments)
+        except ModuleNotFoundError as error:
+            if error.name != "fairseq":
+                raise
+        with fairseq():
+            return own(*arguments)
 
     def _project(
         self, sources: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None

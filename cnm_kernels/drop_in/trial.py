@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,6 +20,7 @@ from torch.utils._pytree import tree_map
 from cnm_kernels import ops
 from cnm_kernels.drop_in.attention import in_silence
 from cnm_kernels.drop_in.decoder_layer import SEEDS
+from cnm_kernels.drop_in.fairseq import fairseq
 
 # ||ours - theirs|| / ||theirs|| on the small example: far above rounding, far below another formula.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -108,7 +106,7 @@ def _differs(module: nn.Module, ours: Any, calls: list[Call], around: Callable[[
     ]
     for arguments, options in calls:
         inputs: list[Tensor] = []
-        with differentiably(module.parameters()), _unfrozen(module), _fairseq():
+        with differentiably(module.parameters()), _unfrozen(module), fairseq():
             taken = _leaves(arguments, inputs), _leaves(options, inputs)
             torch.manual_seed(0)
             try:
@@ -256,26 +254,6 @@ class _OurMasks(TorchFunctionMode):
             self.seed = torch.randint(SEEDS, (), device=x.device)
         batch_first = x.transpose(0, 1).contiguous()
         return ops.dropout(batch_first, p, seed=self.seed, offset=next(self.offsets, -1)).transpose(0, 1)
-
-
-@contextmanager
-def _fairseq() -> Iterator[None]:
-    """Provides ``fairseq.utils.softmax``, which the published attention imports, unless fairseq is installed."""
-    if "fairseq" in sys.modules or importlib.util.find_spec("fairseq") is not None:
-        yield
-        return
-    package, utils = ModuleType("fairseq"), ModuleType("fairseq.utils")
-    utils.softmax = _softmax  # type: ignore[attr-defined]
-    package.utils = utils  # type: ignore[attr-defined]
-    sys.modules |= {"fairseq": package, "fairseq.utils": utils}
-    try:
-        yield
-    finally:
-        del sys.modules["fairseq"], sys.modules["fairseq.utils"]
-
-
-def _softmax(x: Tensor, dim: int, onnx_trace: bool = False) -> Tensor:
-    return F.softmax(x, dim=dim, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 class _Draw:

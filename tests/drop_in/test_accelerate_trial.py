@@ -123,6 +123,8 @@ def test_fairseq_is_not_needed() -> None:
     module = cnm_kernels.accelerate(UsesFairseq(D, H))
     x = torch.randn(5, 3, D)
     assert module(x, x, x)[0].shape == (5, 3, D)
+    with pytest.warns(RuntimeWarning, match="computed by PyTorch"):
+        assert module(x, x, x, attn_mask=torch.ones(5, 5))[0].shape == (5, 3, D)
     assert "fairseq" not in sys.modules
 
 
