@@ -20,7 +20,7 @@ from cnm_kernels.drop_in.attention import AcceleratedAttention
 from cnm_kernels.drop_in.decoder_layer import AcceleratedLayer, passed_over
 from cnm_kernels.drop_in.losses import DeferredLinear
 from cnm_kernels.drop_in.report import Row, StepTimer, table
-from cnm_kernels.drop_in.trial import attention_differs, layer_differs
+from cnm_kernels.drop_in.trial import attention_differs, buffers_kept, layer_differs, random_kept
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -77,20 +77,44 @@ def accelerate(model: Model, *, report: bool | Callable[[], Tensor] = False) -> 
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
-        ValueError: ``report`` returns something else than a loss.
+        ValueError: ``report`` returns something else than a loss. Whatever is raised, no module is replaced then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
-    rows = [
-        Row(name, type(module).__name__, "", module)
-        for name, module in model.named_modules()
-        if isinstance(module, AcceleratedAttention | AcceleratedLayer)
-        or _looks_like_attention(module)
-        or _looks_like_layer(module)
-    ]
-    timer = StepTimer(model, report, [row.module for row in rows]) if callable(report) else None
-    measured = [timer.measure()] if timer else []
-    found, reasons = 0, set[str]()
+    with buffers_kept(model), random_kept():  # to look at a parametrized weight may already change some
+        rows = [
+            Row(name, type(module).__name__, "", module)
+            for name, module in model.named_modules()
+            if isinstance(module, AcceleratedAttention | AcceleratedLayer)
+            or _looks_like_attention(module)
+            or _looks_like_layer(module)
+        ]
+        timer = StepTimer(model, report, [row.module for row in rows]) if callable(report) else None
+        measured = [timer.measure()] if timer else []
+        replaced: list[nn.Module] = []
+        try:
+            _replace(rows, replaced)
+            measured += [timer.measure()] if timer else []
+        except BaseException:  # all or nothing
+            for module in replaced:
+                _give_back(module)
+            raise
+    if report:
+        for row in rows:
+            row.seconds = [parts[row.module] for _, parts in measured]
+        print(table(rows, [whole for whole, _ in measured]))
+    if not any(isinstance(row.module, AcceleratedAttention | AcceleratedLayer) for row in rows):
+        warnings.warn(
+            f"accelerate: {type(model).__name__} has no attention module with the published interface; nothing changed",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def _replace(rows: list[Row], replaced: list[nn.Module]) -> None:
+    """Gives modules that pass their trial their new class, notes them in ``replaced`` and every row's outcome."""
+    reasons = set[str]()
     for mixin, looks_right, unsupported, differs, fused in KINDS:
         for row in rows:
             module, kind = row.module, type(row.module)
@@ -102,32 +126,26 @@ def accelerate(model: Model, *, report: bool | Callable[[], Tensor] = False) -> 
                 reason = unsupported(module) or differs(module, ours)
                 if reason is None:
                     module.__class__ = ours
-            found += reason is None
+                    replaced.append(module)
             row.outcome = fused if reason is None else f"nothing: {reason}"
             if reason is not None:
                 said = f"accelerate: {kind.__name__} is left alone: {reason}"
                 if said not in reasons:
-                    warnings.warn(said, RuntimeWarning, stacklevel=2)
+                    warnings.warn(said, RuntimeWarning, stacklevel=3)
                 reasons.add(said)
-    if report:
-        measured += [timer.measure()] if timer else []
-        for row in rows:
-            row.seconds = [parts[row.module] for _, parts in measured]
-        print(table(rows, [whole for whole, _ in measured]))
-    if not found:
-        warnings.warn(
-            f"accelerate: {type(model).__name__} has no attention module with the published interface; nothing changed",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return model
+
+
+def _give_back(module: Any) -> None:
+    module.__class__ = type(module)._original
 
 
 def accelerate_losses(losses: Any, model: nn.Module | None = None) -> None:
     """Replaces ``cal_nll_loss``, ``rec_loss`` and ``ivc_loss`` of a module by fused ones of the same signatures.
 
     CNM's and CPL's are told apart by their arguments; values, dicts and gradients stay the same. Every loaded module
-    that imported one of these functions by name gets the new one too.
+    that imported one of these functions by name gets the new one too. Calls with an option of their own (a keyword that
+    the original's code names and the published ones do not), a fractional mask or one with an empty row go to the
+    original.
 
     Args:
         losses: the module (or any object with such attributes) that holds the functions.
@@ -139,10 +157,10 @@ def accelerate_losses(losses: Any, model: nn.Module | None = None) -> None:
     Raises:
         ValueError: nothing of that name and signature, or no such layer.
     """
+    layers = [] if model is None else _vocabulary_layers(model)
     fused_losses.replace(losses, stacklevel=3)
-    if model is not None:
-        for layer in _vocabulary_layers(model):
-            layer.__class__ = DeferredLinear
+    for layer in layers:
+        layer.__class__ = DeferredLinear
 
 
 def restore(target: Any) -> None:
@@ -152,7 +170,7 @@ def restore(target: Any) -> None:
         return
     for module in target.modules():
         if isinstance(module, AcceleratedAttention | AcceleratedLayer):
-            module.__class__ = type(module)._original  # type: ignore[assignment]
+            _give_back(module)
         elif isinstance(module, DeferredLinear):
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
@@ -203,6 +221,8 @@ def _unsupported(module: Any) -> str | None:
         return "it adds a learned key and value (bias_k, bias_v)"
     if getattr(module, "add_zero_attn", False):
         return "it adds a zero key (add_zero_attn)"
+    if not isinstance(getattr(module, "dropout", 0.0), float | int):
+        return f"its dropout must be a rate, got {type(module.dropout).__name__}"
     if abs(getattr(module, "scaling", module.head_dim**-0.5) * module.head_dim**0.5 - 1) > 1e-6:
         return "its scaling is not head_dim ** -0.5"
     return None

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cnm_kernels import absorption, ops
 from cnm_kernels.absorption import Absorb, Projections, Source
-from cnm_kernels.constants import KEY_WEIGHT_EPS
-from cnm_kernels.drop_in.deferred import defer, versions
-
-PADDED_SCORE = -1e30  # of a padded key: what a query without any real key then sees is uniform
+from cnm_kernels.drop_in.deferred import defer, is_traced, versions
+from cnm_kernels.drop_in.fairseq import fairseq
+from cnm_kernels.registry import requested, use_backend
 
 
 class AcceleratedAttention:
@@ -58,25 +56,16 @@ class AcceleratedAttention:
             key_padding_mask: [B, Lk] uint8 or bool, 1 where a key is padding.
             incremental_state, static_kv: step-by-step decoding, left to the module's own class.
             need_weights: give the attention too.
-            attn_mask: [Lq, Lk], added to the scores; -inf above the diagonal is recognised as causal, anything else but
-                zeros is computed by PyTorch.
+            attn_mask: [Lq, Lk], added to the scores; -inf above the diagonal is recognised as causal.
             fast_weights: not read, as published.
             gauss_weight: [B, Lk], a weight per key.
+
+        Masks of other values, dtypes or shapes, padding before a real key or of all keys, and dropout on the attention
+        are left to the module's own class too: forks differ in what they make of them.
         """
         if incremental_state is not None or getattr(self, "onnx_trace", False):
-            own = cast("Callable[..., tuple[Tensor, Tensor | None]]", super().forward)  # type: ignore[misc]
-            return own(
-                query,
-                key,
-                value,
-                key_padding_mask,
-                incremental_state,
-                need_weights,
-                static_kv,
-                attn_mask,
-                fast_weights,
-                *(() if gauss_weight is None else (gauss_weight,)),  # some have no such argument
-            )
+            options = (key_padding_mask, incremental_state, need_weights, static_kv, attn_mask, fast_weights)
+            return self._by_its_own((query, key, value), *options, gauss_weight=gauss_weight)
         sources = _batch_first(query, key, value)
         out, weights = self.attend(sources, key_padding_mask, attn_mask, gauss_weight, need_weights)
         return out.transpose(0, 1).contiguous(), weights
@@ -97,16 +86,14 @@ class AcceleratedAttention:
         seen = _seen(attn_mask, Lq, Lk)
         dropout = getattr(self, "dropout", 0.0) if cast(nn.Module, self).training else 0.0
         padding = _padding(key_padding_mask, seen == "past")
-        if seen == "other" or dropout > 0 or padding.needs_mask:
-            if seen == "other":
-                _say_once("an attention mask other than a causal one is computed by PyTorch, without acceleration")
-            elif dropout > 0:
-                _say_once("dropout on the attention is computed by PyTorch, without acceleration")
-            else:
-                _say_once("padding before a real key, or of all keys, is computed by PyTorch, without acceleration")
-            packed = self._project(sources, self.in_proj_weight, self.in_proj_bias)
-            out, weights = _plainly(packed, attn_mask, padding.mask, gauss_weight, dropout)
-            return _output(self, out.transpose(1, 2).flatten(2)), weights if need_weights else None
+        reason = "dropout on the attention" if dropout > 0 else padding.reason
+        reason = "an attention mask other than a causal one" if seen == "other" else reason
+        if reason is not None:
+            _say_once(f"{reason} is computed by PyTorch, without acceleration")
+            each = tuple(source.transpose(0, 1) for source in sources)
+            options = (key_padding_mask, None, need_weights, False, attn_mask, None)
+            out, weights = self._by_its_own((*each, each[-1], each[-1])[:3], *options, gauss_weight=gauss_weight)
+            return out.transpose(0, 1), weights
 
         wide = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
         key_weight = None if gauss_weight is None else gauss_weight.to(wide)
@@ -114,8 +101,9 @@ class AcceleratedAttention:
         causal = seen == "past"
         absorb = None if causal else _absorbs(self, sources)
         # The module may hold others by the time of the backward, which computes this again (functional_call).
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        projections = None if absorb is None else _projections(self)
+        weight, bias = (_for_both_times(tensor) for tensor in (self.in_proj_weight, self.in_proj_bias))
+        assert weight is not None
+        projections = None if absorb is None else _projections(self, weight, bias)
 
         def compute(*sources: Tensor) -> Tensor:
             if absorb is not None and projections is not None:
@@ -130,6 +118,24 @@ class AcceleratedAttention:
             return out, None
         keys = Source(sources[0] if len(sources) == 1 else sources[1], padding.lengths, key_weight)
         return out, _weights_of(self, out.dtype, sources[0], keys, causal)
+
+    def _by_its_own(
+        self, sources: tuple[Tensor, ...], *options: Any, gauss_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the module's own class computes of sources, time first, and the options in their order."""
+        own = cast("Callable[..., tuple[Tensor, Tensor | None]]", super().forward)  # type: ignore[misc]
+        arguments = (
+            *sources,
+            *options,
+            *(() if gauss_weight is None else (gauss_weight,)),
+        )  # some have no such argument
+        try:
+            return own(*arguments)
+        except ModuleNotFoundError as error:
+            if error.name != "fairseq":
+                raise
+        with fairseq():
+            return own(*arguments)
 
     def _project(
         self, sources: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None
@@ -161,9 +167,9 @@ def _computed_again(
     Projections are up to three times as wide as what they are made from, and are made anew faster than PyTorch's were
     made once. (On a GPU the launches would cost more than the memory is worth.)
     """
-    if not torch.is_grad_enabled() or sources[0].device.type != "cpu" or torch.compiler.is_compiling():
+    if not _is_computed_again(sources[0].device):
         return compute(*sources)
-    before = versions(others)
+    before, backend = versions(others), requested()
 
     def unchanged(*sources: Tensor) -> Tensor:
         if versions(others) != before:  # PyTorch says so of what it keeps; this is not kept
@@ -171,9 +177,21 @@ def _computed_again(
                 "parameters or weights of an accelerated attention were changed in place between forward and backward; "
                 "call backward() before optimizer.step()"
             )
-        return compute(*sources)
+        with nullcontext() if requested() == backend else use_backend(backend):
+            return compute(*sources)
 
     return cast(Tensor, checkpoint(unchanged, *sources, use_reentrant=False, preserve_rng_state=False))
+
+
+def _is_computed_again(device: torch.device) -> bool:
+    return torch.is_grad_enabled() and device.type == "cpu" and not is_traced()
+
+
+def _for_both_times(parameter: Tensor | None) -> Tensor | None:
+    """The parameter, for what is computed again: it may be frozen, or no longer, by then."""
+    if parameter is None or not _is_computed_again(parameter.device):
+        return parameter
+    return parameter.view_as(parameter) if parameter.requires_grad else parameter.detach()
 
 
 def _output(module: AcceleratedAttention, joined: Tensor) -> Tensor:
@@ -193,9 +211,11 @@ def _absorbs(module: AcceleratedAttention, sources: tuple[Tensor, ...]) -> Absor
     return absorption.cheapest(x.size(2), module.num_heads, x.size(1), states.size(1))
 
 
-def _projections(module: AcceleratedAttention) -> Projections:
+def _projections(module: AcceleratedAttention, weight: Tensor, bias: Tensor | None) -> Projections:
     layer = cast(nn.Linear, module.out_proj)
-    return Projections(module.num_heads, module.in_proj_weight, module.in_proj_bias, layer.weight, layer.bias)
+    out_weight, out_bias = (_for_both_times(tensor) for tensor in (layer.weight, layer.bias))
+    assert out_weight is not None
+    return Projections(module.num_heads, weight, bias, out_weight, out_bias)
 
 
 def _weights_of(module: AcceleratedAttention, dtype: torch.dtype, x: Tensor, source: Source, causal: bool) -> Tensor:
@@ -238,51 +258,19 @@ def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 @dataclass(frozen=True)
 class _Padding:
-    """A padding mask, and the key lengths that kernels take instead of it."""
+    """What a padding mask says."""
 
-    mask: Tensor | None = None  # [B, Lk] bool, True where padded; None without padding
-    lengths: Tensor | None = None  # [B] int64; None where a real key follows padding, or a query sees no real key
-
-    @property
-    def needs_mask(self) -> bool:
-        return self.mask is not None and self.lengths is None
-
-
-def _plainly(
-    packed: tuple[Tensor, Tensor | None, Tensor | None],
-    attn_mask: Tensor | None,
-    padded: Tensor | None,
-    gauss_weight: Tensor | None,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """(out [B, H, Lq, d], weights [B, Lq, Lk]) for masks that ``weighted_attention`` does not know, in PyTorch."""
-    query, key, value = packed
-    if key is None:
-        query, key, value = query.permute(2, 0, 3, 1, 4).unbind(0)
-    elif value is None:
-        key, value = key.permute(2, 0, 3, 1, 4).unbind(0)
-    scores = query @ key.transpose(-1, -2) * query.size(-1) ** -0.5  # [B, H, Lq, Lk]
-    if attn_mask is not None:
-        by_head = attn_mask.dim() == 3 and attn_mask.size(0) == scores.size(0) * scores.size(1)  # [B H, Lq, Lk]
-        scores = scores + (attn_mask.view(scores.shape) if by_head else attn_mask).to(scores.dtype)
-    if padded is not None:
-        wide = scores if scores.dtype == torch.float64 else scores.float()
-        scores = wide.masked_fill(padded[:, None, None, :], PADDED_SCORE)
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    if gauss_weight is not None:
-        weights = weights * (gauss_weight.to(weights.dtype) + KEY_WEIGHT_EPS)[:, None, None, :]
-        weights = weights / weights.sum(-1, keepdim=True)
-    weights = F.dropout(weights, dropout).to(query.dtype)
-    return weights @ value, weights.mean(1)
+    lengths: Tensor | None = None  # [B] int64, of the real keys; None: all
+    reason: str | None = None  # why lengths do not say it
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """One tensor, or two views of the same numbers, made by the same operation of the same tensor."""
     if a is b:
         return True
-    if torch.compiler.is_compiling() or a.shape != b.shape or a.stride() != b.stride():
+    if is_traced() or a.shape != b.shape or a.stride() != b.stride():
         return False
-    if a.data_ptr() != b.data_ptr() or a.requires_grad != b.requires_grad:
+    if a.data_ptr() != b.data_ptr() or a.requires_grad != b.requires_grad or a._backward_hooks or b._backward_hooks:
         return False
     if not a.requires_grad:
         return True
@@ -338,20 +326,25 @@ def _seen(attn_mask: Tensor | None, Lq: int, Lk: int) -> str:
 
 
 def _padding(mask: Tensor | None, causal: bool) -> _Padding:
-    """``mask`` [B, Lk], 1 where padded, understood."""
+    """``mask`` [B, Lk], 1 where padded and 0 elsewhere, understood."""
     if mask is None or mask.dim() == 0:
         return _Padding()
 
     def classify(mask: Tensor) -> _Padding:
         padded = mask == 1
+        if padded.dim() != 2 or mask.requires_grad:
+            return _Padding(reason="a key_padding_mask that is learned, or not [B, Lk],")
         if padded.size(1) == 0:
             return _Padding()
         starving = padded[:, 0] if causal else padded.all(1)
-        follows = padded[:, :-1] <= padded[:, 1:]
-        some, ends, starves = torch.stack([padded.any(), follows.all(), starving.any()]).tolist()
-        if not some:
-            return _Padding()
-        return _Padding(padded, None if starves or not ends else (~padded).sum(1))
+        broken = padded[:, :-1] > padded[:, 1:]
+        other = ~padded & (mask != 0)
+        some, breaks, starves, others = torch.stack([x.any() for x in (padded, broken, starving, other)]).tolist()
+        if others:
+            return _Padding(reason="a key_padding_mask of other values than 0 and 1")
+        if starves or breaks:
+            return _Padding(reason="padding before a real key, or of all keys,")
+        return _Padding((~padded).sum(1) if some else None)
 
     return cast(_Padding, remembered(mask, ("padding", causal), classify))
 

@@ -66,15 +66,15 @@ class Deferred(Tensor):
 
     def read(self) -> Tensor:
         """The tensor itself, differentiable where this one is."""
-        if self._value is None and self._whole is not None:
-            whole, index = self._whole  # a view of it, as ever: changes in place show in both
-            with torch.set_grad_enabled(self.grad_enabled):
-                self._value = whole.read()[index]
-            self._inputs, self._versions, self._whole = (), (), None
         if self._value is None:
-            with torch.set_grad_enabled(self.grad_enabled):
-                self._value = self._function(*self.inputs)
-            self._inputs, self._versions = (), ()
+            # Who reads it next may differentiate it, whatever the mode of who reads it first.
+            with torch.inference_mode(False), torch.set_grad_enabled(self.grad_enabled):
+                if self._whole is None:
+                    self._value = self._function(*self.inputs)
+                else:
+                    whole, index = self._whole  # a view of it, as ever: changes in place show in both
+                    self._value = whole.read()[index]
+            self._inputs, self._versions, self._whole = (), (), None
         return cast(Tensor, _AtPlaceOf.apply(self, self._value)) if self._moved else self._value
 
     @classmethod
@@ -122,20 +122,36 @@ def defer(function: Callable[..., Tensor], like: Tensor, *inputs: Tensor | None,
     """A tensor of the shape, dtype and device of ``like`` (a meta tensor does) that stands for ``function(*inputs)``.
 
     Args:
-        function: of the inputs alone; it may be called a second time to be differentiated.
+        function: of the inputs alone; it may be called a second time to be differentiated. The autocast setting is that
+            of the call of ``defer``.
         inputs: everything it depends on; they are kept alive, and must not change in place before it is read.
         by_row: the last dimension of the first input alone makes that of the result; slices are deferred too.
     """
     given = [tensor for tensor in inputs if tensor is not None]
     # Inference tensors do not say that they were changed in place.
-    if torch.compiler.is_compiling() or any(isinstance(tensor, Deferred) or tensor.is_inference() for tensor in given):
+    known = not any(isinstance(tensor, Deferred) or tensor.is_inference() for tensor in given)
+    if not known or is_traced():
         return function(*inputs)
-    result: Deferred = _Defer.apply(function, like, given[0].device, *inputs)
+    device = given[0].device
+    result: Deferred = _Defer.apply(_under_autocast_of_now(function, device.type), like, device, *inputs)
     result.grad_enabled = torch.is_grad_enabled()
     with torch._C.DisableTorchFunctionSubclass():
         result._node = result.grad_fn
     result._by_row = by_row
     return result
+
+
+def _under_autocast_of_now(function: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+    """``function``, under the autocast setting of this moment whenever it is called."""
+    if not torch.amp.is_autocast_available(device):
+        return function
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def as_now(*inputs: Tensor | None) -> Tensor:
+        with torch.autocast(device, dtype if enabled else None, enabled=enabled):
+            return function(*inputs)
+
+    return as_now
 
 
 class _Defer(torch.autograd.Function):
@@ -175,6 +191,11 @@ class _AtPlaceOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor, None]:
         return d_value, None
+
+
+def is_traced() -> bool:
+    """``torch.compile`` or a transform of ``torch.func`` runs this on tensors that hold no numbers of their own."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _read(value: Any) -> Any:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from cnm_kernels.constants import LABEL_SMOOTHING
 from cnm_kernels.drop_in.attention import remembered
 from cnm_kernels.drop_in.deferred import Deferred, defer
 from cnm_kernels.drop_in.logits_nll import logits_nll
-from cnm_kernels.drop_in.trial import Failed, differentiably, gradients, gradients_differ, tried
+from cnm_kernels.drop_in.trial import Failed, differentiably, gradients, gradients_differ, random_kept, tried
 
 Loss = tuple[Tensor, dict[str, float]]
 NAMES = ("cal_nll_loss", "rec_loss", "ivc_loss")
@@ -41,17 +42,7 @@ class DeferredLinear(nn.Linear):
         like = torch.empty(*input.shape[:-1], self.out_features, dtype=dtype, device="meta")
         # Copies: logits read after an update are those before it, whether or not the optimizer lets its changes show.
         weight, bias = self.weight.clone(), self.bias.clone()
-        return defer(_logits_under(autocast, dtype), like, input, weight, bias, by_row=True)
-
-
-def _logits_under(autocast: bool, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The linear layer under the autocast setting of now, whatever it is when the logits are read."""
-
-    def logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, dtype if autocast else None, enabled=autocast):
-            return nn.functional.linear(hidden, weight, bias)
-
-    return logits
+        return defer(nn.functional.linear, like, input, weight, bias, by_row=True)
 
 
 def nll_of(logits: Tensor, target: Tensor, mask: Tensor, proposals: int = 1) -> Tensor:
@@ -65,9 +56,12 @@ def nll_of(logits: Tensor, target: Tensor, mask: Tensor, proposals: int = 1) -> 
 def _shared(logits: Tensor, target: Tensor, mask: Tensor, *, accuracy: bool) -> tuple[Tensor, Tensor]:
     """``_nll_and_accuracy``, computed once as long as the logits are there: rec_loss and ivc_loss ask for the same.
 
-    What they ask with is compared by value: some expand ids and masks anew for each.
+    What they ask with is compared by value: some expand ids and masks anew for each. A checkpoint, which hooks what is
+    kept for the backward, must find the same work when it does it again.
     """
-    if not (isinstance(logits, Deferred) and logits.pending) or target.is_inference() or mask.is_inference():
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    unknown = hooked or target.is_inference() or mask.is_inference()
+    if unknown or not (isinstance(logits, Deferred) and logits.pending):
         return _nll_and_accuracy(logits, target, mask, accuracy=accuracy)
     how = (torch.is_grad_enabled(), _loss_dtype(logits))
     remembered: list[_Answer] = vars(logits).setdefault("_nll", [])
@@ -115,7 +109,8 @@ def _nll_and_accuracy(
     """nll [M]; accuracy over all of ``mask`` (nothing in particular where it is not asked for)."""
     dtype = _loss_dtype(logits)
     if isinstance(logits, Deferred):
-        lengths = _valid_lengths(mask) if logits.pending and weights is None else None
+        row_by_row = target.shape == mask.shape == logits.shape[:-1]
+        lengths = _valid_lengths(mask) if row_by_row and logits.pending and weights is None else None
         if lengths is not None:
             hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor]", logits.inputs)
             options: dict[str, Any] = {"label_smoothing": LABEL_SMOOTHING, "return_accuracy": accuracy}
@@ -299,15 +294,18 @@ def replace(losses: Any, stacklevel: int) -> None:
 
 
 def _stand_in(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Any:
-    """``ours`` under the name of ``theirs``, which still answers where the mask is not of zeros and ones.
+    """``ours`` under the name of ``theirs``, which still answers what no trial of it could hold for.
 
-    The published losses divide fractional masks in different ways, and no trial of them could hold for every mask.
+    Those are masks that are not of zeros and ones, with a one in every row (the published losses divide by them in
+    different ways), and options that its code names and the trial does not give.
     """
+    untried = _named(inspect.unwrap(theirs)) - set().union(*_examples(_arguments(ours)))
 
     @functools.wraps(theirs)
     def replacement(*arguments: Any, **options: Any) -> Any:
         mask = arguments[2] if len(arguments) > 2 else options.get("mask", options.get("words_mask"))
-        if isinstance(mask, Tensor) and mask.dtype != torch.bool and not remembered(mask, "binary", _binary):
+        plain = not isinstance(mask, Tensor) or remembered(mask, "plain", _is_plain)
+        if not plain or not untried.isdisjoint(options):
             with _without_a_gpu():
                 return theirs(*arguments, **options)
         return ours(*arguments, **options)
@@ -324,8 +322,23 @@ def _fused_within(function: Any, losses: Any) -> str:
     return "; the cal_nll_loss that it calls is still fused" if fused else ""
 
 
-def _binary(mask: Tensor) -> bool:
-    return bool(((mask == 0) | (mask == 1)).all())
+def _is_plain(mask: Tensor) -> bool:
+    return bool((((mask == 0) | (mask == 1)).all(-1) & (mask == 1).any(-1)).all())
+
+
+def _named(function: Any) -> set[str]:
+    """The strings that a function's code holds, options' names among them, with its inner functions'."""
+    found: set[str] = set()
+    waiting = [getattr(function, "__code__", None)]
+    while waiting:
+        constant = waiting.pop()
+        if isinstance(constant, str):
+            found.add(constant)
+        elif isinstance(constant, CodeType):
+            waiting += constant.co_consts
+        elif isinstance(constant, tuple | frozenset):
+            waiting += constant
+    return found
 
 
 @contextmanager
@@ -371,7 +384,7 @@ def loss_differs(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | 
 
     A function that cannot run here is not replaced: its name and arguments do not say what it computes.
     """
-    with differentiably():
+    with differentiably(), random_kept():
         for arguments in _examples(list(inspect.signature(ours).parameters)):
             inputs = [x.requires_grad_() for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point()]
             try:
@@ -431,6 +444,8 @@ def _alike(ours: tuple[Any, Any], theirs: Any) -> bool:
 
     if isinstance(ours[1], dict):
         if not isinstance(theirs[1], dict) or set(ours[1]) != set(theirs[1]):
+            return False
+        if any(isinstance(value, Tensor) for value in theirs[1].values()):  # whose gradients somebody may want
             return False
         return close(ours[0], theirs[0]) and all(close(ours[1][name], theirs[1][name]) for name in ours[1])
     return close(ours[0], theirs[0]) and close(ours[1], theirs[1])

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from cnm_kernels.drop_in.trial import buffers_kept, random_kept
+
 REPEATS = 5  # of each timing, after one that is not counted
 
 
@@ -54,7 +56,7 @@ class StepTimer:
         """Seconds of forward and backward: (the whole step, each module's calls together)."""
 
         def whole() -> None:
-            self.step().backward()
+            self.step().backward(retain_graph=True)  # published models write into their batch, which then leads there
 
         def part(module: nn.Module) -> None:
             for args, kwargs in self.calls[module]:
@@ -110,17 +112,13 @@ def _detached(x: Any) -> Any:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Gradients, buffers and PyTorch's generators are afterwards what they were."""
+    """Gradients, buffers and random generators are afterwards what they were."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        with torch.random.fork_rng():
+        with buffers_kept(model), random_kept():
             yield
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)

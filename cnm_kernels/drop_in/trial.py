@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
-import sys
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,11 +20,12 @@ from torch.utils._pytree import tree_map
 from cnm_kernels import ops
 from cnm_kernels.drop_in.attention import in_silence
 from cnm_kernels.drop_in.decoder_layer import SEEDS
+from cnm_kernels.drop_in.fairseq import fairseq
 
 # ||ours - theirs|| / ||theirs|| on the small example: far above rounding, far below another formula.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 GRADIENT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.2}  # wrong: 1
-DROPOUT = 0.5  # of a trial in training
+DROPOUT = 0.5  # of a layer's trial
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -64,9 +64,9 @@ def attention_differs(module: Any, ours: Any) -> str | None:
         reason = _differs(module, ours, calls)
     if reason is not None:
         return reason
-    # With dropout, from one seed: where it stands shows.
-    dropout = {"dropout": DROPOUT} if isinstance(getattr(module, "dropout", None), float | int) else {}
-    with _mode(module, training=True), _set(module, **dropout), in_silence():
+    # With dropout its own forward runs; whatever else it does in training shows.
+    dropout = {"dropout": 0.0} if hasattr(module, "dropout") else {}
+    with _mode(module, training=True), _set(module, **dropout):
         reason = _differs(module, ours, calls)
     return reason and f"{reason}, in training"
 
@@ -106,7 +106,7 @@ def _differs(module: nn.Module, ours: Any, calls: list[Call], around: Callable[[
     ]
     for arguments, options in calls:
         inputs: list[Tensor] = []
-        with differentiably(module.parameters()), torch.random.fork_rng(), _fairseq():
+        with differentiably(module.parameters()), _unfrozen(module), fairseq():
             taken = _leaves(arguments, inputs), _leaves(options, inputs)
             torch.manual_seed(0)
             try:
@@ -138,6 +138,50 @@ def differentiably(parameters: Iterable[Tensor] = ()) -> Iterator[None]:
     recorded = not any(parameter.is_inference() for parameter in parameters)
     with torch.inference_mode(False), torch.set_grad_enabled(recorded):
         yield
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """The module's buffers are afterwards what they were."""
+    kept = [
+        (part._buffers, name, buffer, buffer.detach().clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.inference_mode():  # there tensors of either mode may be changed in place
+            for buffers, name, buffer, value in kept:
+                buffers[name] = buffer
+                buffer.copy_(value)
+
+
+@contextmanager
+def random_kept() -> Iterator[None]:
+    """The states of PyTorch's, Python's and NumPy's generators are afterwards what they were."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def _unfrozen(module: nn.Module) -> Iterator[None]:
+    """Parameters that are frozen have gradients for a while: somebody may train them later."""
+    parameters = list(module.parameters()) if torch.is_grad_enabled() else []
+    frozen = [parameter for parameter in parameters if parameter.is_floating_point() and not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_()
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def gradients(result: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -210,26 +254,6 @@ class _OurMasks(TorchFunctionMode):
             self.seed = torch.randint(SEEDS, (), device=x.device)
         batch_first = x.transpose(0, 1).contiguous()
         return ops.dropout(batch_first, p, seed=self.seed, offset=next(self.offsets, -1)).transpose(0, 1)
-
-
-@contextmanager
-def _fairseq() -> Iterator[None]:
-    """Provides ``fairseq.utils.softmax``, which the published attention imports, unless fairseq is installed."""
-    if "fairseq" in sys.modules or importlib.util.find_spec("fairseq") is not None:
-        yield
-        return
-    package, utils = ModuleType("fairseq"), ModuleType("fairseq.utils")
-    utils.softmax = _softmax  # type: ignore[attr-defined]
-    package.utils = utils  # type: ignore[attr-defined]
-    sys.modules |= {"fairseq": package, "fairseq.utils": utils}
-    try:
-        yield
-    finally:
-        del sys.modules["fairseq"], sys.modules["fairseq.utils"]
-
-
-def _softmax(x: Tensor, dim: int, onnx_trace: bool = False) -> Tensor:
-    return F.softmax(x, dim=dim, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 class _Draw:

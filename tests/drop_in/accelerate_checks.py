@@ -7,9 +7,11 @@ nearer to it than the plain copy in float32 is); in bfloat16 four times what the
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from samples import targets
 from torch import Tensor, nn
@@ -23,6 +25,12 @@ EXPERIMENTS = {"CNM": tiny(CNM), "CPL": tiny(CPL)}
 EVERYWHERE = targets("weighted_attention", (torch.float64, torch.float32, torch.bfloat16), large=True)
 FUTURE = torch.full((5, 5), -torch.inf).triu(1)
 PREFIX = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 1, 1, 1, 1]])
+
+
+def generators() -> tuple[Any, ...]:
+    """The states of Python's, NumPy's and PyTorch's generators, to be compared."""
+    numpy = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), numpy[1].tolist(), numpy[2:], torch.get_rng_state().tolist()
 
 
 def error(found: list[Tensor], wanted: list[Tensor]) -> float:

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 import cnm_kernels
 from benchmarks.bench_accelerate import LOSS
 from cnm_kernels.drop_in.deferred import Deferred
-from cnm_kernels.drop_in.logits_nll import logits_nll
 from cnm_kernels.drop_in.losses import DeferredLinear
 from examples.research_code import cnm_losses, cpl_losses
 
@@ -146,30 +145,6 @@ def test_weights_in_place_of_the_mask() -> None:
     expected = cnm_losses.cal_nll_loss(logits, ids, real, weights)
     cnm_kernels.accelerate_losses(cnm_losses)
     torch.testing.assert_close(cnm_losses.cal_nll_loss(logits, ids, real, weights)[0], expected[0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (3000, 101), (0, 4), (2, 200_000)])
-def test_the_cross_entropy_of_given_logits(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Several blocks of rows, one, none, and rows longer than a block; extreme logits."""
-    N, V = shape
-    logits = (30 * draw(N, V, seed=1)).to(dtype).requires_grad_()
-    target = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
-    nll, correct = logits_nll(logits, target, 0.1)
-    wide = logits.detach().double().requires_grad_()
-    exact = nn.functional.cross_entropy(wide, target, reduction="none", label_smoothing=0.1)
-    assert nll.dtype == torch.promote_types(dtype, torch.float32)
-    torch.testing.assert_close(nll.double(), exact, rtol=1e-6, atol=1e-4)
-    assert torch.equal(correct, logits.argmax(-1) == target)
-    upstream = draw(N, seed=3)
-    (gradient,) = torch.autograd.grad(nll, logits, upstream.to(nll))
-    (wanted,) = torch.autograd.grad(exact, wide, upstream)
-    assert gradient.dtype == dtype
-    rounding = (
-        torch.finfo(nll.dtype).eps * logits.detach().abs().max().item() if N else 0.0
-    )  # of z - lse, in exp(z - lse)
-    rounding += torch.finfo(dtype).eps
-    torch.testing.assert_close(gradient.double(), wanted, rtol=4 * rounding, atol=rounding)
 
 
 def test_rec_and_ivc_share_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,6 +372,14 @@ def test_static_methods_are_replaced_and_methods_named() -> None:
         cnm_kernels.accelerate_losses(Losses())
 
 
+def test_one_mask_for_all_rows() -> None:
+    layer, hidden, ids = nn.Linear(D, V), draw(B, L, D, seed=1).float(), torch.randint(V, (B, L))
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0]])
+    wanted = cnm_losses.cal_nll_loss(layer(hidden), ids, mask)
+    cnm_kernels.accelerate_losses(cnm_losses, layer)
+    torch.testing.assert_close(cnm_losses.cal_nll_loss(layer(hidden), ids, mask), wanted)
+
+
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("multiplies", [False, True])
 def test_a_fractional_mask_is_the_original_s_business(multiplies: bool, fuse: bool) -> None:
@@ -416,6 +399,83 @@ def test_a_fractional_mask_is_the_original_s_business(multiplies: bool, fuse: bo
     cnm_kernels.accelerate_losses(mine, layer if fuse else None)
     assert mine.cal_nll_loss is not cal_nll_loss
     torch.testing.assert_close(mine.cal_nll_loss(layer(hidden), ids, mask), wanted)
+
+
+def test_an_option_of_its_own_is_the_original_s_business() -> None:
+    def rec_loss(words_logit, words_id, words_mask, num_props, ref_words_logit=None, **kwargs):
+        loss, numbers = plain(words_logit, words_id, words_mask, num_props, ref_words_logit)
+        (scale,) = [kwargs.get(name, 1.0) for name in ("scale",)]
+        return scale * loss + kwargs.get("shift", 0.0), numbers
+
+    plain = cpl_losses.rec_loss
+    mine = loss_module(rec_loss=rec_loss)
+    arguments, states = batch("CPL", ("words_logit",), torch.float64, "prefix")
+    logits = nn.Linear(D, V).double()(states["words_logit"])
+    cnm_kernels.accelerate_losses(mine)
+    assert mine.rec_loss is not rec_loss
+    wanted = plain(logits, **arguments)[0]
+    torch.testing.assert_close(mine.rec_loss(logits, **arguments, center=0.5)[0], wanted)
+    torch.testing.assert_close(mine.rec_loss(logits, **arguments, scale=3.0)[0], 3 * wanted)
+    torch.testing.assert_close(mine.rec_loss(logits, **arguments, shift=3.0)[0], 3 + wanted)
+
+
+def test_published_options_do_not_wake_the_original() -> None:
+    asleep = False
+
+    def ivc_loss(words_logit, words_id, words_mask, hard_neg_words_logit=None, easy_neg_words_logit=None, **kwargs):
+        assert not asleep
+        others = (words_id, words_mask, hard_neg_words_logit, easy_neg_words_logit)
+        return plain(words_logit, *others, beta_1=kwargs["beta_1"], beta_2=kwargs["beta_2"])
+
+    plain = cnm_losses.ivc_loss
+    mine = loss_module(ivc_loss=ivc_loss)
+    cnm_kernels.accelerate_losses(mine)
+    asleep = True
+    arguments, _ = batch("CNM", (), torch.float64, "prefix")
+    mine.ivc_loss(draw(B, L, V, seed=1), **arguments, words_logit_of_another_model=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_a_mask_with_an_empty_row_is_the_original_s_business(dtype: torch.dtype) -> None:
+    def cal_nll_loss(logit, idx, mask, weights=None):
+        if weights is None:
+            weights = mask / mask.sum(-1, keepdim=True).clamp(min=1)
+        return plain(logit, idx, mask, weights)
+
+    plain = cnm_losses.cal_nll_loss
+    mine = loss_module(cal_nll_loss=cal_nll_loss)
+    logits, ids = draw(2, 3, V, seed=1), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]], dtype=dtype)
+    wanted = cal_nll_loss(logits, ids, mask)
+    cnm_kernels.accelerate_losses(mine)
+    assert mine.cal_nll_loss is not cal_nll_loss
+    torch.testing.assert_close(mine.cal_nll_loss(logits, ids, mask), wanted)
+
+
+def test_a_dict_of_tensors_is_left_alone() -> None:
+    """Their gradients may be wanted."""
+
+    def rec_loss(words_logit, words_id, words_mask, hard_neg_words_logit=None, **kwargs):
+        loss, numbers = plain(words_logit, words_id, words_mask, hard_neg_words_logit)
+        return loss, {name: torch.tensor(number) for name, number in numbers.items()}
+
+    plain = cnm_losses.rec_loss
+    mine = loss_module(rec_loss=rec_loss, cal_nll_loss=cnm_losses.cal_nll_loss)
+    with pytest.warns(RuntimeWarning, match="rec_loss is left alone: it gives other results"):
+        cnm_kernels.accelerate_losses(mine)
+    assert mine.rec_loss is rec_loss
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_losses_in_a_checkpoint(reentrant: bool) -> None:
+    layer, hidden = nn.Linear(D, V), draw(B, L, D, seed=1).float().requires_grad_()
+    ids, mask = torch.randint(V, (B, L)), torch.tensor(MASKS["prefix"])
+    wanted = torch.autograd.grad(cnm_losses.cal_nll_loss(layer(hidden), ids, mask)[0].sum(), hidden)
+    cnm_kernels.accelerate_losses(cnm_losses, layer)
+    logits = layer(hidden)
+    nll = checkpoint(lambda z: cnm_losses.cal_nll_loss(z, ids, mask)[0], logits, use_reentrant=reentrant)
+    nll.sum().backward()
+    torch.testing.assert_close(hidden.grad, wanted[0])
 
 
 def test_losses_that_move_things_to_a_gpu_are_tried_without_one() -> None:
@@ -439,8 +499,10 @@ def test_losses_that_move_things_to_a_gpu_are_tried_without_one() -> None:
 
 
 def test_no_layer_over_the_vocabulary() -> None:
+    plain = cnm_losses.rec_loss
     with pytest.raises(ValueError, match=r"has no nn.Linear with as many outputs as its vocab_size"):
         cnm_kernels.accelerate_losses(cnm_losses, nn.Sequential(nn.Linear(3, 4)))
+    assert cnm_losses.rec_loss is plain
 
 
 @pytest.mark.parametrize("part", [False, True])

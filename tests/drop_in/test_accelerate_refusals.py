@@ -49,12 +49,12 @@ class CoarseEps(MultiheadAttention):
         return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
 
 
-class DropsTwice(MultiheadAttention):
-    """Drops before the weights are applied too, in training."""
+class DropsValues(MultiheadAttention):
+    """Drops in training whatever its rate is."""
 
     def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
                 static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
-        value = nn.functional.dropout(value, self.dropout, self.training)
+        value = nn.functional.dropout(value, 0.5, self.training)
         return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
 
 
@@ -109,6 +109,20 @@ def test_a_layer_passed_over_is_named() -> None:
     assert isinstance(layer.self_attn, AcceleratedAttention)
 
 
+class ModuleDropout(MultiheadAttention):
+    def __init__(self) -> None:
+        super().__init__(D, H)
+        self.dropout = nn.Dropout(0.1)  # type: ignore[assignment]
+
+
+def test_an_attention_whose_dropout_is_a_module_is_left_alone() -> None:
+    model = nn.ModuleList([MultiheadAttention(D, H), ModuleDropout()])
+    with pytest.warns(RuntimeWarning, match="ModuleDropout is left alone: its dropout must be a rate, got Dropout"):
+        cnm_kernels.accelerate(model)
+    assert isinstance(model[0], AcceleratedAttention)
+    assert type(model[1]) is ModuleDropout
+
+
 def test_a_mask_for_each_sample_and_head() -> None:
     module = MultiheadAttention(D, H).double()
     x, mask = draw(5, B, D), draw(B * H, 5, 5, seed=3)
@@ -124,7 +138,7 @@ def test_a_mask_for_each_sample_and_head() -> None:
     ("kind", "reason"),
     [
         (CoarseEps, "another output"),
-        (DropsTwice, "in training"),
+        (DropsValues, "in training"),
         (Other, "gives another output"),
         (Broken, r"fails on a small example \(ZeroDivisionError"),
     ],

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
+from accelerate_checks import generators
 from torch import nn
 
 import cnm_kernels
@@ -59,6 +63,37 @@ def test_times_of_a_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert model.first.fc2.weight.grad is None
     assert model.calls == 0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore:accelerate")
+def test_a_model_that_writes_into_its_batch_and_draws(capsys: pytest.CaptureFixture[str]) -> None:
+    class Writes(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start = nn.Parameter(torch.zeros(D))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x[np.random.randint(L)] = self.start * random.random()  # noqa: NPY002
+            return super().forward(x)
+
+    model, x = Writes(), torch.randn(L, B, D)
+    states = generators()
+    cnm_kernels.accelerate(model, report=lambda: model(x).square().mean())
+    assert "the whole step" in capsys.readouterr().out
+    assert generators() == states
+
+
+def test_a_step_that_fails_when_accelerated_leaves_nothing_replaced() -> None:
+    model, x = Model(), torch.randn(L, B, D)
+
+    def step() -> torch.Tensor:
+        if type(model.first) is not DecoderLayer:
+            raise ZeroDivisionError
+        return model(x).square().mean()
+
+    with pytest.warns(RuntimeWarning, match="left alone"), pytest.raises(ZeroDivisionError):
+        cnm_kernels.accelerate(model, report=step)
+    assert type(model.first) is DecoderLayer
 
 
 def test_a_step_without_a_loss_is_refused() -> None:

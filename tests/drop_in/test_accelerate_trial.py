@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from accelerate_checks import generators
 from torch import nn
 
 import cnm_kernels
@@ -120,6 +123,8 @@ def test_fairseq_is_not_needed() -> None:
     module = cnm_kernels.accelerate(UsesFairseq(D, H))
     x = torch.randn(5, 3, D)
     assert module(x, x, x)[0].shape == (5, 3, D)
+    with pytest.warns(RuntimeWarning, match="computed by PyTorch"):
+        assert module(x, x, x, attn_mask=torch.ones(5, 5))[0].shape == (5, 3, D)
     assert "fairseq" not in sys.modules
 
 
@@ -169,6 +174,79 @@ def test_what_stops_a_gradient_is_left_alone(make: Callable[[], nn.Module], dtyp
     with pytest.warns(RuntimeWarning, match=f"{kind.__name__} is left alone: its own forward gives another gradient"):
         cnm_kernels.accelerate(module)
     assert type(module) is kind
+
+
+class Relative(MultiheadAttention):
+    """A bias that is learned, zero at first."""
+
+    def __init__(self) -> None:
+        super().__init__(D, H)
+        self.bias = nn.Parameter(torch.zeros(100))
+
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        bias = self.bias[torch.arange(len(query)).unsqueeze(1) - torch.arange(len(key))]
+        attn_mask = bias if attn_mask is None else bias + attn_mask
+        return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
+
+
+def test_frozen_parameters_are_tried_as_if_they_were_trained() -> None:
+    module = Relative().requires_grad_(False)
+    module.out_proj.requires_grad_()
+    with pytest.warns(RuntimeWarning, match="Relative is left alone: its own forward gives another gradient"):
+        cnm_kernels.accelerate(module)
+    assert {name for name, parameter in module.named_parameters() if parameter.requires_grad} == {
+        "out_proj.weight",
+        "out_proj.bias",
+    }
+
+
+class Counts(MultiheadAttention):
+    """Counts its calls, in place and not, and draws what nobody needs."""
+
+    def __init__(self) -> None:
+        super().__init__(D, H)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("new", torch.zeros(()))
+
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        self.calls += 1
+        self.new = self.new + 1
+        random.random(), np.random.rand(), torch.rand(())  # noqa: NPY002
+        return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
+
+
+def test_a_trial_leaves_buffers_and_generators_as_they_were() -> None:
+    module = Counts()
+    calls, states = module.calls, generators()
+    cnm_kernels.accelerate(module)
+    assert isinstance(module, AcceleratedAttention)
+    assert module.calls is calls
+    assert module.calls == module.new == 0
+    assert generators() == states
+
+
+def test_a_look_at_a_parametrized_weight_leaves_it_as_it_was() -> None:
+    """Spectral norms go one step further each time their weight is read in training."""
+    module = nn.utils.parametrizations.spectral_norm(MultiheadAttention(D, H), "in_proj_weight")
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    cnm_kernels.accelerate(nn.ModuleList([module]))
+    assert isinstance(module, AcceleratedAttention)
+    assert before
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
+
+
+def test_nothing_stays_replaced_when_something_is_raised() -> None:
+    class Interrupted(MultiheadAttention):
+        def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                    static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+            raise KeyboardInterrupt
+
+    model = nn.ModuleList([MultiheadAttention(D, H), Interrupted(D, H)])
+    with pytest.raises(KeyboardInterrupt):
+        cnm_kernels.accelerate(model)
+    assert [type(module) for module in model] == [MultiheadAttention, Interrupted]
 
 
 def test_a_trial_in_inference_mode() -> None:

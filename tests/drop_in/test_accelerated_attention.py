@@ -30,6 +30,7 @@ import cnm_kernels
 from cnm_kernels import absorption
 from cnm_kernels.drop_in.attention import AcceleratedAttention
 from examples.research_code.attention import MultiheadAttention
+from examples.research_code.transformer import DecoderLayer
 
 SCATTERED = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
 STARVING = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
@@ -140,6 +141,66 @@ def test_gradients_are_those_of_parameters_that_were_lent(queries: int) -> None:
         torch.testing.assert_close(found, value)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("queries", [2, 5, 40])
+def test_parameters_may_be_frozen_or_not_by_the_time_of_the_backward(queries: int, frozen: bool) -> None:
+    module = module_in(lambda: MultiheadAttention(D, H), torch.float64, "cpu")
+    x, states = draw(queries, B, D).requires_grad_(), draw(5, B, D, seed=1).requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        module.requires_grad_(not frozen)
+        out = module(x, states, states)[0]
+        module.requires_grad_(frozen)
+        return torch.autograd.grad(out.square().sum(), [x, states])
+
+    wanted = gradients()
+    cnm_kernels.accelerate(module)
+    torch.testing.assert_close(gradients(), wanted)
+
+
+@pytest.mark.parametrize("queries", [2, 5, 40])
+def test_the_backward_may_be_outside_of_the_block_that_chose_the_backend(queries: int) -> None:
+    module = cnm_kernels.accelerate(module_in(lambda: MultiheadAttention(D, H), torch.float32, "cpu"))
+    x, states = draw(queries, B, D).float(), draw(5, B, D, seed=1).float().requires_grad_()
+    found = []
+    for leaves in (False, True):
+        with cnm_kernels.use_backend("torch"):
+            out = module(x, states, states)[0].square().sum()
+            if not leaves:
+                found += torch.autograd.grad(out, states)
+        if leaves:
+            found += torch.autograd.grad(out, states)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("queries", [2, 5, 40])
+def test_transforms_of_functions(queries: int) -> None:
+    module = module_in(lambda: MultiheadAttention(D, H), torch.float64, "cpu")
+    x, states = draw(queries, B, D), draw(5, B, D, seed=1)
+
+    def loss(states: Tensor) -> Tensor:
+        out, weights = module(x, states, states)
+        return out.square().sum() + weights.square().sum()
+
+    wanted = torch.func.grad(loss)(states)
+    cnm_kernels.accelerate(module)
+    torch.testing.assert_close(torch.func.grad(loss)(states), wanted)
+
+
+def test_weights_read_outside_of_their_autocast() -> None:
+    """Queries in float32, keys in bfloat16: only autocast brings them together."""
+    module = module_in(lambda: MultiheadAttention(D, H), torch.float32, "cpu")
+    x, source = draw(5, B, D).float(), draw(7, B, D, seed=1).bfloat16()
+    results = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, weights = module(x, source, source)
+        results.append(weights.detach() + 0)
+        cnm_kernels.accelerate(module)
+    assert results[1].dtype == results[0].dtype == torch.bfloat16
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=2**-8)
+
+
 def test_attention_to_nothing_is_the_bias() -> None:
     module = cnm_kernels.accelerate(module_in(lambda: MultiheadAttention(D, H), torch.float64, "cpu"))
     nn.init.ones_(module.out_proj.bias)
@@ -176,6 +237,77 @@ def test_dropout_on_the_attention_is_left_to_pytorch() -> None:
         dropped = fast(x, x, x)[1]
     assert 0.2 < (dropped == 0).double().mean() < 0.6 or (dropped < 1e-9).any()
     torch.testing.assert_close(fast.eval()(x, x, x)[0], module.eval()(x, x, x)[0])
+
+
+class ReadsMasks(MultiheadAttention):
+    """Reads masks that the published module does not know."""
+
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype).masked_fill(attn_mask, -torch.inf)
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.repeat_interleave(self.num_heads, 0)
+        if key_padding_mask is not None and key_padding_mask.is_floating_point():
+            added = key_padding_mask.unsqueeze(1).expand(-1, len(query), -1).repeat_interleave(self.num_heads, 0)
+            attn_mask, key_padding_mask = (added if attn_mask is None else added + attn_mask), None
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.bool()
+        return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_mask": FUTURE < 0},
+        {"attn_mask": draw(B, 5, 5, seed=3)},
+        {"key_padding_mask": PREFIX * -1e4},
+        {"key_padding_mask": torch.zeros(B, 5).masked_fill(PREFIX == 1, -torch.inf)},
+        {"key_padding_mask": PREFIX * 2},
+        {"key_padding_mask": PREFIX, "attn_mask": draw(5, 5, seed=3)},
+    ],
+    ids=["bool", "of each sample", "-1e4", "-inf", "of twos", "other"],
+)
+@pytest.mark.parametrize("layered", [False, True])
+def test_masks_that_no_trial_knows_are_the_module_s_own_business(options: dict[str, Tensor], layered: bool) -> None:
+    attention = module_in(lambda: ReadsMasks(D, H), torch.float64, "cpu")
+    module = attention
+    if layered:
+        module = module_in(lambda: DecoderLayer(D, H, dropout=0.0), torch.float64, "cpu")
+        module.self_attn = attention
+    x = draw(5, B, D)
+
+    def call() -> Any:
+        padding, mask = options.get("key_padding_mask"), options.get("attn_mask")
+        return module(x, padding, self_attn_mask=mask) if layered else module(x, x, x, padding, attn_mask=mask)
+
+    wanted = call()
+    cnm_kernels.accelerate(module)
+    assert isinstance(attention, AcceleratedAttention)
+    with pytest.warns(RuntimeWarning, match="is computed by PyTorch, without acceleration"):
+        found = call()
+    torch.testing.assert_close(found, wanted)
+
+
+class DropsTwice(MultiheadAttention):
+    """Drops the values too."""
+
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        value = nn.functional.dropout(value.contiguous(), self.dropout, self.training)
+        return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
+
+
+def test_dropout_stands_where_the_module_puts_it() -> None:
+    module = module_in(lambda: DropsTwice(D, H, dropout=0.5), torch.float64, "cpu")
+    x = draw(5, B, D)
+    torch.manual_seed(1)
+    wanted = module(x, x, x)
+    cnm_kernels.accelerate(module)
+    assert isinstance(module, AcceleratedAttention)
+    torch.manual_seed(1)
+    with pytest.warns(RuntimeWarning, match="dropout on the attention"):
+        torch.testing.assert_close(module(x, x, x), wanted)
 
 
 def test_step_by_step_decoding_is_the_module_s_own_business() -> None:
@@ -263,6 +395,12 @@ def test_weights_are_computed_only_when_read(monkeypatch: pytest.MonkeyPatch) ->
     assert len(asked) == 1
 
 
+def hooked(x: Tensor) -> Tensor:
+    view = x.view_as(x)
+    view.register_hook(torch.zeros_like)
+    return view
+
+
 class Reversal(torch.autograd.Function):
     """Gradient reversal: the same numbers in the forward."""
 
@@ -283,8 +421,9 @@ class Reversal(torch.autograd.Function):
         lambda x: (x, x.detach(), x),
         lambda x: (x, Reversal.apply(x), Reversal.apply(x)),
         lambda x: (x.transpose(0, 1).transpose(0, 1), x, x),
+        lambda x: (x, x.view_as(x), hooked(x)),
     ],
-    ids=["keys and values detached", "queries detached", "keys detached", "reversal", "views"],
+    ids=["keys and values detached", "queries detached", "keys detached", "reversal", "views", "a hook"],
 )
 def test_equal_numbers_keep_gradients_of_their_own(sources: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
     plain = MultiheadAttention(D, H)

@@ -112,3 +112,39 @@ def test_in_inference_mode_it_is_computed_at_once() -> None:
         out = defer(lambda x: 2 * x, torch.empty(2, 3, device="meta"), x)
         x.zero_()
         assert (out == 2).all()
+
+
+@pytest.mark.parametrize("index", [None, slice(1, None)])
+def test_a_first_reader_in_inference_mode_leaves_it_differentiable(index: slice | None) -> None:
+    """A metric before the loss."""
+    x = torch.arange(6.0).view(2, 3).requires_grad_()
+    tensor = defer(lambda x: x * x, torch.empty(2, 3, device="meta"), x, by_row=True)
+    part = tensor if index is None else tensor[index]
+    with torch.inference_mode():
+        assert part.sum().item() == (55 if index is None else 50)
+    (gradient,) = torch.autograd.grad(part.sum(), x)
+    assert torch.equal(
+        gradient, 2 * x * (torch.tensor([[1.0], [1.0]]) if index is None else torch.tensor([[0.0], [1.0]]))
+    )
+
+
+def test_autocast_is_that_of_its_making() -> None:
+    x, weight = torch.randn(4, 5), torch.randn(3, 5)
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            expected = torch.nn.functional.linear(x, weight)
+            tensor = defer(
+                torch.nn.functional.linear, torch.empty(4, 3, dtype=expected.dtype, device="meta"), x, weight
+            )
+        with torch.autocast("cpu", torch.bfloat16, enabled=not enabled):
+            found = tensor.clone()
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+def test_transforms_of_functions_get_the_value_itself() -> None:
+    def summed(x: Tensor) -> Tensor:
+        return defer(lambda x: x * x, torch.empty(3, device="meta"), x).sum()
+
+    x = torch.arange(3.0)
+    assert torch.equal(torch.func.grad(summed)(x), 2 * x)
