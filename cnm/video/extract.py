@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cnm.config import read_json
+from cnm.data.names import name_problem
 from cnm.data.origin import HDF5_SUFFIXES, Origin, record_path
 from cnm.errors import InputError
 from cnm.files import cannot_write, replace_file
@@ -106,13 +107,15 @@ def extract(
     ``<output>.json``: encoder, checksum of its weights, stride or rate, and each video's duration, frames and clips.
 
     Raises:
-        InputError: two videos have the same name, one of them in the output perhaps; or the output cannot be written,
-            was extracted with other settings, or another process writes to it.
+        InputError: two videos have the same name, one of them in the output perhaps; a name cannot be stored; or the
+            output cannot be written, was extracted with other settings, or another process writes to it.
     """
     require_av()
     names = _names(videos)
     done, already, broken = [], [], {}
     output = Path(output)
+    if output.name in ("", ".."):
+        raise InputError(f"--output {output}: has no name, and its record is named after it; write the folder's name")
     busy = "another process extracts to it; wait for it, or choose another --output"
     with only_writer(output, output.parent / f".{output.name}.lock", busy):
         store = _Store(output, encoder, sampling)
@@ -137,6 +140,9 @@ def extract(
 def _names(videos: Sequence[str | Path]) -> dict[str, Path]:
     names: dict[str, Path] = {}
     for path in map(Path, videos):
+        problem = name_problem(path.stem)
+        if problem:
+            raise InputError(f"{path}: features are stored by name, but {problem}; rename the file")
         if path.stem in names:
             raise InputError(
                 f"{path}: has the same name as {names[path.stem]}, and features are stored by name; rename one of them"
@@ -163,6 +169,11 @@ class _Store:
         self.record = self._resumed(made_by) if self.path.exists() else {**made_by, "videos": {}, "broken": {}}
         if not self.path.exists() and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
             raise InputError(f"{output}: exists, but not {self.path}, its record; choose another --output")
+        if not self.path.exists() and self.is_hdf5 and any(self.folder.glob("*")):
+            raise InputError(
+                f"{self.folder}: holds what another extraction left, whose record {self.path} is gone; remove this "
+                f"folder or choose another --output"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

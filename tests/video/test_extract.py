@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,6 +164,37 @@ def test_another_video_of_a_name_that_is_there_is_refused(tmp_path: Path, videos
     assert not encoder.batches  # said before hours of work
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9.mkv", b"a\nb.mkv", b"..mkv"])
+def test_a_name_that_cannot_be_stored_is_refused(tmp_path: Path, videos: list[Path], name: bytes) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    videos[0].rename(odd)
+    for output in (tmp_path / "out.hdf5", tmp_path / "out"):
+        encoder = Greys()
+        with pytest.raises(InputError, match=r"mkv: features are stored by name, but .*; rename the file") as error:
+            extract([*videos[1:], odd], output, encoder, Sampling(stride=8))
+        assert str(tmp_path) in str(error.value)
+        assert "\n" not in str(error.value)
+        assert not encoder.batches
+        assert not output.exists()
+
+
+def test_what_another_extraction_left_is_refused(tmp_path: Path, videos: list[Path]) -> None:
+    """Its record was removed with the file, the folder beside them was overlooked."""
+    left = tmp_path / "out.hdf5.parts"
+    left.mkdir()
+    output = tmp_path / "out.hdf5"
+    assert extract(videos[:1], output, Greys(), Sampling(stride=8)).done == ["v0"]
+    for path in (output, output.with_name("out.hdf5.json")):
+        path.unlink()
+    left.mkdir()
+    np.save(left / "v1.npy", np.ones((9, 3), np.float32))
+    with pytest.raises(
+        InputError, match=r"out\.hdf5\.parts: holds what another extraction left, .*; remove this folder"
+    ):
+        extract(videos, output, Greys(), Sampling(stride=2))
+    assert not output.with_name("out.hdf5.json").exists()
+
+
 def test_two_processes_do_not_extract_to_one_output(tmp_path: Path, videos: list[Path]) -> None:
     output = tmp_path / "deep" / "out.hdf5"
     output.parent.mkdir()
@@ -185,7 +217,7 @@ def test_another_way_of_extraction_is_refused(tmp_path: Path, videos: list[Path]
             extract(videos, output, encoder, sampling)
 
 
-def test_outputs_refused(tmp_path: Path, videos: list[Path]) -> None:
+def test_outputs_refused(tmp_path: Path, videos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(InputError, match="cannot be written"):
         extract(videos, tmp_path / "file" / "out.hdf5", Greys(), Sampling(stride=8))
@@ -193,6 +225,12 @@ def test_outputs_refused(tmp_path: Path, videos: list[Path]) -> None:
     with pytest.raises(InputError, match=r"exists, but not .*its record"):
         extract(videos, tmp_path / "foreign.hdf5", Greys(), Sampling(stride=8))
     assert (tmp_path / "foreign.hdf5").read_text() == "somebody's"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for nameless in (".", "..", ""):
+        with pytest.raises(InputError, match=r"--output \.+: has no name, .*; write the folder's name"):
+            extract(videos, nameless, Greys(), Sampling(stride=8))
+    assert not any((tmp_path / "here").iterdir())
     (tmp_path / "out.json").write_text("{}")
     with pytest.raises(InputError, match="is not a record of an extraction"):
         extract(videos, tmp_path / "out", Greys(), Sampling(stride=8))
