@@ -38,9 +38,16 @@ class Answerer:
     def __init__(self, runs: Sequence[Path], videos: Path | None, device: torch.device | str) -> None:
         self.runs = {str(run): run for run in runs}
         self.videos = videos
-        self.run = lru_cache(KEPT_RUNS)(lambda name: FinishedRun(self.runs[name], device))
+        self.device = device
+        self.run = lru_cache(KEPT_RUNS)(self._open)
         self.split = lru_cache(KEPT_RUNS)(lambda name, split: self.run(name).split(split))
         self._encoded = lru_cache(KEPT_VIDEOS)(self._encode)
+
+    def _open(self, name: str) -> FinishedRun:
+        run = FinishedRun(self.runs[name], self.device)
+        self.split.cache_clear()  # they may hold what an older checkpoint of this run made
+        self._encoded.cache_clear()
+        return run
 
     def samples(self, run: str, split: str) -> list[tuple[str, int]]:
         """Sentences of a split to choose from, and their places."""

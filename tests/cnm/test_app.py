@@ -116,6 +116,30 @@ def test_a_video_is_encoded_once(run: Path, answerer: Answerer, monkeypatch: pyt
     assert len(calls) == 1
 
 
+def test_a_run_opened_again_answers_by_its_new_checkpoint(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cnm.app.KEPT_RUNS", 1)
+    folders = [tmp_path / name for name in ("trained on", "other")]
+
+    def write(folder: Path, seed: int) -> None:
+        content = checkpoint.load(run / "last.pt")
+        generator = torch.Generator().manual_seed(seed)
+        for value in content["model_parameters"].values():
+            value.normal_(std=0.2, generator=generator)
+        folder.mkdir(exist_ok=True)
+        checkpoint.save(folder / "last.pt", content)
+
+    for folder in folders:
+        write(folder, 0)
+    answerer = Answerer(folders, None, "cpu")
+    before = answerer.answer(str(folders[0]), QUERY, ("test", 0))
+    write(folders[0], 1)
+    answerer.answer(str(folders[1]), QUERY, ("test", 0))  # closes the first
+    after = answerer.answer(str(folders[0]), QUERY, ("test", 0))
+    assert before != after == Answerer(folders, None, "cpu").answer(str(folders[0]), QUERY, ("test", 0))
+
+
 def test_runs_are_found(run: Path, tmp_path: Path) -> None:
     assert find_runs([run]) == find_runs([run.parent]) == [run]
     with pytest.raises(InputError, match="holds no run"):
