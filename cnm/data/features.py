@@ -33,7 +33,8 @@ class FeatureFile:
         pattern: path of a video's dataset; ``{video}`` is replaced by its name.
 
     Raises:
-        InputError: the file is missing or is not HDF5 (for example: truncated).
+        InputError: the file is missing or is not HDF5 (for example: truncated). Features that it takes from other files
+            are refused when they are read.
     """
 
     def __init__(self, path: str | Path, pattern: str | None = None) -> None:
@@ -142,6 +143,11 @@ class FeatureFile:
                 raise InputError(
                     f"{self.path}: video {video!r} holds {item.dtype} of shape {list(item.shape)}, "
                     f"not numbers [frames, width]; extract them again"
+                )
+            if item.file.filename != self._file.filename or item.is_virtual or item.external:
+                raise InputError(
+                    f"{self.path}: the numbers of video {video!r} are in another file (by a link, or virtual or "
+                    f"external storage), and the cache would miss its changes; copy them into this one"
                 )
         if item.nbytes > MAX_BYTES:
             raise InputError(

@@ -78,6 +78,27 @@ def test_missing_and_truncated_files(tmp_path: Path) -> None:
         FeatureFile(path)
 
 
+def test_features_in_another_file_are_refused(tmp_path: Path) -> None:
+    """The cache knows a version of the file that was named, not of those behind it."""
+    frames = np.ones((4, 3), np.float32)
+    write(tmp_path / "part.hdf5", a=frames, group__c3d_features=frames)
+    path = write(tmp_path / "all.hdf5", own=frames)
+    layout = h5py.VirtualLayout(frames.shape, frames.dtype)
+    layout[:] = h5py.VirtualSource(tmp_path / "part.hdf5", "a", frames.shape)
+    with h5py.File(path, "a") as file:
+        file["alias"] = h5py.SoftLink("/own")
+        file["link"] = h5py.ExternalLink("part.hdf5", "a")
+        file["group"] = h5py.ExternalLink("part.hdf5", "group")
+        file.create_virtual_dataset("virtual", layout)
+        file.create_dataset("raw", data=frames, external=[(tmp_path / "raw.bin", 0, frames.nbytes)])
+    with FeatureFile(path) as file:
+        file.check(["own", "alias"], 3)
+        for video in ("link", "group", "virtual", "raw"):
+            for read in (file.shape, lambda name: file.frames(name, 3)):
+                with pytest.raises(InputError, match=rf"all\.hdf5: the numbers of video '{video}' are in another file"):
+                    read(video)
+
+
 def test_npy_features(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).standard_normal((9, 3))
     np.save(tmp_path / "f.npy", frames)
