@@ -16,7 +16,10 @@ ENCODER_HELP = (
 )
 WeightsOption = Annotated[
     Path | None,
-    typer.Option(help="File of the encoder's weights (.safetensors), for machines that cannot download them."),
+    typer.Option(
+        help="File of the encoder's weights (.safetensors), for machines that cannot download them. CLIP's must be "
+        "OpenAI's: others of the same shape (LAION's) need another activation than QuickGELU."
+    ),
 ]
 
 StrideOption = Annotated[

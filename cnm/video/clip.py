@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from cnm.errors import InputError
 
-HEAD_WIDTH = 64  # the head dim of every CLIP vision transformer
+HEAD_WIDTH = 64  # of OpenAI's models, which parameters do not tell
+WIDTHS = (768, 1024)  # theirs: 12 and 16 heads. Others' wider models have wider heads
 
 
 class _Block(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, max(width // HEAD_WIDTH, 1), batch_first=True)
+        self.attn = nn.MultiheadAttention(width, width // HEAD_WIDTH, batch_first=True)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, hidden), "c_proj": nn.Linear(hidden, width)})
 
@@ -68,12 +69,14 @@ class VisionTransformer(nn.Module):
         """Builds the encoder from its parameters; their shapes give its sizes. Of a whole CLIP it takes ``visual.*``.
 
         Raises:
-            InputError: the parameters are not those of a CLIP vision transformer.
+            InputError: the parameters are not those of a CLIP vision transformer of one of OpenAI's widths.
         """
         visual = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
         state = visual or state
         try:
             width, _, patch, _ = state["conv1.weight"].shape
+            if width not in WIDTHS:
+                raise ValueError(f"{width} wide, OpenAI's are {' or '.join(map(str, WIDTHS))}")
             places = state["positional_embedding"].shape[0]
             hidden = state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
             layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("transformer.resblocks."))
@@ -88,7 +91,7 @@ class VisionTransformer(nn.Module):
             model.load_state_dict(state)
         except (KeyError, ValueError, RuntimeError, IndexError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"are not those of a CLIP vision transformer ({reason})") from None
+            raise InputError(f"are not those of a CLIP vision transformer ({reason}); take OpenAI's weights") from None
         return model.eval()
 
     @property

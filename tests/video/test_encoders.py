@@ -19,7 +19,7 @@ from cnm import InputError
 from cnm.video.clip import VisionTransformer
 from cnm.video.encoders import CLIP_FILE, IMAGENET, LOADERS, Encoder
 
-SMALL = {"size": 64, "patch": 32, "width": 128, "hidden": 256, "layers": 2, "embedding": 16}
+SMALL = {"size": 64, "patch": 32, "width": 768, "hidden": 256, "layers": 2, "embedding": 16}
 
 
 def small_clip(seed: int = 0) -> VisionTransformer:
@@ -59,11 +59,11 @@ def test_clip_from_a_file(clip_file: Path) -> None:
 
 def test_clip_is_the_published_architecture() -> None:
     """Attention and feed-forward, written out."""
-    model, x = small_clip(), torch.randn(2, 5, 128)
+    model, x = small_clip(), torch.randn(2, 5, 768)
     block = model.transformer.resblocks[0]
     normed = block.ln_1(x)
     q, k, v = (
-        part.unflatten(-1, (2, 64)).transpose(1, 2)
+        part.unflatten(-1, (12, 64)).transpose(1, 2)
         for part in torch.chunk(normed @ block.attn.in_proj_weight.T + block.attn.in_proj_bias, 3, -1)
     )
     attended = (torch.softmax(q @ k.mT / 8, -1) @ v).transpose(1, 2).flatten(2)
@@ -80,7 +80,7 @@ def test_clip_is_open_clips() -> None:
         import open_clip
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside another torch than its own
         pytest.skip(f"open_clip cannot be imported: {error}")
-    vision = {"image_size": 64, "layers": 2, "width": 128, "patch_size": 32}
+    vision = {"image_size": 64, "layers": 2, "width": 768, "patch_size": 32}
     text = {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1}
     theirs = open_clip.model.CLIP(16, vision, text, quick_gelu=True).eval()
     for parameter in theirs.parameters():
@@ -90,6 +90,14 @@ def test_clip_is_open_clips() -> None:
         expected = theirs.encode_image(images)
         found = VisionTransformer.from_state(theirs.state_dict())(images)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("width", [128, 1280])
+def test_clip_of_a_width_that_does_not_tell_its_heads_is_refused(tmp_path: Path, width: int) -> None:
+    state = VisionTransformer(**{**SMALL, "width": width}).state_dict()
+    torch.save(state, tmp_path / "clip.pt")
+    with pytest.raises(InputError, match=rf"clip\.pt: .* \({width} wide, OpenAI's are 768 or 1024\); take OpenAI's"):
+        Encoder("clip-vit-b32", weights=tmp_path / "clip.pt")
 
 
 def test_full_clip_has_vit_b32s_sizes() -> None:
