@@ -142,7 +142,7 @@ def _names(videos: Sequence[str | Path]) -> dict[str, Path]:
     for path in map(Path, videos):
         problem = name_problem(path.stem)
         if problem:
-            raise InputError(f"{path}: features are stored by name, and of this one {problem}; rename the file")
+            raise InputError(f"{path}: features are stored by name, but {problem}; rename the file")
         if path.stem in names:
             raise InputError(
                 f"{path}: has the same name as {names[path.stem]}, and features are stored by name; rename one of them"

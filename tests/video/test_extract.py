@@ -170,7 +170,7 @@ def test_a_name_that_cannot_be_stored_is_refused(tmp_path: Path, videos: list[Pa
     videos[0].rename(odd)
     for output in (tmp_path / "out.hdf5", tmp_path / "out"):
         encoder = Greys()
-        with pytest.raises(InputError, match=r"mkv: features are stored by name, and .*; rename the file") as error:
+        with pytest.raises(InputError, match=r"mkv: features are stored by name, but .*; rename the file") as error:
             extract([*videos[1:], odd], output, encoder, Sampling(stride=8))
         assert str(tmp_path) in str(error.value)
         assert "\n" not in str(error.value)
