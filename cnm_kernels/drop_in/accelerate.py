@@ -151,8 +151,8 @@ def accelerate_losses(losses: Any, model: nn.Module | None = None) -> None:
         losses: the module (or any object with such attributes) that holds the functions.
         model: also give this model's layer over the vocabulary, the ``nn.Linear`` with ``model.vocab_size`` outputs (or
             pass the layer itself), results that are computed when read. These losses never read them: they fuse the
-            layer with the cross entropy, and no logits are made. Logits that are read anyway must be read before
-            ``optimizer.step()`` changes the layer, and a ``RuntimeError`` says so where they are not.
+            layer with the cross entropy, and no logits are made. Logits that are read after an update are those before
+            it; states that were changed in place meanwhile raise ``RuntimeError``.
 
     Raises:
         ValueError: nothing of that name and signature, or no such layer.
