@@ -336,7 +336,10 @@ def _class_for(cls: type[Config], content: Any, source: str) -> Any:
 
 def _describe(item: Any, config: type[BaseModel]) -> str:
     """One pydantic error as words: the field's dotted name, what was found, what is wanted."""
-    field = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # without the names of types
+    place = [str(part) for part in item["loc"]]
+    if item["type"] != "extra_forbidden":
+        place = [part for part in place if "[" not in part]  # names of types, where a value may have several
+    field = ".".join(place)
     if item["type"] == "extra_forbidden":
         return f"unknown field {field}; {suggestion(field, config) or 'remove it or correct its name'}"
     if item["type"] == "missing":

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeGuard
 
@@ -55,13 +56,23 @@ def parse_json(text: str, source: str) -> Any:
         InputError: it holds what ``check_plain`` refuses.
     """
     try:
-        value = json.loads(text, parse_int=_integer)
+        value = json.loads(text, parse_int=_integer, object_pairs_hook=partial(_object, source))
     except json.JSONDecodeError as error:
         raise NoJson(f"{source}: line {error.lineno} column {error.colno} is not JSON ({error.msg})") from None
     except RecursionError:
         raise InputError(f"{source}: is nested more than {MAX_NESTED} deep; correct it") from None
     check_plain(value, source)
     return value
+
+
+def _object(source: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python would keep the last of two equal names without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{source}: {shortened(twice)} is there twice in one object; correct it")
+    return found
 
 
 def _integer(digits: str) -> int | float:

@@ -34,7 +34,9 @@ def write_report(run: FinishedRun, split: Split, sentences: int) -> str:
     Raises:
         InputError: no sentence of the split has a word the model knows.
     """
-    answers = sorted(run.answers(split), key=lambda answer: -(answer.iou or 0.0))
+    answers = list(run.answers(split))
+    if split.scored:
+        answers.sort(key=lambda answer: -(answer.iou or 0.0))
     if not answers:
         raise InputError(f"{run.path}: no sentence of the {split.name} split has a word the model knows")
     title = f"Run {run.path.resolve().name}"
@@ -53,7 +55,7 @@ def write_report(run: FinishedRun, split: Split, sentences: int) -> str:
 
 
 def _summary(run: FinishedRun, split: Split) -> str:
-    updates = max((row["update"] for row in run.rows), default=0)
+    updates = max([run.updates, *(row["update"] for row in run.rows)])
     epochs = max((row["epoch"] for row in run.rows), default=0)
     known = known_split(split.samples)
     name = f"{split.name} split" + ("" if known is None else f" ({known})")
@@ -67,7 +69,7 @@ def _summary(run: FinishedRun, split: Split) -> str:
 def _scores(run: FinishedRun, split: Split, answers: Sequence[Answer]) -> str:
     """Ours above the baselines that never look at the video."""
     if not split.scored:
-        return "<p>Its sentences have no moments, so nothing is scored.</p>"
+        return "<p>Not all of its sentences have moments, so nothing is scored.</p>"
     ours = metrics.summary([answer.iou for answer in answers if answer.iou is not None])
     vocabulary = run.localizer.vocabulary
     known = [sample for sample in split.samples if len(vocabulary.encode(sample.sentence, 1).ids)]  # not by the answers

@@ -222,7 +222,7 @@ def training_bytes(draw: random.Random) -> bytes:
 
 def read_training(path: Path) -> None:
     trainer, _ = a_run(os.getpid())
-    trainer.run.last = path
+    trainer.run.last = trainer.run.best = path
     trainer.run.path = path
     trainer.saved = checkpoint.load(path)
     if trainer.saved.get("training") is None:

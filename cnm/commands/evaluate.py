@@ -120,8 +120,8 @@ def evaluate_command(
     check_vocabulary(model, data.vocabulary, stored)
     if not data.scored and predictions is None:
         raise InputError(
-            f"{split.value} split: its sentences have no moments, so nothing can be scored; --predictions F.jsonl "
-            f"writes what is found"
+            f"{split.value} split: not all of its sentences have moments, so nothing can be scored; --predictions "
+            f"F.jsonl writes what is found"
         )
     several, batch_size = model.num_proposals > 1, chosen.train.batch_size
     scoring = Scoring(masks, select=select)
@@ -130,6 +130,8 @@ def evaluate_command(
         if several and data.scored:
             found[", as published"] = evaluate_seeds(model, data, batch_size, seeds, Scoring(published=True))
     notes = [*notes_on_precision(name, chosen_device(device)), *(notes_on_tagging() if several else []), *data.notes]
+    if data_dir is not None and config is None:  # where files are looked up by the ends of their paths
+        notes.append(f"the {split.value} split is {getattr(chosen.dataset, f'{split.value}_data')}")
     if predictions is not None:
         first = found[""].first
         write_predictions(predictions, data.samples, first.centers, first.widths, first.confidences)
@@ -155,7 +157,8 @@ def evaluate_command(
         return
     print_notes(notes)
     if not data.scored:
-        typer.echo(f"{predictions}: moments of {len(data):,} sentences, not scored: the {split.value} split has none")
+        lacks = f"the {split.value} split lacks some to score with"
+        typer.echo(f"{predictions}: moments of {len(data):,} sentences; {lacks}")
         return
     if select is not None:
         found = {("" if way else f", above {select:g} of the peak") + way: spread for way, spread in found.items()}

@@ -18,6 +18,7 @@ from cnm.errors import InputError
 from cnm.files import NoJson, is_number, parse_json, read_text, shortened
 
 _CHARADES_STA = re.compile(r"(?P<video>\S.*?) (?P<start>\S+) (?P<end>[^\s#]+) ?##(?P<sentence>.*)")
+_OF_A_LINE = re.compile(r'"(?:query|vid)"\s*:(?!\s*\{)')  # a video may be called so too
 _TABLES = "Charades*.csv"  # Charades_v1_train.csv, Charades_v1_test.csv
 
 
@@ -90,7 +91,7 @@ def qid_problem(qid: Any, where: str) -> None:
 def _are_json_lines(text: str) -> bool:
     """Whether the first line is a complete object with a sentence or video, not the start of a JSON document."""
     first = text.lstrip().split("\n", 1)[0]
-    return first.startswith("{") and ('"query"' in first or '"vid"' in first)
+    return first.startswith("{") and _OF_A_LINE.search(first) is not None
 
 
 def _json_lines(text: str, source: str) -> Iterator[Row]:

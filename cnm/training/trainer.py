@@ -378,9 +378,10 @@ class Trainer:
             self.group.gather(None)  # process 0 has written the checkpoint by now
         if self.chooses_best and self.best:
             path = self.run.best
-            best = checkpoint.load(path)
-            epoch = best.get("epoch", self.best["epoch"])  # a kill may have left it ahead of last.pt
+            epoch = self.best["epoch"]
             if self.writes:
+                best = checkpoint.load(path)  # other machines need not have it
+                epoch = best.get("epoch", epoch)  # a kill may have left it ahead of last.pt
                 self.model.load_state_dict(best["model_parameters"])
             if self.group is not None:
                 self.group.share_parameters(self.model)
@@ -462,8 +463,10 @@ class Trainer:
     def _restore(self, saved: dict[str, Any]) -> None:
         vocabulary = self.train_split.vocabulary
         check_vocabulary(self.model, vocabulary, type(vocabulary).from_state(saved["vocabulary"]))
-        for name, wanted in saved["training"].get("fingerprints", {}).items():
-            other = difference(wanted, self.fingerprints[name]) if name in self.fingerprints else None
+        known = saved["training"].get("fingerprints", {})  # earlier versions kept none
+        for name in {**known, **self.fingerprints} if known else ():
+            both = name in known and name in self.fingerprints
+            other = difference(known[name], self.fingerprints[name]) if both else "lost or gained its moments"
             if other is not None:
                 raise InputError(
                     f"{self.run.last}: was not trained with this data, the {name} split has {other}; give it the files "
@@ -473,7 +476,7 @@ class Trainer:
             training = saved["training"]
             self.model.load_state_dict(saved["model_parameters"])
             self.step.load_state_dict(training["step"])
-            self.random = training["random"]
+            self.random = self.random | training["random"]  # a GPU's may be new
             torch.Generator().set_state(self.random["torch"])  # raises where it is none
             self.epoch, self.batch, self.seconds = training["epoch"], training["batch"], training["seconds"]
             if self.batch > len(self.loader):
@@ -491,20 +494,23 @@ class Trainer:
         begun, wanted = self.epoch + (self.batch > 0), self.config.train.max_num_epochs
         if wanted < begun:
             raise InputError(
-                f"{self.run.path}: is in epoch {begun}, so train.max_num_epochs cannot be {wanted}; give {begun} "
-                f"or more"
+                f"{self.run.path}: has trained in epoch {begun}, so train.max_num_epochs cannot be {wanted}; give "
+                f"{begun} or more"
             )
-        if self.chooses_best and self.best and not self.run.best.is_file():
+        if self.writes and self.chooses_best and self.best and not self.run.best.is_file():
             raise InputError(f"{self.run.best}: is not there, the best model of this run so far; copy it there too")
 
     def _write_config(self, saved: dict[str, Any]) -> None:
-        """Writes the configuration, whose data may have moved, everywhere that it is read from."""
+        """Writes the configuration, whose data may have moved, everywhere that it is read from, and how many rows were
+        kept."""
         self.run.create(self.config)
         config = {"config": self.config.to_dict()}
-        if saved["config"] != config["config"]:
-            checkpoint.save(self.run.last, saved | config)
-            if self.run.best.is_file():
-                checkpoint.save(self.run.best, checkpoint.load(self.run.best) | config)
+        if saved["config"] != config["config"] or saved["training"]["rows"] != self.rows:
+            training = saved["training"] | {"rows": self.rows}
+            checkpoint.save(self.run.last, saved | config | {"training": training})
+        best = checkpoint.load(self.run.best) if self.run.best.is_file() else config
+        if best["config"] != config["config"]:  # an earlier version, or a kill, may have left it behind
+            checkpoint.save(self.run.best, best | config)
 
     def _random_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"torch": torch.get_rng_state()}

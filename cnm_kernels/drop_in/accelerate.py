@@ -61,8 +61,9 @@ def accelerate(model: Model, *, report: bool | Callable[[], Tensor] = False) -> 
     masks are not those that PyTorch would draw. The attention returned beside an output is computed when it is read. A
     model pickled whole needs cnm_kernels to be loaded again; a state_dict does not.
 
-    Every module is tried beside its replacement before it is replaced, in evaluation and in training, with dropout and
-    without; one whose own forward cannot run is left alone.
+    Every module is tried beside its replacement before it is replaced: an attention in evaluation and in training, a
+    layer in training with dropout and without; one whose own forward cannot run is left alone. Dropout on the attention
+    and masks that no trial knows are computed by the module's own forward, without acceleration.
 
     Source: the published code of CNM (AAAI 2022) and CPL (CVPR 2022), as behaviour.
 
@@ -81,24 +82,24 @@ def accelerate(model: Model, *, report: bool | Callable[[], Tensor] = False) -> 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
-    with buffers_kept(model), random_kept():  # to look at a parametrized weight may already change some
-        rows = [
-            Row(name, type(module).__name__, "", module)
-            for name, module in model.named_modules()
-            if isinstance(module, AcceleratedAttention | AcceleratedLayer)
-            or _looks_like_attention(module)
-            or _looks_like_layer(module)
-        ]
-        timer = StepTimer(model, report, [row.module for row in rows]) if callable(report) else None
-        measured = [timer.measure()] if timer else []
-        replaced: list[nn.Module] = []
-        try:
+    replaced: list[nn.Module] = []
+    try:
+        with buffers_kept(model), random_kept():  # to look at a parametrized weight may already change some
+            rows = [
+                Row(name, type(module).__name__, "", module)
+                for name, module in model.named_modules()
+                if isinstance(module, AcceleratedAttention | AcceleratedLayer)
+                or _looks_like_attention(module)
+                or _looks_like_layer(module)
+            ]
+            timer = StepTimer(model, report, [row.module for row in rows]) if callable(report) else None
+            measured = [timer.measure()] if timer else []
             _replace(rows, replaced)
             measured += [timer.measure()] if timer else []
-        except BaseException:  # all or nothing
-            for module in replaced:
-                _give_back(module)
-            raise
+    except BaseException:  # all or nothing
+        for module in replaced:
+            _give_back(module)
+        raise
     if report:
         for row in rows:
             row.seconds = [parts[row.module] for _, parts in measured]
@@ -144,8 +145,8 @@ def accelerate_losses(losses: Any, model: nn.Module | None = None) -> None:
 
     CNM's and CPL's are told apart by their arguments; values, dicts and gradients stay the same. Every loaded module
     that imported one of these functions by name gets the new one too. Calls with an option of their own (a keyword that
-    the original's code names and the published ones do not), a fractional mask or one with an empty row go to the
-    original.
+    the original's code names, or functions of its module that it calls, and the published ones do not), a fractional
+    mask or one with an empty row go to the original.
 
     Args:
         losses: the module (or any object with such attributes) that holds the functions.

@@ -24,6 +24,8 @@ from cnm_kernels.drop_in.deferred import defer, is_traced, versions
 from cnm_kernels.drop_in.fairseq import fairseq
 from cnm_kernels.registry import requested, use_backend
 
+_importing: set[type] = set()  # classes whose own forward imports fairseq, where that is not installed
+
 
 class AcceleratedAttention:
     """``forward`` of the published interface. Mixed in before the module's own class, whose attributes it reads."""
@@ -90,7 +92,7 @@ class AcceleratedAttention:
         reason = "an attention mask other than a causal one" if seen == "other" else reason
         if reason is not None:
             _say_once(f"{reason} is computed by PyTorch, without acceleration")
-            each = tuple(source.transpose(0, 1) for source in sources)
+            each = tuple(source.transpose(0, 1).contiguous() for source in sources)  # as they were given
             options = (key_padding_mask, None, need_weights, False, attn_mask, None)
             out, weights = self._by_its_own((*each, each[-1], each[-1])[:3], *options, gauss_weight=gauss_weight)
             return out.transpose(0, 1), weights
@@ -124,16 +126,15 @@ class AcceleratedAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """What the module's own class computes of sources, time first, and the options in their order."""
         own = cast("Callable[..., tuple[Tensor, Tensor | None]]", super().forward)  # type: ignore[misc]
-        arguments = (
-            *sources,
-            *options,
-            *(() if gauss_weight is None else (gauss_weight,)),
-        )  # some have no such argument
-        try:
-            return own(*arguments)
-        except ModuleNotFoundError as error:
-            if error.name != "fairseq":
-                raise
+        some = () if gauss_weight is None else (gauss_weight,)  # others have no such argument
+        arguments = (*sources, *options, *some)
+        if type(self) not in _importing:
+            try:
+                return own(*arguments)
+            except ModuleNotFoundError as error:
+                if error.name != "fairseq" or options[1] is not None:  # what it did to the state would be done twice
+                    raise
+            _importing.add(type(self))
         with fairseq():
             return own(*arguments)
 

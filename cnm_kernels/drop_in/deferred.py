@@ -59,8 +59,9 @@ class Deferred(Tensor):
         """
         if self._versions != versions(self._inputs):
             raise RuntimeError(
-                "a deferred result (logits or attention weights of an accelerated model) was read after the parameters "
-                "it depends on had changed; read it before optimizer.step(), or call cnm_kernels.restore(model)"
+                "a deferred result (logits or attention weights of an accelerated model) was read after the states or "
+                "weights of keys that it is computed from were changed in place; read it before, or call "
+                "cnm_kernels.restore(model)"
             )
         return self._inputs
 
@@ -92,7 +93,7 @@ class Deferred(Tensor):
     def _part(self, index: Any) -> Tensor | None:
         """``self[index]``, deferred too, where the index slices dimensions before the last; else None."""
         slices = index if isinstance(index, tuple) else (index,)
-        if not (self._by_row and self.pending and len(slices) <= self.dim()):
+        if is_traced() or not (self._by_row and self.pending and len(slices) <= self.dim()):
             return None
         bounds = [bound for part in slices if type(part) is slice for bound in (part.start, part.stop, part.step)]
         if any(type(part) is not slice for part in slices) or any(type(b) not in (int, type(None)) for b in bounds):

@@ -59,9 +59,10 @@ def _shared(logits: Tensor, target: Tensor, mask: Tensor, *, accuracy: bool) -> 
     What they ask with is compared by value: some expand ids and masks anew for each. A checkpoint, which hooks what is
     kept for the backward, must find the same work when it does it again.
     """
+    if not (isinstance(logits, Deferred) and logits.pending):
+        return _nll_and_accuracy(logits, target, mask, accuracy=accuracy)
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    unknown = hooked or target.is_inference() or mask.is_inference()
-    if unknown or not (isinstance(logits, Deferred) and logits.pending):
+    if hooked or target.is_inference() or mask.is_inference():
         return _nll_and_accuracy(logits, target, mask, accuracy=accuracy)
     how = (torch.is_grad_enabled(), _loss_dtype(logits))
     remembered: list[_Answer] = vars(logits).setdefault("_nll", [])
@@ -327,12 +328,20 @@ def _is_plain(mask: Tensor) -> bool:
 
 
 def _named(function: Any) -> set[str]:
-    """The strings that a function's code holds, options' names among them, with its inner functions'."""
+    """The strings that a function's code holds, options' names among them, with those of its inner functions and of its
+    module's functions that it calls, and the latter's parameters."""
     found: set[str] = set()
-    waiting = [getattr(function, "__code__", None)]
+    waiting, seen = [function], set()
     while waiting:
         constant = waiting.pop()
-        if isinstance(constant, str):
+        if inspect.isfunction(constant) and constant not in seen:
+            seen.add(constant)
+            names = constant.__code__.co_names
+            called = [constant.__globals__.get(name) for name in names if name not in NAMES]
+            own = [f for f in called if inspect.isfunction(f) and f.__module__ == constant.__module__]
+            found.update(*(inspect.signature(f).parameters for f in own))
+            waiting += [constant.__code__, *own]
+        elif isinstance(constant, str):
             found.add(constant)
         elif isinstance(constant, CodeType):
             waiting += constant.co_consts

@@ -147,7 +147,7 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
         (part._buffers, name, buffer, buffer.detach().clone())
         for part in module.modules()
         for name, buffer in part._buffers.items()
-        if buffer is not None
+        if buffer is not None and not nn.parameter.is_lazy(buffer)
     ]
     try:
         yield
@@ -155,7 +155,8 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
         with torch.inference_mode():  # there tensors of either mode may be changed in place
             for buffers, name, buffer, value in kept:
                 buffers[name] = buffer
-                buffer.copy_(value)
+                if torch._debug_has_internal_overlap(buffer) != 1:  # an expanded one, which nothing can write to
+                    buffer.copy_(value)
 
 
 @contextmanager

@@ -120,12 +120,13 @@ def test_a_run_does_not_end_before_the_epoch_it_is_in(tmp_path: Path, monkeypatc
     killed_at(monkeypatch, per_epoch + 1)
     with pytest.raises(Killed):
         trainer.train()
-    with pytest.raises(InputError, match=r"run: is in epoch 2, so train\.max_num_epochs cannot be 1; give 2"):
+    with pytest.raises(InputError, match=r"run: has trained in epoch 2, so train\.max_num_epochs cannot be 1; give 2"):
         Trainer(synthetic_config(train__max_num_epochs=1), tmp_path / "run", resume=True, quiet=True)
 
 
+@pytest.mark.parametrize("place", [2, -1], ids=["before a checkpoint", "after one"])
 def test_rows_are_not_written_twice_where_the_file_was_moved_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = synthetic_config(train__max_num_epochs=2)
     Trainer(config, tmp_path / "run", quiet=True, log_every=2).train()
@@ -134,7 +135,7 @@ def test_rows_are_not_written_twice_where_the_file_was_moved_away(
     trainer = Trainer(longer, tmp_path / "run", resume=True, quiet=True, log_every=2)
     per_epoch = len(trainer.loader)
     with monkeypatch.context() as patched:
-        killed_at(patched, 4 * per_epoch - 1)
+        killed_at(patched, 2 * per_epoch + place if place > 0 else 4 * per_epoch + place)
         with pytest.raises(Killed):
             trainer.train()
     Trainer(None, tmp_path / "run", resume=True, quiet=True, log_every=2).train()
@@ -142,3 +143,23 @@ def test_rows_are_not_written_twice_where_the_file_was_moved_away(
     places = [(row["kind"], row["epoch"], row["update"]) for row in rows]
     assert len(set(places)) == len(places)
     assert places[-1] == ("result", rows[-1]["epoch"], 4 * per_epoch)
+
+
+def test_a_best_model_left_behind_is_told_where_the_data_is(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    best = checkpoint.load(tmp_path / "run/best.pt")
+    best["config"]["dataset"]["cache_path"] = "old"
+    checkpoint.save(tmp_path / "run/best.pt", best)
+    Trainer(None, tmp_path / "run", resume=True, quiet=True).train()
+    assert "cache_path" not in checkpoint.load(tmp_path / "run/best.pt")["config"]["dataset"]
+
+
+def test_a_process_without_the_folder_reports_the_result_too(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several machines that share no disk only process 0's has best.pt."""
+    shutil.copytree(straight, tmp_path / "run")
+    trainer = Trainer(None, tmp_path / "run", resume=True, quiet=True)
+    trainer.writes = False
+    (tmp_path / "run/best.pt").unlink()
+    assert trainer.train().epoch == trainer.best["epoch"]

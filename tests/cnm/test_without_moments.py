@@ -103,7 +103,7 @@ def test_what_is_found_can_be_written(folder: Path, tmp_path: Path, as_json: boo
     """Of a test split whose moments others keep, as QVHighlights' makers do."""
     pairs = changed(folder / "config.json", test_data=str(folder / "pairs_test.jsonl"))
     command = ["evaluate", "--checkpoint", folder / "scored", "--config"]
-    assert "sentences have no moments, so nothing can be scored; --predictions" in refused(*command, pairs)
+    assert "not all of its sentences have moments, so nothing can be scored; --pred" in refused(*command, pairs)
     ours, scored = tmp_path / "ours.jsonl", tmp_path / "scored.jsonl"
     options = ["--json"] if as_json else []
     said = succeeded(*command, pairs, "--predictions", ours, *options).stdout
@@ -113,7 +113,7 @@ def test_what_is_found_can_be_written(folder: Path, tmp_path: Path, as_json: boo
         content = json.loads(said)
         assert (content["scores"], content["baselines"], content["sentences"]) == ({}, {}, 10)
     else:
-        assert said == f"{ours}: moments of 10 sentences, not scored: the test split has none\n"
+        assert said == f"{ours}: moments of 10 sentences; the test split lacks some to score with\n"
     assert "pairs_test.jsonl: its sentences have no moments" in refused(
         "score", ours, "--annotations", folder / "pairs_test.jsonl"
     )
@@ -150,7 +150,7 @@ def test_its_report_shows_sentences_without_scores(folder: Path, tmp_path: Path)
     assert "has no dataset.test_data" in refused("report", folder / "alone", "--output", page)
     succeeded("report", folder / "alone", "--split", "train", "--output", page)
     content = page.read_text()
-    assert "Its sentences have no moments, so nothing is scored." in content
+    assert "Not all of its sentences have moments, so nothing is scored." in content
     assert "<h2>Sentences</h2>" in content
     assert "true: " not in content
     assert content.count('class="found"') == 10

@@ -128,3 +128,16 @@ def test_the_cache_follows_the_tables(tmp_path: Path) -> None:
         for index, sample in enumerate(split.samples):
             expected = list(split.vocabulary.encode(sample.sentence, 20).ids)
             assert batch.word_ids[index, : len(expected)].tolist() == expected
+
+
+def test_a_video_may_be_called_as_a_key_of_lines(tmp_path: Path) -> None:
+    entry = {"duration": 10, "timestamps": [[0, 1]], "sentences": ["One."]}
+    samples, _ = read_annotations(write(tmp_path / "a.json", {"vid": entry, "query": entry}))
+    assert [sample.video for sample in samples] == ["vid", "query"]
+
+
+def test_a_video_that_is_there_twice(tmp_path: Path) -> None:
+    entry = json.dumps({"duration": 10, "sentences": ["One."]})
+    path = write(tmp_path / "a.json", f'{{"v": {entry}, "v": {entry}}}')
+    with pytest.raises(InputError, match="'v' is there twice in one object; correct it"):
+        read_annotations(path)

@@ -258,7 +258,7 @@ def test_logits_of_states_that_changed_say_so() -> None:
     state = torch.randn(B, L, D)
     logits = layer(state)
     state.add_(1)
-    with pytest.raises(RuntimeError, match=r"was read after .* had changed"):
+    with pytest.raises(RuntimeError, match=r"was read after .* were changed in place"):
         logits.argmax(-1)
 
 
@@ -399,6 +399,26 @@ def test_a_fractional_mask_is_the_original_s_business(multiplies: bool, fuse: bo
     cnm_kernels.accelerate_losses(mine, layer if fuse else None)
     assert mine.cal_nll_loss is not cal_nll_loss
     torch.testing.assert_close(mine.cal_nll_loss(layer(hidden), ids, mask), wanted)
+
+
+def tempered(loss: Tensor, temperature: float = 1.0, **_: Any) -> Tensor:
+    """What a fork's loss hands its options to."""
+    return loss / temperature
+
+
+def test_an_option_of_a_function_that_it_calls_is_the_original_s_business() -> None:
+    def rec_loss(words_logit, words_id, words_mask, num_props, ref_words_logit=None, **kwargs):
+        loss, numbers = plain(words_logit, words_id, words_mask, num_props, ref_words_logit)
+        return tempered(loss, **kwargs), numbers
+
+    plain = cpl_losses.rec_loss
+    mine = loss_module(rec_loss=rec_loss)
+    arguments, states = batch("CPL", ("words_logit",), torch.float64, "prefix")
+    logits = nn.Linear(D, V).double()(states["words_logit"])
+    cnm_kernels.accelerate_losses(mine)
+    assert mine.rec_loss is not rec_loss
+    wanted = plain(logits, **arguments)[0]
+    torch.testing.assert_close(mine.rec_loss(logits, **arguments, temperature=4.0)[0], wanted / 4)
 
 
 def test_an_option_of_its_own_is_the_original_s_business() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -235,6 +236,38 @@ def test_a_look_at_a_parametrized_weight_leaves_it_as_it_was() -> None:
     assert isinstance(module, AcceleratedAttention)
     assert before
     assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
+
+
+@pytest.mark.parametrize("other", [nn.LazyBatchNorm1d, nn.Module], ids=["lazy", "expanded"])
+def test_buffers_that_cannot_be_copied_are_left_alone(other: type[nn.Module]) -> None:
+    module = nn.ModuleList([MultiheadAttention(D, H), other()])
+    if other is nn.Module:
+        module[1].register_buffer("mask", torch.ones(1, 4).expand(3, 4))
+    cnm_kernels.accelerate(module)
+    assert isinstance(module[0], AcceleratedAttention)
+
+
+def test_its_own_forward_runs_once() -> None:
+    """Though it imports fairseq in the middle, which is found out at the first call."""
+    calls = []
+
+    class Late(MultiheadAttention):
+        def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                    static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+            calls.append(attn_mask)
+            from fairseq import utils
+
+            utils.softmax(query, dim=-1)
+            return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
+
+    module = cnm_kernels.accelerate(Late(D, H))
+    x, mask = torch.randn(5, 3, D), torch.ones(5, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that PyTorch computes it, said once
+        module(x, x, x, attn_mask=mask)
+        calls.clear()
+        module(x, x, x, attn_mask=mask)
+    assert len(calls) == 1
 
 
 def test_nothing_stays_replaced_when_something_is_raised() -> None:

@@ -294,7 +294,7 @@ class DropsTwice(MultiheadAttention):
 
     def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
                 static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
-        value = nn.functional.dropout(value.contiguous(), self.dropout, self.training)
+        value = nn.functional.dropout(value, self.dropout, self.training)
         return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
 
 
