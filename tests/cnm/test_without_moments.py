@@ -176,3 +176,18 @@ def test_nothing_is_planted_without_a_moment(folder: Path, tmp_path: Path) -> No
     said = refused("plant", "--annotations", folder / "pairs_train.jsonl", *sizes, "--output", output)
     assert "pairs_train.jsonl: 'a person opens the door.' has no moment to plant it in" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_s_validation_split_keeps_its_moments(folder: Path, tmp_path: Path) -> None:
+    """Else the epoch that it chose would not count, and nobody would be told."""
+    config = Config.from_json(json.loads((folder / "config.json").read_text()))
+    for name in ("val", "moved"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "val/val.json").write_text((folder / "val.json").read_text())
+    rows = [[*row[:2], None, row[3]] for row in json.loads((folder / "val.json").read_text())]
+    (tmp_path / "moved/val.json").write_text(json.dumps(rows))
+    dataset = config.dataset.model_copy(update={"val_data": str(tmp_path / "val/val.json")})
+    Trainer(config.model_copy(update={"dataset": dataset}), tmp_path / "run", quiet=True).train()
+    (tmp_path / "val/val.json").unlink()
+    with pytest.raises(InputError, match="not trained with this data, the val split has lost or gained its moments"):
+        Trainer(None, tmp_path / "run", resume=True, quiet=True, data_dir=tmp_path / "moved")
