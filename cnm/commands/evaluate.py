@@ -123,11 +123,11 @@ def evaluate_command(
             f"{split.value} split: not all of its sentences have moments, so nothing can be scored; --predictions "
             f"F.jsonl writes what is found"
         )
-    several, batch_size = model.num_proposals > 1, chosen.train.batch_size
+    several, batch_size = model.num_proposals > 1 and data.scored, chosen.train.batch_size  # ways to score
     scoring = Scoring(masks, select=select)
     with products_of(name):
-        found = {"": evaluate_seeds(model, data, batch_size, seeds if several and data.scored else 1, scoring)}
-        if several and data.scored:
+        found = {"": evaluate_seeds(model, data, batch_size, seeds if several else 1, scoring)}
+        if several:
             found[", as published"] = evaluate_seeds(model, data, batch_size, seeds, Scoring(published=True))
     notes = [*notes_on_precision(name, chosen_device(device)), *(notes_on_tagging() if several else []), *data.notes]
     if data_dir is not None and config is None:  # where files are looked up by the ends of their paths
@@ -150,7 +150,7 @@ def evaluate_command(
             "baselines": baselines,
             "notes": notes,
         }
-        if several and data.scored:
+        if several:
             content |= {"seeds": seeds, "masks": masks, "by_selection": _plain(ours)}
             content["as_published"] = _plain(found[", as published"])
         typer.echo(json.dumps(content, allow_nan=False))

@@ -1,11 +1,15 @@
-"""What a resumed run may change: it continues bit for bit."""
+"""What a resumed run may change, for it continues bit for bit, and what it writes before it goes on."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from cnm import checkpoint
 from cnm.config import Config
+from cnm.data.fingerprint import difference
 from cnm.errors import InputError
+from cnm.training.run_folder import RunFolder
 
 RESUMABLE_CHANGES = {"train.max_num_epochs", "train.model_saved_path", "dataset.cache_path"}  # need no new run
 
@@ -27,6 +31,37 @@ def resumed_config(stored: Config, given: Config) -> Config:
                 f"was or start a new run"
             )
     return given
+
+
+def check_same_data(wanted: dict[str, Any], found: dict[str, Any], path: Path) -> None:
+    """Compares the fingerprints of the splits in use with those that the checkpoint ``path`` holds.
+
+    Raises:
+        InputError: a split is another one.
+    """
+    for name in {**wanted, **found} if wanted else ():  # earlier versions kept none
+        both = name in wanted and name in found
+        other = difference(wanted[name], found[name]) if both else "lost or gained its moments"
+        if other is not None:
+            raise InputError(
+                f"{path}: was not trained with this data, the {name} split has {other}; give it the files it had, or "
+                f"start a new run"
+            )
+
+
+def bring_up_to_date(run: RunFolder, saved: dict[str, Any], config: Config, rows: int) -> None:
+    """Writes the configuration, whose data may have moved, everywhere it is read from, and how many rows were kept.
+
+    Args:
+        saved: the content of ``run.last``.
+    """
+    run.create(config)
+    new = {"config": config.to_dict()}
+    if saved["config"] != new["config"] or saved["training"]["rows"] != rows:
+        checkpoint.save(run.last, saved | new | {"training": saved["training"] | {"rows": rows}})
+    best = checkpoint.load(run.best) if run.best.is_file() else new
+    if best["config"] != new["config"]:  # an earlier version, or a kill, may have left it behind
+        checkpoint.save(run.best, best | new)
 
 
 def with_vocabulary_size(config: Config, size: int) -> Config:

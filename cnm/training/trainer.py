@@ -31,7 +31,7 @@ from cnm.precision import NAMES, compute_dtype, products_of
 from cnm.training.cuda_graph import GraphedStep
 from cnm.training.memory import keep_freed_memory
 from cnm.training.progress import Progress
-from cnm.training.resumed import resumed_config, with_vocabulary_size
+from cnm.training.resumed import bring_up_to_date, check_same_data, resumed_config, with_vocabulary_size
 from cnm.training.run_folder import RunFolder
 from cnm.training.steps import STEP_NAMES, make_step
 from cnm.training.stop_signal import StopSignal
@@ -239,7 +239,7 @@ class Trainer:
                     self._check_still_last(self.saved)
                     self.run.clean()
                     self.rows = self.run.keep_rows(self.rows)
-                    self._write_config(self.saved)
+                    bring_up_to_date(self.run, self.saved, self.config, self.rows)
                 self.saved = None
             self._restore_random_state(self.random)
             self.progress = Progress(epochs * len(self.loader), self.step.num_updates, quiet=self.quiet)
@@ -463,15 +463,7 @@ class Trainer:
     def _restore(self, saved: dict[str, Any]) -> None:
         vocabulary = self.train_split.vocabulary
         check_vocabulary(self.model, vocabulary, type(vocabulary).from_state(saved["vocabulary"]))
-        known = saved["training"].get("fingerprints", {})  # earlier versions kept none
-        for name in {**known, **self.fingerprints} if known else ():
-            both = name in known and name in self.fingerprints
-            other = difference(known[name], self.fingerprints[name]) if both else "lost or gained its moments"
-            if other is not None:
-                raise InputError(
-                    f"{self.run.last}: was not trained with this data, the {name} split has {other}; give it the files "
-                    f"it had, or start a new run"
-                )
+        check_same_data(saved["training"].get("fingerprints", {}), self.fingerprints, self.run.last)
         try:
             training = saved["training"]
             self.model.load_state_dict(saved["model_parameters"])
@@ -499,18 +491,6 @@ class Trainer:
             )
         if self.writes and self.chooses_best and self.best and not self.run.best.is_file():
             raise InputError(f"{self.run.best}: is not there, the best model of this run so far; copy it there too")
-
-    def _write_config(self, saved: dict[str, Any]) -> None:
-        """Writes the configuration, whose data may have moved, everywhere that it is read from, and how many rows were
-        kept."""
-        self.run.create(self.config)
-        config = {"config": self.config.to_dict()}
-        if saved["config"] != config["config"] or saved["training"]["rows"] != self.rows:
-            training = saved["training"] | {"rows": self.rows}
-            checkpoint.save(self.run.last, saved | config | {"training": training})
-        best = checkpoint.load(self.run.best) if self.run.best.is_file() else config
-        if best["config"] != config["config"]:  # an earlier version, or a kill, may have left it behind
-            checkpoint.save(self.run.best, best | config)
 
     def _random_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"torch": torch.get_rng_state()}

@@ -406,26 +406,11 @@ def tempered(loss: Tensor, temperature: float = 1.0, **_: Any) -> Tensor:
     return loss / temperature
 
 
-def test_an_option_of_a_function_that_it_calls_is_the_original_s_business() -> None:
-    def rec_loss(words_logit, words_id, words_mask, num_props, ref_words_logit=None, **kwargs):
-        loss, numbers = plain(words_logit, words_id, words_mask, num_props, ref_words_logit)
-        return tempered(loss, **kwargs), numbers
-
-    plain = cpl_losses.rec_loss
-    mine = loss_module(rec_loss=rec_loss)
-    arguments, states = batch("CPL", ("words_logit",), torch.float64, "prefix")
-    logits = nn.Linear(D, V).double()(states["words_logit"])
-    cnm_kernels.accelerate_losses(mine)
-    assert mine.rec_loss is not rec_loss
-    wanted = plain(logits, **arguments)[0]
-    torch.testing.assert_close(mine.rec_loss(logits, **arguments, temperature=4.0)[0], wanted / 4)
-
-
 def test_an_option_of_its_own_is_the_original_s_business() -> None:
     def rec_loss(words_logit, words_id, words_mask, num_props, ref_words_logit=None, **kwargs):
         loss, numbers = plain(words_logit, words_id, words_mask, num_props, ref_words_logit)
         (scale,) = [kwargs.get(name, 1.0) for name in ("scale",)]
-        return scale * loss + kwargs.get("shift", 0.0), numbers
+        return tempered(scale * loss, **kwargs) + kwargs.get("shift", 0.0), numbers
 
     plain = cpl_losses.rec_loss
     mine = loss_module(rec_loss=rec_loss)
@@ -437,6 +422,7 @@ def test_an_option_of_its_own_is_the_original_s_business() -> None:
     torch.testing.assert_close(mine.rec_loss(logits, **arguments, center=0.5)[0], wanted)
     torch.testing.assert_close(mine.rec_loss(logits, **arguments, scale=3.0)[0], 3 * wanted)
     torch.testing.assert_close(mine.rec_loss(logits, **arguments, shift=3.0)[0], 3 + wanted)
+    torch.testing.assert_close(mine.rec_loss(logits, **arguments, temperature=4.0)[0], wanted / 4)
 
 
 def test_published_options_do_not_wake_the_original() -> None:
