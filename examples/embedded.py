@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +30,9 @@ def arguments(description: str | None) -> argparse.Namespace:
 
 def open_data(videos: int) -> tuple[Split, Split, dict[str, Any]]:
     """Training and test split, and the sizes a published configuration would hold."""
-    settings = [f"dataset.num_videos={videos}", f"dataset.cache_path={tempfile.mkdtemp(prefix='cnm-examples-')}"]
+    folder = tempfile.mkdtemp(prefix="cnm-examples-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    settings = [f"dataset.num_videos={videos}", f"dataset.cache_path={folder}"]
     dataset = configs.resolve("synthetic", settings).dataset
     sizes = {
         "frames_input_size": dataset.frame_dim,

@@ -15,6 +15,7 @@ import importlib.util
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,15 @@ def fuzz_kind(kind: str, folder: Path, options: list[str]) -> None:
     torch.set_num_threads(1)
 
     def one_input(content: bytes) -> None:
+        try:
+            one_case(content)
+        except BaseException:
+            # libFuzzer writes the input after Python has ended, and so after Python took its handler of atheris's alarm
+            # down: an alarm in between kills the process.
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise
+
+    def one_case(content: bytes) -> None:
         if kind == fuzz.OP:
             fuzz.fuzz_op(Draws(content))
         elif kind in fuzz.TYPED:
