@@ -284,6 +284,20 @@ def read_tensors(path: Path) -> None:
     named(path, lambda: vocabulary_files.read(path))
 
 
+# Charades-STA
+
+STA_TEXT = "".join(f"V{i} 1.0 {5 + i}.5##person opens the door.\n" for i in range(9)).encode()
+STA_TABLE = ("id,subject,length\n" + "".join(f"V{i},S,3{i}.25\n" for i in range(9))).encode()
+
+
+def read_charades(path: Path, text: bytes, table: bytes) -> None:
+    folder = path.with_suffix(".folder")
+    folder.mkdir(exist_ok=True)
+    (folder / "Charades_v1_train.csv").write_bytes(table)
+    (folder / "train.txt").write_bytes(text)
+    named(path, lambda: read_annotations(folder / "train.txt"))
+
+
 # JSON lines
 
 LINE = {"qid": 1, "query": "person opens", "vid": "v", "duration": 30.0, "relevant_windows": [[1, 5.5], [7, 9]]}
@@ -319,4 +333,6 @@ MORE_TYPED: dict[str, Typed] = {
 MORE_READERS: dict[str, tuple[Callable[[], bytes], str, Callable[[Path], Any]]] = {
     "word vectors": (lambda: VECTORS, ".safetensors", read_tensors),
     "manifest": (lambda: json.dumps(MANIFEST).encode(), ".json", read_a_manifest),
+    "Charades-STA": (lambda: STA_TEXT, ".txt", lambda path: read_charades(path, path.read_bytes(), STA_TABLE)),
+    "Charades' table": (lambda: STA_TABLE, ".csv", lambda path: read_charades(path, STA_TEXT, path.read_bytes())),
 }
