@@ -109,7 +109,7 @@ class Group:
         except RuntimeError as error:
             raise InputError(
                 f"process {self.rank} of {self.size}: lost another process of the job ({_one_line(error)}); see what "
-                f"it said, then continue with --resume"
+                f"it said, then continue with `cnm train --resume`"
             ) from None
 
 

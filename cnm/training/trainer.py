@@ -45,7 +45,7 @@ class Interrupted(Exception):
     """A signal ended the run after its state was saved."""
 
     def __init__(self, signum: int, saved: Path) -> None:
-        super().__init__(f"interrupted; continue with --resume {saved.parent}")
+        super().__init__(f"interrupted; continue with `cnm train --resume {saved.parent}`")
         self.signum = signum
 
 

@@ -575,7 +575,7 @@ def test_a_signal_saves_and_the_run_can_be_resumed(tmp_path: Path, signum: int, 
         process.kill()
     assert process.returncode == code, errors
     assert "Traceback" not in errors
-    assert f"--resume {folder}" in errors
+    assert f"continue with `cnm train --resume {folder}`" in errors
     updates = checkpoint.load(folder / "last.pt")["num_updates"]
     epoch = checkpoint.load(folder / "last.pt")["training"]["epoch"]
     result = run("train", "--resume", folder, "--set", f"train.max_num_epochs={epoch + 2}")
