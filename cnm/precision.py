@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from cnm.errors import InputError
 from cnm.models.base import PRECISIONS
 from cnm_kernels import products
 
@@ -26,10 +27,22 @@ def compute_dtype(name: str) -> torch.dtype | None:
 
 @contextmanager
 def products_of(name: str) -> Iterator[None]:
-    """Multiplies float32 as this precision asks for; under another than ``high`` as PyTorch's switch stands."""
-    before = torch.get_float32_matmul_precision()
-    if name == HIGH:
-        torch.set_float32_matmul_precision(HIGH)
+    """Multiplies float32 as this precision asks for; under another than ``high`` as PyTorch's switches stand.
+
+    Raises:
+        InputError: ``high``, where ``torch.backends`` tells one backend another precision than the others.
+    """
+    if name != HIGH:
+        yield
+        return
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        raise InputError(
+            "precision high: an fp32_precision of torch.backends is set for one backend alone; leave it as PyTorch has "
+            "it, or choose float32"
+        ) from None
+    torch.set_float32_matmul_precision(HIGH)
     try:
         yield
     finally:

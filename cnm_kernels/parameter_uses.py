@@ -3,7 +3,7 @@
 A parameter gets a gradient from every use, which autograd casts and adds one by one: two kernels for each. Within
 ``ParameterUses`` every use is a leaf of its own, and a few fused kernels cast and add the gradients of all. Narrow
 products read copies that one such kernel makes of all parameters, where ``linear`` in PyTorch would cast them at every
-use. The numbers are the same to the bit.
+use. The numbers are the same to the bit where these ops alone use a parameter; other uses are added last.
 """
 
 from __future__ import annotations

@@ -39,8 +39,11 @@ def use(vendor: str, isa: str) -> None:
 
 @torch.compiler.assume_constant_result
 def _asked_for() -> bool:
-    """PyTorch's switch. A compiled function is compiled anew when it is turned: its state is part of its guards."""
-    return torch.get_float32_matmul_precision() != "highest"
+    """PyTorch's switch for CPUs, which ``torch.set_float32_matmul_precision`` turns with those of all others.
+
+    A compiled function is compiled anew when that is turned: its state is part of its guards.
+    """
+    return torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")
 
 
 def split(x: Tensor) -> bool:

@@ -317,7 +317,7 @@ def _power_for(sizes: Tensor, goal: int, most: int) -> Tensor:
 
 def dropout_threshold(p: float) -> int:
     """How many of the 65,536 values of a 16-bit draw drop an element: p to the nearest 1/65,536."""
-    return round(p * DROPOUT_LEVELS)
+    return round(float(p) * DROPOUT_LEVELS)
 
 
 def keep_mask(numel: int, threshold: int, seed: Tensor, offset: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -44,3 +45,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real annotation files at {folder}")
     return folder
+
+
+@pytest.fixture
+def switches() -> Iterator[None]:
+    """Sets PyTorch's switches for float32 products back afterwards, that of all backends and those of single ones."""
+    own = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before, of_each = torch.get_float32_matmul_precision(), [backend.fp32_precision for backend in own]
+    yield
+    torch.set_float32_matmul_precision(before)
+    for backend, precision in zip(own, of_each, strict=True):
+        backend.fp32_precision = precision

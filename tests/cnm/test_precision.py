@@ -52,6 +52,21 @@ def test_the_switch_is_turned_for_the_block_alone() -> None:
     assert compute_dtype(HIGH) is None
 
 
+@pytest.mark.usefixtures("switches")
+def test_switches_of_single_backends_are_left_alone() -> None:
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    with products_of("float32"):
+        pass
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    with products_of("bf16"):
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    with pytest.raises(InputError, match="precision high: an fp32_precision of"), products_of(HIGH):
+        pass
+
+
 @splits_here
 @pytest.mark.usefixtures("splitting")
 @pytest.mark.parametrize("make", [synthetic_config, cpl_config])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -123,3 +124,10 @@ def test_nothing_and_everything(backend: str, device: str, dtype: torch.dtype) -
 def test_a_dropped_infinity_is_zero(backend: str, device: str, dtype: torch.dtype) -> None:
     (dropped,) = run(OP, {"x": torch.full((64,), torch.inf, device=device), "p": 0.5, "seed": 1}, backend)
     assert set(dropped.tolist()) == {0.0, torch.inf}
+
+
+@on_every_float32
+def test_a_narrow_p_of_numpys(backend: str, device: str, dtype: torch.dtype) -> None:
+    x = torch.ones(64, dtype=dtype, device=device)
+    (expected,) = run(OP, {"x": x, "p": 0.5, "seed": 3}, backend)
+    assert torch.equal(run(OP, {"x": x, "p": np.float16(0.5), "seed": 3}, backend)[0], expected)

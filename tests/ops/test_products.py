@@ -252,6 +252,19 @@ def test_a_compiled_call_follows_the_switch(switch: Callable[[str], None]) -> No
     assert not torch.equal(found["highest"], found["high"])
 
 
+@pytest.mark.usefixtures("split", "switches")
+def test_the_switch_for_cpus_counts_alone() -> None:
+    """PyTorch's older question raises where one backend's switch is turned and the others' are not."""
+    x = torch.randn(2, 3)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert not products.split(x)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    assert products.split(x)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    assert not products.split(x)
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_the_operator_keeps_pytorchs_rules(split: bool) -> None:
     example = Example.drawn(6, 8, 5)
