@@ -28,10 +28,15 @@ class GraphedStep:
         self.seen: dict[tuple[torch.Size, ...], int] = {}
         self.graphs: dict[tuple[torch.Size, ...], tuple[Any, Batch, dict[str, Tensor]]] = {}
         self.pool: Any = None
+        self.stream: Any = None  # where steps warm up and are captured
         self.gave_up = False
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Trains on one batch on the GPU; see ``ModelStep``."""
+        """Trains on one batch on the model's GPU; see ``ModelStep``."""
+        with torch.cuda.device_of(next(self.step.model.parameters())):  # streams and captures are the current GPU's
+            return self._run(batch)
+
+    def _run(self, batch: Batch) -> dict[str, Tensor]:
         shapes = tuple(getattr(batch, field.name).shape for field in fields(batch))
         if self.gave_up:
             return self.step(batch)
@@ -44,7 +49,7 @@ class GraphedStep:
             except RuntimeError as error:
                 self.gave_up = True
                 reason = " ".join(str(error).split())[:200]
-                warnings.warn(f"training goes on without CUDA graphs: {reason}", stacklevel=2)
+                warnings.warn(f"training goes on without CUDA graphs: {reason}", stacklevel=3)
                 return self.step(batch)
         graph, inputs, metrics = self.graphs[shapes]
         for field in fields(batch):
@@ -55,7 +60,8 @@ class GraphedStep:
 
     def _on_side_stream(self, batch: Batch) -> dict[str, Tensor]:
         """Runs a step on another stream: capturing requires that of the steps before it."""
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        self.stream = self.stream or torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), self.stream
         side.wait_stream(current)
         with torch.cuda.stream(side):
             metrics = self.step(batch)
@@ -65,7 +71,7 @@ class GraphedStep:
     def _capture(self, batch: Batch) -> tuple[Any, Batch, dict[str, Tensor]]:
         inputs = Batch(**{field.name: getattr(batch, field.name).clone() for field in fields(batch)})
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             metrics = self.step.run(inputs)
         self.pool = graph.pool()
         return graph, inputs, metrics

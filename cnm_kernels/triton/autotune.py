@@ -119,13 +119,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     device = torch.cuda.get_device_name()
     path = configurations.tuned_path(device)
-    path.unlink(missing_ok=True)
-    configurations.tuned.cache_clear()
     found: dict[Key, Configuration] = {}
-    for name, keys, pair in calls("cuda"):
-        for key, call in zip(keys, pair, strict=True):
-            found[key], milliseconds = best(key, call, lambda call: float(do_bench(call)))
-            print(f"{name}, {key[0]}: {found[key]}, {1e3 * milliseconds:.1f} us", flush=True)
+    with configurations.tuning():
+        for name, keys, pair in calls("cuda"):
+            for key, call in zip(keys, pair, strict=True):
+                found[key], milliseconds = best(key, call, lambda call: float(do_bench(call)))
+                print(f"{name}, {key[0]}: {found[key]}, {1e3 * milliseconds:.1f} us", flush=True)
     write(path, found)
     configurations.tuned.cache_clear()
     print(f"Written: {path}")

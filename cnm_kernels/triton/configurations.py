@@ -13,6 +13,9 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,10 @@ class Configuration:
 
 # (kernel, bytes of an element) -> (largest size, configuration), in order of size. The size depends on the kernel: keys
 # times head dim in ``attention``, the head dim in ``attention_blocked``, the width of a hidden state in ``linear_nll``.
+# The sizes that ``autotune`` times are classes' largest: what fits a GPU at the largest size fits at the others.
 TABLE: dict[tuple[str, int], list[tuple[int, Configuration]]] = {
     ("attention", 2): [
+        (64 * 64, Configuration(64)),
         (128 * 64, Configuration(64)),
         (256 * 64, Configuration(32, num_stages=1)),
     ],
@@ -46,24 +51,31 @@ TABLE: dict[tuple[str, int], list[tuple[int, Configuration]]] = {
         (256 * 64, Configuration(16, num_warps=8, num_stages=1)),
     ],
     ("attention_backward", 4): [(64 * 32, Configuration(16, num_warps=8, num_stages=1))],
-    ("attention_blocked", 2): [(128, Configuration(64, 64))],
-    ("attention_blocked", 4): [(128, Configuration(16, 32, num_warps=8, num_stages=1))],
+    ("attention_blocked", 2): [(64, Configuration(64, 64)), (128, Configuration(64, 64))],
+    ("attention_blocked", 4): [
+        (64, Configuration(16, 32, num_warps=8, num_stages=1)),
+        (128, Configuration(16, 32, num_warps=8, num_stages=1)),
+    ],
     ("attention_blocked_backward", 2): [
         (64, Configuration(64, 32, num_warps=8, num_stages=1)),
         (128, Configuration(32, 32, num_warps=8, num_stages=1)),
     ],
-    ("attention_blocked_backward", 4): [(128, Configuration(16, 16, num_warps=8, num_stages=1))],
+    ("attention_blocked_backward", 4): [
+        (64, Configuration(16, 16, num_warps=8, num_stages=1)),
+        (128, Configuration(16, 16, num_warps=8, num_stages=1)),
+    ],
     ("linear_nll", 2): [(256, Configuration(64, 32, num_warps=8))],
-    ("linear_nll", 4): [(128, Configuration(16, 32, num_warps=8, num_stages=1))],
+    ("linear_nll", 4): [(256, Configuration(16, 32, num_warps=8, num_stages=1))],
     ("linear_nll_backward", 2): [
         (256, Configuration(32, 64, num_warps=8)),
         (512, Configuration(32, 32, num_warps=8)),
     ],
-    ("linear_nll_backward", 4): [(128, Configuration(16, 32, num_warps=8, num_stages=1))],
+    ("linear_nll_backward", 4): [(256, Configuration(16, 32, num_warps=8, num_stages=1))],
 }
 
 
 Key = tuple[str, int, int]  # kernel, bytes of an element, largest size of the class
+_tuning: ContextVar[bool] = ContextVar("cnm_kernels_tuning", default=False)
 
 
 def class_of(kernel: str, operand: Tensor, size: int) -> Key:
@@ -74,11 +86,26 @@ def class_of(kernel: str, operand: Tensor, size: int) -> Key:
 
 
 def configuration(kernel: str, operand: Tensor, size: int) -> Configuration:
-    """Returns the launch settings for such operands: those tuned for this GPU, or else those of the table."""
+    """Returns the launch settings for such operands: those tuned for this GPU, or else those of the table.
+
+    The last class's count for larger sizes too, but only the table's: tuned ones need not fit the GPU there.
+    """
     key = class_of(kernel, operand, size)
-    if operand.is_cuda and key in (found := tuned(torch.cuda.get_device_name(operand.device))):
-        return found[key]
+    if operand.is_cuda and size <= key[2] and not _tuning.get():
+        found = tuned(torch.cuda.get_device_name(operand.device))
+        if key in found:
+            return found[key]
     return dict(TABLE[key[:2]])[key[2]]
+
+
+@contextmanager
+def tuning() -> Iterator[None]:
+    """Within, the table alone counts: ``autotune`` times what it puts there, whatever it found before."""
+    token = _tuning.set(True)
+    try:
+        yield
+    finally:
+        _tuning.reset(token)
 
 
 def tuned_path(device_name: str) -> Path:

@@ -4,7 +4,8 @@ The forward keeps O = softmax(z) W; for any g the backward then has dh = g (O - 
 For dW the backward recomputes z of each tile of words: dz = g (softmax(z) - (1-e) 1_y - e/V), dW = dz^T h. Tokens that
 are padding or have no gradient are omitted (``packed_tokens`` lists the others). If too few tiles would leave a GPU
 idle, the words (in the backward the tokens) are split into parts, which a second kernel sums in a fixed order. max z
-and log sum exp(z - max) stay two numbers, since a large maximum would absorb the logarithm.
+and log sum exp(z - max) stay two numbers, since a large maximum would absorb the logarithm. W is rounded to the dtype
+of h for all of this alike: where O is nearly W[y], dh is what is left of them.
 """
 
 from __future__ import annotations
@@ -291,7 +292,7 @@ def forward(
     if M * L == 0:
         return nll.zero_(), accuracy.zero_(), stats, expected
     hidden, weight, bias, target, valid_lengths = (
-        tensor.contiguous() for tensor in (hidden, weight, bias, target, valid_lengths)
+        tensor.contiguous() for tensor in (hidden, weight.to(hidden.dtype), bias, target, valid_lengths)
     )
     chosen = configuration("linear_nll", hidden, D)
     BLOCK_T, BLOCK_V, BLOCK_D = chosen.rows, chosen.columns, block(D, MAX_BLOCK_D[hidden.element_size()])
@@ -339,7 +340,7 @@ def backward(
     if need_hidden and expected.numel() == 0:
         raise RuntimeError("linear_nll: hidden's gradient needs what a forward with keep_expected keeps")
     d_nll, hidden, weight, bias, target, valid_lengths = (
-        tensor.contiguous() for tensor in (d_nll, hidden, weight, bias, target, valid_lengths)
+        tensor.contiguous() for tensor in (d_nll, hidden, weight.to(hidden.dtype), bias, target, valid_lengths)
     )
     chosen = configuration("linear_nll_backward", hidden, D)
     BLOCK_T, BLOCK_V, BLOCK_D = chosen.rows, chosen.columns, block(D, MAX_BLOCK_D[hidden.element_size()])

@@ -316,7 +316,9 @@ void branched_attention_backward(const BranchedAttentionBackwardParams& p) {
     const Scratch delta(fits.possible ? 0 : n * heads * p.Lq * int64_t{sizeof(float)});
     const Scratch parts(need_weights && !fits.sees_all_heads ? n * heads * p.Lk * int64_t{sizeof(float)} : 0);
     float* const d_weight_parts = need_weights && !fits.sees_all_heads ? parts.as<float>() : nullptr;
-    const bool aligned = rows_aligned(p.dtype, p.d, {p.query, p.key, p.value, p.d_out, p.d_query, p.d_key, p.d_value});
+    const Heads branches{p.d_out.data, p.branches.out, 0, 0};
+    const bool aligned =
+        rows_aligned(p.dtype, p.d, {p.query, p.key, p.value, p.d_out, branches, p.d_query, p.d_key, p.d_value});
     const int64_t rows = ceil_div(p.Lq, TILE), keys = ceil_div(p.Lk, TILE);
     if (fits.possible) {
         attention_backward_short(p, fits.sees_all_heads, d_weight_parts);

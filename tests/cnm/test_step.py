@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +186,64 @@ def test_a_graph_that_cannot_be_captured_is_done_without(monkeypatch: pytest.Mon
     graphed(batch)
     assert len(attempts) == 1
     assert graphed.step.num_updates == WARM_UP_STEPS + 2
+
+
+class SeveralGPUs:
+    """Stands in for ``torch.cuda``, of whose GPUs 0 is current unless told otherwise, as streams are its."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = 0
+        for name in ("device_of", "Stream", "current_stream", "stream", "graph", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    @contextmanager
+    def _on(self, gpu: int) -> Iterator[None]:
+        before, self.current = self.current, gpu
+        yield
+        self.current = before
+
+    def device_of(self, tensor: torch.Tensor) -> AbstractContextManager[None]:
+        return self._on(tensor.get_device())
+
+    def Stream(self) -> SimpleNamespace:
+        return SimpleNamespace(gpu=self.current, wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    def stream(self, stream: SimpleNamespace) -> AbstractContextManager[None]:
+        return self._on(stream.gpu)
+
+    def graph(self, graph: object, pool: object, stream: SimpleNamespace | None = None) -> AbstractContextManager[None]:
+        return self._on(0 if stream is None else stream.gpu)  # PyTorch captures on one stream, which it made first
+
+    def CUDAGraph(self) -> SimpleNamespace:
+        return SimpleNamespace(pool=lambda: None, replay=lambda: None)
+
+
+def test_a_step_is_captured_on_its_models_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current one, whose graph would be empty."""
+    gpus = SeveralGPUs(monkeypatch)
+    with FakeTensorMode():
+        parameter = torch.empty(1, device="cuda:1")
+    seen = []
+
+    class Step:
+        model = SimpleNamespace(parameters=lambda: iter([parameter]))
+
+        def run(self, batch: Batch) -> dict[str, torch.Tensor]:
+            seen.append(gpus.current)
+            return {}
+
+        __call__ = run
+
+        def advance(self) -> None:
+            pass
+
+    graphed = GraphedStep(Step())
+    for _ in range(WARM_UP_STEPS + 2):
+        graphed(one_word_batch("cpu"))
+    assert seen == [1] * (WARM_UP_STEPS + 1)
+    assert gpus.current == 0
 
 
 @pytest.mark.gpu

@@ -49,6 +49,26 @@ def test_a_float32_bias_is_not_rounded(backend: str, device: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("backend", "device", "dtype"), targets(OP, [torch.bfloat16, torch.float16]))
+def test_a_float32_weight_is_rounded_once(backend: str, device: str, dtype: torch.dtype, smoothing: float) -> None:
+    """Tokens that are sure of their word have a gradient only as large as what products with W, W[y] and the mean of W
+    leave of each other: nothing of it is right if they round W differently."""
+    draw = Draw("confident", torch.float32, device)
+    weight, bias, target = draw.normal(48, 64), torch.zeros(48, device=device), draw.integers(48, 4, 4)
+    hidden, lengths = (0.2 * weight[target]).to(dtype), torch.full((4,), 4, device=device)
+
+    def gradient_of(which: str, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        leaf, bias_there = hidden.clone().requires_grad_(), bias.to(weight.dtype)
+        with cnm_kernels.use_backend(which):
+            nll = cnm_kernels.linear_nll(leaf, weight, bias_there, target, lengths, label_smoothing=smoothing)
+        return torch.autograd.grad(nll.sum(), leaf)[0].double()
+
+    exact = gradient_of("torch", hidden.double(), weight.to(dtype).double())
+    found = gradient_of(backend, hidden, weight)
+    assert (found - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @on_every_float32
 def test_a_likely_word_hides_no_others(backend: str, device: str, dtype: torch.dtype, smoothing: float) -> None:
     """8,000 words of probability 5e-8 each are nearly all of the loss, and the gradient, of one of nearly 1."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from op_records.linear_nll import vocabulary
 from op_records.weighted_attention import ATTENTION_SHAPES
 from samples import sample, with_slow
 from step_checks import assert_trains_as_torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cnm_kernels
 from cnm.training.step import STEPS
@@ -151,6 +155,74 @@ def test_tuning_keeps_the_fastest_that_runs(tmp_path, monkeypatch: pytest.Monkey
     with pytest.warns(RuntimeWarning, match="no table of configurations"):
         assert configurations.tuned("A GPU") == {}
     configurations.tuned.cache_clear()
+
+
+def test_classes_are_tuned_at_their_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a smaller one a configuration may be found that asks for too much shared memory at the largest."""
+    autotune = importlib.import_module("cnm_kernels.triton.autotune")
+    classes, sizes = autotune.configurations.class_of, set()
+
+    def seen(kernel: str, operand: torch.Tensor, size: int) -> tuple[str, int, int]:
+        sizes.add((kernel, operand.element_size(), size))
+        return classes(kernel, operand, size)
+
+    monkeypatch.setattr(autotune.configurations, "class_of", seen)
+    attention, linear_nll = (importlib.import_module(f"cnm_kernels.triton.{op}") for op in ("attention", "linear_nll"))
+    monkeypatch.setattr(attention, "forward", lambda *_: [None] * 3)
+    monkeypatch.setattr(linear_nll, "forward", lambda *_: [None] * 4)
+    for most in (99 << 10, 227 << 10):
+        monkeypatch.setattr(attention, "shared_memory", lambda _, most=most: most)
+        sizes.clear()
+        assert {key for _, keys, _ in autotune.calls("meta") for key in keys} == sizes
+
+
+@pytest.fixture
+def tuned_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[torch.Tensor, Any]]:
+    """A tensor of a GPU that is tuned for hidden states of up to 256 float32, and the configuration found."""
+    autotune = importlib.import_module("cnm_kernels.triton.autotune")
+    tuned, found = autotune.configurations.tuned, autotune.Configuration(128, 128, num_stages=3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    autotune.write(autotune.configurations.tuned_path("A GPU"), {("linear_nll", 4, 256): found})
+    tuned.cache_clear()
+    with FakeTensorMode():
+        tensor = torch.empty(1, device="cuda")
+    yield tensor, found
+    tuned.cache_clear()
+
+
+def test_what_was_tuned_serves_no_larger_size(tuned_gpu: tuple[torch.Tensor, Any]) -> None:
+    configurations = importlib.import_module("cnm_kernels.triton.configurations")
+    tensor, tuned = tuned_gpu
+    found = [configurations.configuration("linear_nll", tensor, size) for size in (200, 256, 257, 512)]
+    of_table = configurations.TABLE["linear_nll", 4][-1][1]
+    assert found == [tuned, tuned, of_table, of_table]
+
+
+def test_an_interrupted_tuning_leaves_the_last_one(
+    tuned_gpu: tuple[torch.Tensor, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which it does not use itself: what is timed is the candidate."""
+    autotune = importlib.import_module("cnm_kernels.triton.autotune")
+    configuration, timed = autotune.configurations.configuration, []
+    tensor, tuned = tuned_gpu
+    path = autotune.configurations.tuned_path("A GPU")
+    before = path.read_text()
+
+    def call() -> None:
+        timed.append(configuration("linear_nll", tensor, 256))
+        if len(timed) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(autotune, "calls", lambda _: iter([("loss", (("linear_nll", 4, 256),), (call,))]))
+    monkeypatch.setattr("triton.testing.do_bench", lambda call: call() or 1.0)
+    with pytest.raises(KeyboardInterrupt):
+        autotune.main([])
+    assert len(set(timed)) == 3
+    assert tuned not in timed
+    assert path.read_text() == before
+    assert configuration("linear_nll", tensor, 256) == tuned
 
 
 @pytest.mark.slow
