@@ -188,7 +188,12 @@ class VideoFile:
         return center_square(*_as_shown(image, aspect, frame.side_data.get("DISPLAYMATRIX")), size)
 
     def _check_size(self, width: int, height: int) -> None:
-        if not 0 < width * height <= MAX_PIXELS:
+        if width * height == 0:
+            raise InputError(
+                f"{self.path}: its pictures' size cannot be read (FFmpeg reads no animated WebP, or it is broken); "
+                f"convert it to an .mp4 or a .gif"
+            )
+        if width * height > MAX_PIXELS:
             raise InputError(
                 f"{self.path}: frames are {width} x {height} pixels, {MAX_PIXELS} pixels are the most; scale it down "
                 f"first"

@@ -253,6 +253,18 @@ def test_files_without_pictures(tmp_path: Path) -> None:
         assert str(tmp_path / name) in str(error.value)
 
 
+def test_an_animated_webp_is_not_called_too_large(tmp_path: Path) -> None:
+    import av
+
+    pictures = [Image.new("RGB", (8, 8), (red, 0, 0)) for red in (0, 100, 200)]
+    pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:])
+    with av.open(str(tmp_path / "a.webp")) as container:
+        if container.streams.video[0].width:
+            pytest.skip("this FFmpeg reads animated WebP")
+    with pytest.raises(InputError, match=r"a\.webp: its pictures' size cannot be read \(FFmpeg reads no animated WebP"):
+        VideoFile(tmp_path / "a.webp")
+
+
 def test_a_video_without_frames(tmp_path: Path) -> None:
     import av
 
