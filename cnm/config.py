@@ -126,6 +126,8 @@ class DatasetConfig(_Section):
             for name in ("feature_path", "vocab_path", "train_data"):
                 if not getattr(self, name):
                     raise ValueError(f"{name} is needed for dataset {self.dataset}")
+            if isinstance(self.feature_path, list) and "" in self.feature_path:  # it would be the working directory
+                raise ValueError("feature_path holds an empty path; name a file or a folder, or remove it")
         return self
 
 

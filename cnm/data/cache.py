@@ -37,13 +37,17 @@ def default_folder() -> Path:
 
 
 def identity(path: str | Path) -> dict[str, Any]:
-    """Identifies a version of a file: its path, size and time of change."""
+    """Identifies a version of a file: its path, its size, and the times when its content and its status changed.
+
+    Tools can set the first time, so archives and copies give it to other content of the same size; nobody can set the
+    second. It moves without a change of content too (new permissions, hard links), which costs a needless rebuild.
+    """
     try:
         resolved = Path(path).resolve(strict=True)
         status = resolved.stat()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    return {"path": str(resolved), "bytes": status.st_size, "changed": status.st_mtime_ns}
+    return {"path": str(resolved), "bytes": status.st_size, "changed": [status.st_mtime_ns, status.st_ctime_ns]}
 
 
 def content_hash(path: str | Path) -> str:

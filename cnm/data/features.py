@@ -100,7 +100,7 @@ class FeatureFile:
             InputError: the video is missing, has another shape or width, holds NaN or infinity, or cannot be read.
         """
         dataset = self._dataset(video, frame_dim)
-        with self._readable(video):
+        with self._readable(video), np.errstate(over="ignore"):  # overflow gives infinity, which is refused below
             frames = dataset[()].astype(np.float32, copy=False)
         if not np.isfinite(frames).all():
             raise InputError(f"{self.path}: the features of video {video!r} hold NaN or infinity; extract them again")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnm.data.annotations import Sample
-from cnm.data.tagging import tagger_name
+from cnm.data.tagging import tagger_name, tokenizer_name
 
 VIDEOS = 128  # at most, evenly over the split, whose features are compared
 TOLERANCE = 0.02  # of a number's typical size: processors round pooled features differently, and bfloat16 by 2^-9
@@ -61,7 +61,10 @@ def difference(wanted: dict[str, Any], found: dict[str, Any]) -> str | None:
             f"averaged_perceptron_tagger_eng is installed, function-words where it is not)"
         )
     if wanted["words"] != found["words"]:
-        return "other words of its sentences"
+        return (
+            f"other words of its sentences (another vocabulary, or another version of nltk than {tokenizer_name()}, "
+            f"may be the reason)"
+        )
     if len(wanted["features"]) != len(found["features"]):
         return "other features"
     apart = np.abs(np.array(wanted["features"]) - np.array(found["features"])).max(initial=0)

@@ -23,7 +23,7 @@ from cnm.data.feature_sources import open_features
 from cnm.data.features import pool
 from cnm.data.fingerprint import fingerprint, places
 from cnm.data.origin import Origin
-from cnm.data.tagging import tagger_name
+from cnm.data.tagging import tagger_name, tokenizer_name
 from cnm.data.vocabulary import Vocabulary
 from cnm.errors import InputError
 from cnm.masking import mask_weights
@@ -252,6 +252,7 @@ def _cached_encoding(
         "sentences": hashlib.sha256(sentences).hexdigest(),  # tables beside the file may leave some of them out
         "words": hashlib.sha256(words).hexdigest(),  # a checkpoint's own, where the file is not there
         "max_num_words": config.max_num_words,
+        "tokenizer": tokenizer_name(),
         "tagger": tagger_name(),
     }
     folder = cache.build_once(_folder(config), made_from, build)

@@ -43,6 +43,11 @@ def _tokens(sentence: str) -> list[str]:
     return [token for part in INNER_STOP.split(sentence) for token in word_tokenize(part, preserve_line=True)]
 
 
+def tokenizer_name() -> str:
+    """Returns nltk's name and version: its versions cut some sentences otherwise, such as those with ``'the``."""
+    return f"nltk {nltk.__version__}"
+
+
 @cache
 def tagger_name() -> str:
     """Returns ``nltk`` if its tagger's data is installed, otherwise ``function-words``, the built-in list."""

@@ -94,8 +94,8 @@ class VideoFile:
     def images(self, size: int, *, stride: int | None = None, rate: float | None = None) -> Iterator[np.ndarray]:
         """Yields the pictures at the times 0, p, 2p, ... of the video: [size, size, 3] uint8 each, RGB.
 
-        Scales the short side to ``size`` (bicubic), crops the center, and turns and mirrors as the file declares. Uses
-        the frames' time stamps, so that pictures are equally spaced even if the frame rate varies.
+        Scales the short side to ``size`` (bicubic), crops the center, and turns, mirrors and widens pixels as the file
+        declares. Uses the frames' time stamps, so that pictures are equally spaced even if the frame rate varies.
 
         Args:
             stride: p is the time of this many frames at the average rate; exact if the rate is constant.
@@ -184,10 +184,16 @@ class VideoFile:
         self._check_size(frame.width, frame.height)
         with self._readable():
             image = frame.to_image()
-        return center_square(_as_shown(image, frame.side_data.get("DISPLAYMATRIX")), size)
+        aspect = self._stream.sample_aspect_ratio or Fraction(1)
+        return center_square(*_as_shown(image, aspect, frame.side_data.get("DISPLAYMATRIX")), size)
 
     def _check_size(self, width: int, height: int) -> None:
-        if not 0 < width * height <= MAX_PIXELS:
+        if width * height == 0:
+            raise InputError(
+                f"{self.path}: its pictures' size cannot be read (FFmpeg reads no animated WebP, or it is broken); "
+                f"convert it to an .mp4 or a .gif"
+            )
+        if width * height > MAX_PIXELS:
             raise InputError(
                 f"{self.path}: frames are {width} x {height} pixels, {MAX_PIXELS} pixels are the most; scale it down "
                 f"first"
@@ -202,25 +208,31 @@ class VideoFile:
             raise InputError(f"{self.path}: is not a readable video ({reason}); fetch it again") from None
 
 
-def _as_shown(image: Image.Image, matrix: Any) -> Image.Image:
-    """Turns by a multiple of 90 degrees, and mirrors, as a display matrix says: x' = a x + c y, y' = b x + d y."""
+def _as_shown(image: Image.Image, aspect: Fraction, matrix: Any) -> tuple[Image.Image, Fraction]:
+    """Turns by a multiple of 90 degrees, and mirrors, as a display matrix says: x' = a x + c y, y' = b x + d y.
+
+    ``aspect``, a pixel's width by its height, is that of the stored pixels; the returned one that of the turned.
+    """
     if matrix is None:
-        return image
+        return image, aspect
     a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
     if a * d < b * c:
         image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     turn = round(math.degrees(math.atan2(-b, a)) / 90) % 4  # counterclockwise
-    return image.transpose(TURNS[turn]) if turn else image
+    return image.transpose(TURNS[turn]) if turn else image, 1 / aspect if turn % 2 else aspect
 
 
-def center_square(image: Image.Image, size: int) -> np.ndarray:
+def center_square(image: Image.Image, aspect: Fraction, size: int) -> np.ndarray:
     """Scales the short side to ``size`` and crops the center: [size, size, 3] uint8.
 
     Gives the same pixels as first scaling the whole picture, which needs much memory for long narrow pictures.
+
+    Args:
+        aspect: width of a pixel by its height; the picture is as wide as its pixels together.
     """
     width, height = image.size
-    short = min(width, height)
-    scaled = [size * side // short for side in (width, height)]
+    shown = (width * aspect, Fraction(height))
+    scaled = [size * side // min(shown) for side in shown]
     offset = [round((side - size) / 2) for side in scaled]
     left, top = (place * side / whole for place, side, whole in zip(offset, (width, height), scaled, strict=True))
     box = (left, top, left + size * width / scaled[0], top + size * height / scaled[1])

@@ -142,20 +142,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _load_weights(module: nn.Module, weights: Path, *, classifier: bool = False) -> None:
-    """Gives a network all its parameters from a file; with ``classifier`` the file may hold more than the network has.
+def _load_weights(module: nn.Module, weights: Path, *, classifier: Sequence[str] = ()) -> None:
+    """Gives a network all its parameters from a file.
+
+    Args:
+        classifier: names of the modules that classify features, which the file may hold and the network does not.
 
     Raises:
-        InputError: the file cannot be read, or lacks a parameter or holds one of another shape.
+        InputError: the file cannot be read, lacks a parameter, holds one of another shape, or one too many.
     """
+    heads = {name.partition(".")[0] for name in classifier}
     try:
-        lacking = module.load_state_dict(read_weights(weights), strict=not classifier).missing_keys
+        lacking, more = module.load_state_dict(read_weights(weights), strict=not heads)
     except RuntimeError as error:
         raise InputError(f"{weights}: its parameters do not fit ({' '.join(str(error).split())[:200]})") from None
-    if lacking:
-        raise InputError(
-            f"{weights}: its parameters do not fit (no {lacking[0]!r}); take the weights of this very model"
-        )
+    more = [name for name in more if name.partition(".")[0] not in heads]
+    if lacking or more:
+        reason = f"no {lacking[0]!r}" if lacking else f"{more[0]!r} is one too many"
+        raise InputError(f"{weights}: its parameters do not fit ({reason}); take the weights of this very model")
 
 
 def _clip_vit_b32(_: str, weights: Path | None) -> Network:
@@ -213,13 +217,14 @@ def _timm(name: str, weights: Path | None) -> Network:
     timm = _module("timm", f"timm/{name}", "timm torchvision")
     try:
         module = timm.create_model(name, pretrained=weights is None, num_classes=0)
+        settings = module.pretrained_cfg
         if weights is not None:
-            _load_weights(module, weights, classifier=True)
+            classifier = settings.get("classifier") or ()
+            _load_weights(module, weights, classifier=[classifier] if isinstance(classifier, str) else classifier)
     except InputError:
         raise
     except Exception as error:
         raise _not_loaded(f"timm/{name}", f"https://huggingface.co/timm/{name}", error) from None
-    settings = module.pretrained_cfg
     return Network(module, settings["input_size"][-1], (settings["mean"], settings["std"]))
 
 

@@ -103,7 +103,8 @@ def extract(
 ) -> Extracted:
     """Writes the features of videos, under the videos' names, to an HDF5 file or a folder with a .npy per video.
 
-    Skips videos that are in the output already, and lists those that cannot be read. Writes the record
+    Skips videos that are in the output already, whichever version of this package read them (see CHANGELOG.md for what
+    versions read differently), and lists those that cannot be read. Writes the record
     ``<output>.json``: encoder, checksum of its weights, stride or rate, and each video's duration, frames and clips.
 
     Raises:

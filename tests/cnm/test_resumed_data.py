@@ -97,3 +97,12 @@ def test_another_choice_of_content_words_is_refused(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(f"cnm.data.{module}.tagger_name", lambda: "a third")
     with pytest.raises(InputError, match="the train split has content words chosen by a third, not"):
         resume(tmp_path / "run")
+
+
+def test_words_that_another_version_of_nltk_cut_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CNMConfig.from_json(write_files(tmp_path))
+    start(config, tmp_path / "run").train()
+    monkeypatch.setattr("cnm.data.tagging.word_tokenize", lambda text, preserve_line: text.split()[1:])
+    monkeypatch.setattr("nltk.__version__", "0.1")
+    with pytest.raises(InputError, match=r"split has other words of its sentences \(.*version of nltk than nltk 0\.1,"):
+        resume(tmp_path / "run")

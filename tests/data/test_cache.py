@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,23 @@ def test_a_changed_input_or_setting_is_seen(tmp_path: Path) -> None:
     annotations.write_text(annotations.read_text().replace("door", "window"))
     words = open_split(config.dataset, "train").batch([0]).word_ids
     assert open_split(config.dataset, "train").vocabulary.words[int(words[0, 4])] == "window"
+
+
+def test_another_file_of_the_same_size_and_time_is_seen(tmp_path: Path) -> None:
+    """As an archive with normalised times unpacks it, or `cp -p` and `rsync -t` put it in place."""
+    config = CNMConfig.from_json(write_files(tmp_path))
+    path = Path(str(config.dataset.feature_path))
+    before, status = frames(config), path.stat()
+
+    import h5py
+
+    time.sleep(0.02)  # file systems count time in steps of some milliseconds
+    with h5py.File(path, "r+") as file:
+        for video in file:
+            file[video][...] += 1
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    np.testing.assert_allclose(frames(config), before + 1, rtol=1e-4, atol=1e-5)
 
 
 def test_two_processes_build_it_at_once(tmp_path: Path) -> None:

@@ -180,6 +180,10 @@ def test_wrong_patterns_and_lists_are_refused(tmp_path: Path) -> None:
         changed = content | {"dataset": content["dataset"] | {key: value}}
         with pytest.raises(InputError, match=f"dataset.{key}"):
             CNMConfig.from_json(changed)
+    for paths in ([""], [content["dataset"]["feature_path"], ""]):
+        changed = content | {"dataset": content["dataset"] | {"feature_path": paths}}
+        with pytest.raises(InputError, match=r"^config: dataset: feature_path holds an empty path; name a file"):
+            CNMConfig.from_json(changed)
 
 
 def test_a_real_file(shared_data: Path) -> None:

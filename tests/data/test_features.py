@@ -51,8 +51,10 @@ def test_both_published_layouts(tmp_path: Path) -> None:
         (np.zeros((0, 3)), "not numbers [frames, width]"),
         (np.array([[1, np.nan, 3]]), "hold NaN or infinity"),
         (np.array([[1, np.inf, 3]]), "hold NaN or infinity"),
+        (np.array([[1, 1e300, 3]]), "hold NaN or infinity"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_bad_features_are_named(tmp_path: Path, frames: np.ndarray, message: str) -> None:
     path = write(tmp_path / "f.hdf5", video=frames)
     with FeatureFile(path) as file, pytest.raises(InputError, match=re.escape(message)) as caught:

@@ -41,13 +41,17 @@ def write_pictures(
     rate: int = 10,
     times: Sequence[float] | None = None,
     sound: int = 0,
+    aspect: Fraction | None = None,
 ) -> Path:
+    """A video of these pictures; ``aspect``: width of a pixel by its height, where the file declares one."""
     import av
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1" if path.suffix == ".mkv" else "mpeg4", rate=rate)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "bgr0" if path.suffix == ".mkv" else "yuv420p"
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         if times is not None:
             stream.codec_context.time_base = MILLISECOND
         if sound:

@@ -176,6 +176,24 @@ def test_a_picture_is_shown_as_the_matrix_says(
         assert np.abs(image[16 + 8 * y, 16 + 8 * x] - colour).max() < 40
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "turned.mp4"])
+@pytest.mark.parametrize("aspect", [Fraction(2), Fraction(1, 2), Fraction(1)])
+def test_pixels_that_are_not_square_are_shown_so(tmp_path: Path, name: str, aspect: Fraction) -> None:
+    """Pixels twice as wide as high: of a square of them the outer quarters at the left and right are cropped away."""
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:, :16], picture[:, 48:], picture[:16, 16:48] = (255, 0, 0), (255, 0, 0), (0, 0, 255)
+    path = write_pictures(tmp_path / name, [picture] * 3, aspect=aspect)
+    if "turned" in name:
+        turn_clockwise(path)
+    with VideoFile(path) as video:
+        image = next(video.images(32, stride=1)).astype(int)
+    if "turned" in name:
+        image = np.rot90(image)
+    red, blue = ((image[..., channel] > 128).mean() for channel in (0, 2))
+    wanted = {Fraction(2): (0, 1 / 4), Fraction(1, 2): (1 / 2, 0), Fraction(1): (1 / 2, 1 / 8)}[aspect]
+    assert (red, blue) == pytest.approx(wanted, abs=0.04)
+
+
 def test_real_clips_have_their_frames() -> None:
     clips = real_clips()
     if not clips:
@@ -195,15 +213,16 @@ def test_the_real_video_has_its_frames(shared_data: Path) -> None:
         assert (video.frames, round(video.duration, 1)) == (460, 30.7)
 
 
+@pytest.mark.parametrize("aspect", [Fraction(1), Fraction(64, 45), Fraction(1, 3)])
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48), (33, 97), (10, 10), (500, 40)])
-def test_the_center_is_that_of_the_scaled_picture(shape: tuple[int, int]) -> None:
+def test_the_center_is_that_of_the_scaled_picture(shape: tuple[int, int], aspect: Fraction) -> None:
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
-    short = min(picture.size)
-    scaled = picture.resize((32 * picture.width // short, 32 * picture.height // short), Image.Resampling.BICUBIC)
+    shown = (picture.width * aspect, picture.height)
+    scaled = picture.resize([int(32 * side // min(shown)) for side in shown], Image.Resampling.BICUBIC)
     left, top = (round((side - 32) / 2) for side in scaled.size)
     expected = np.asarray(scaled.crop((left, top, left + 32, top + 32))).astype(int)
-    assert np.abs(center_square(picture, 32).astype(int) - expected).max() <= 1
+    assert np.abs(center_square(picture, aspect, 32).astype(int) - expected).max() <= 1
 
 
 def test_tiny_and_long_pictures(tmp_path: Path) -> None:
@@ -232,6 +251,18 @@ def test_files_without_pictures(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message) as error:
             VideoFile(tmp_path / name)
         assert str(tmp_path / name) in str(error.value)
+
+
+def test_an_animated_webp_is_not_called_too_large(tmp_path: Path) -> None:
+    import av
+
+    pictures = [Image.new("RGB", (8, 8), (red, 0, 0)) for red in (0, 100, 200)]
+    pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:])
+    with av.open(str(tmp_path / "a.webp")) as container:
+        if container.streams.video[0].width:
+            pytest.skip("this FFmpeg reads animated WebP")
+    with pytest.raises(InputError, match=r"a\.webp: its pictures' size cannot be read \(FFmpeg reads no animated WebP"):
+        VideoFile(tmp_path / "a.webp")
 
 
 def test_a_video_without_frames(tmp_path: Path) -> None:

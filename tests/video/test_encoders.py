@@ -163,11 +163,48 @@ def test_what_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPat
         Encoder(name)
 
 
+def put_in_timms_place(monkeypatch: pytest.MonkeyPatch, classifier: str | tuple[str, ...] | None) -> None:
+    """A package whose one network, ``net``, has a weight and a bias; ``classifier``: as its configuration calls it."""
+
+    class Network(nn.Linear):
+        pretrained_cfg: ClassVar[dict[str, Any]] = {
+            "input_size": (3, 8, 8),
+            "mean": (0, 0, 0),
+            "std": (1, 1, 1),
+            "classifier": classifier,
+        }
+
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.mean((2, 3)))
+
+    timm = SimpleNamespace(create_model=lambda name, pretrained, num_classes: Network(3, 4))
+    monkeypatch.setitem(sys.modules, "timm", timm)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("classifier", "fits"), [("head", True), (("fc", "head.l"), True), ("fc", False), (None, False)]
+)
+def test_the_classifier_is_what_the_configuration_calls_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: str | tuple[str, ...] | None, fits: bool
+) -> None:
+    put_in_timms_place(monkeypatch, classifier)
+    weights = {"weight": torch.ones(4, 3), "bias": torch.zeros(4), "head.weight": torch.ones(5, 4)}
+    torch.save(weights, tmp_path / "a.pt")
+    if fits:
+        assert Encoder("timm/net", weights=tmp_path / "a.pt").width == 4
+        return
+    with pytest.raises(InputError, match=r"a\.pt: its parameters do not fit .*head\.weight"):
+        Encoder("timm/net", weights=tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize(
     ("change", "refused"),
     [
         (lambda state: state, None),
         (lambda state: state | {"head.weight": torch.ones(5, 4)}, None),  # the classifier, which is left out
+        (lambda state: state | {"head.fc.weight": torch.ones(5, 4), "head_dist.bias": torch.ones(5)}, None),
+        (lambda state: state | {"layers.2.weight": torch.ones(5, 4)}, "'layers.2.weight' is one too many"),
+        (lambda state: state | {"header.weight": torch.ones(5, 4)}, "'header.weight' is one too many"),
         (lambda state: {f"module.{name}": value for name, value in state.items()}, "no 'weight'"),
         (lambda state: {"weight": state["weight"]}, "no 'bias'"),
         (lambda state: state | {"weight": torch.ones(4, 2)}, "size mismatch"),
@@ -177,15 +214,7 @@ def test_weights_of_another_model_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, refused: str | None
 ) -> None:
     """With a package in timm's place: its networks are made without a classifier, whose weights the file may hold."""
-
-    class Network(nn.Linear):
-        pretrained_cfg: ClassVar[dict[str, Any]] = {"input_size": (3, 8, 8), "mean": (0, 0, 0), "std": (1, 1, 1)}
-
-        def forward(self, images: Tensor) -> Tensor:
-            return super().forward(images.mean((2, 3)))
-
-    timm = SimpleNamespace(create_model=lambda name, pretrained, num_classes: Network(3, 4))
-    monkeypatch.setitem(sys.modules, "timm", timm)  # type: ignore[arg-type]
+    put_in_timms_place(monkeypatch, ("head.fc", "head_dist"))
     torch.save(change({"weight": torch.ones(4, 3), "bias": torch.zeros(4)}), tmp_path / "a.pt")
     if refused is None:
         assert Encoder("timm/net", weights=tmp_path / "a.pt").width == 4
