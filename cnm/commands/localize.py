@@ -67,6 +67,10 @@ def localize(
         raise InputError("give either --features or --video, not both")
     if video is not None and duration is not None:
         raise InputError("--duration: a --video has its own; leave it out")
+    of_videos = {"--encoder": encoder, "--weights": weights, "--stride": stride, "--rate": rate}
+    for name, value in of_videos.items():
+        if features is not None and value is not None:
+            raise InputError(f"{name}: says how a --video becomes features; leave it out with --features")
     if duration is not None and not 0 < duration <= LONGEST_SECONDS:
         raise InputError(f"--duration: must be more than 0 seconds and at most {LONGEST_SECONDS:g}, got {duration:g}")
     localizer = Localizer.from_checkpoint(checkpoint_path, chosen_device(device), vocab=vocab)
