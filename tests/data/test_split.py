@@ -6,6 +6,7 @@ import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -14,7 +15,16 @@ import torch
 from small_runs import SENTENCES, synthetic_config, write_files
 
 from cnm.config import CNMConfig
-from cnm.data import BatchLoader, Split, load_vocabulary, open_split, plant, read_annotations, vocabulary_files
+from cnm.data import (
+    BatchLoader,
+    Split,
+    Vocabulary,
+    load_vocabulary,
+    open_split,
+    plant,
+    read_annotations,
+    vocabulary_files,
+)
 from cnm.data.synthetic import GAP, MIN_LENGTH
 from cnm.errors import InputError
 
@@ -202,10 +212,32 @@ def test_a_plant_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         plant([tmp_path / "train.json"], vocabulary, tmp_path / "file" / "f.hdf5", frame_dim=8)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"signal": float("inf")},
+        {"signal": 1e39},
+        {"signal": float("nan")},
+        {"signal": -1.0},
+        {"frames_per_second": float("inf")},
+        {"frames_per_second": 0.0},
+        {"frame_dim": 0},
+        {"frame_dim": 2**16 + 1},
+    ],
+)
+def test_numbers_that_nothing_can_be_planted_with(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([["v", 10, [1, 2], "dog"]]))
+    vocabulary = Vocabulary(["<pad>", "dog"], np.ones((2, 2), np.float32))
+    with pytest.raises(InputError, match=f"^{next(iter(wrong))}: must be "):
+        plant([tmp_path / "a.json"], vocabulary, tmp_path / "f.hdf5", **({"frame_dim": 2} | wrong))
+    assert not (tmp_path / "f.hdf5").exists()
+    plant([tmp_path / "a.json"], vocabulary, tmp_path / "f.hdf5", frame_dim=2, signal=1e6)
+    with h5py.File(tmp_path / "f.hdf5") as file:
+        assert np.isfinite(file["v"][()]).all()
+
+
 def test_real_charades_sentences(shared_data: Path, tmp_path: Path) -> None:
     """Every sentence holds known words, and none is longer than published."""
-    from cnm.data import Vocabulary
-
     vocabulary = Vocabulary.from_pickle(shared_data / "charades" / "glove.pkl", 1111, 300)
     lengths = [
         len(vocabulary.encode(sample.sentence, 20).ids)
