@@ -117,6 +117,7 @@ def evaluate_command(
         dtype=dtype or torch.float32,
         stored=stored,
         origin=Origin.from_record(checkpoint.load(checkpoint_path).get("features")),
+        keep_wordless=True,
     )
     check_vocabulary(model, data.vocabulary, stored)
     if not data.scored and predictions is None:

@@ -164,12 +164,14 @@ def open_split(
     dtype: torch.dtype = torch.float32,
     stored: Vocabulary | None = None,
     origin: Origin | None = None,
+    keep_wordless: bool = False,
 ) -> Split:
     """Reads a split. The first time it tokenizes sentences and pools features; later it reads both from the cache.
 
     Args:
         config: the dataset section.
         split: ``train`` omits sentences without a known word; other splits keep and count them.
+        keep_wordless: keep them in ``train`` too, to predict every sentence of the file.
         progress: show a bar while features are pooled.
         dtype: of the pooled features, float32 or bfloat16. A model that computes in bfloat16 rounds them anyway, and
             half the bytes take half the time in the cache, in the loader and to the GPU.
@@ -205,9 +207,10 @@ def open_split(
     wordless = encoded[2] == 0
     if wordless.any():
         first = samples[int(np.argmax(wordless))].sentence
-        does = "skipped" if split == "train" else "localized all the same"
+        skipped = split == "train" and not keep_wordless
+        does = "skipped" if skipped else "localized all the same"
         notes.append(f"{split}: {int(wordless.sum())} sentences hold no known word (first: {first!r}); {does}")
-        if split == "train":
+        if skipped:
             keep = np.flatnonzero(~wordless)
             # The row in the file identifies a sentence without a qid.
             samples = [replace(samples[i], qid=i if samples[i].qid is None else samples[i].qid) for i in keep.tolist()]

@@ -156,7 +156,8 @@ def test_sentences_without_a_known_word(tmp_path: Path) -> None:
         rows[1][3] = "zebras gallop"
         path.write_text(json.dumps(rows))
     train, test = (open_split(config.dataset, name) for name in ("train", "test"))  # type: ignore[arg-type]
-    assert len(train) == 9
+    assert [sample.qid for sample in train.samples] == [0, *range(2, 10)]
+    assert len(open_split(config.dataset, "train", keep_wordless=True)) == 10
     assert train.notes == ["train: 1 sentences hold no known word (first: 'zebras gallop'); skipped"]
     assert len(test) == 10
     assert "localized all the same" in test.notes[0]
