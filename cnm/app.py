@@ -98,12 +98,15 @@ class Answerer:
         keys += [(ORANGE, "true")] * bool(true)
         key = "".join(f'<span style="color:{colour}">&#9632;</span> {name} &nbsp; ' for colour, name in keys)
         unknown = f"<p>not known, so ignored: {text(', '.join(found.unknown))}</p>" if found.unknown else ""
+        longest = self.run(run).localizer.model.config.dataset.max_num_words
+        beyond = f"beyond the first {longest} known words, so not read: {text(', '.join(found.cut))}"
+        cut = f"<p>{beyond}</p>" if found.cut else ""
         return (
             f'<p><b class="moment">{found.start:.1f} to {found.end:.1f} s</b> of {duration:.1f} s '
             f'<button class="jump" onclick="{jump}">&#9654; jump there</button></p>'
             f'<div class="timeline" style="cursor:pointer" onclick="{clicked}">{picture}</div>'
             f'<div style="display:flex;justify-content:space-between;width:{WIDTH}px">{ticks}</div>'
-            f"<p>{key}</p>{unknown}"
+            f"<p>{key}</p>{unknown}{cut}"
         )
 
 

@@ -87,6 +87,9 @@ def localize(
         return
     if found.unknown:
         typer.echo(f"note: words the model does not know are ignored: {', '.join(found.unknown)}", err=True)
+    if found.cut:
+        longest = localizer.model.config.dataset.max_num_words
+        typer.echo(f"note: words beyond the first {longest} known ones are not read: {', '.join(found.cut)}", err=True)
     for proposal in shown:
         score = f", score {proposal.score:.3f}" if len(shown) > 1 else ""
         typer.echo(moment_text(proposal, encoded.duration) + score)
@@ -110,7 +113,7 @@ def _encode_video(
 def _as_json(found: LocalizedMoment, shown: tuple[Proposal, ...], duration: float | None) -> dict[str, Any]:
     """The numbers of the best proposal, and of the others that are shown."""
     best, *others = (_proposal_as_json(proposal, duration) for proposal in shown)
-    return {"query": found.query} | best | {"unknown": list(found.unknown), "others": others}
+    return {"query": found.query} | best | {"unknown": list(found.unknown), "cut": list(found.cut), "others": others}
 
 
 def _proposal_as_json(proposal: Proposal, duration: float | None) -> dict[str, float]:

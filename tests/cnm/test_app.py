@@ -84,6 +84,10 @@ def test_an_answer_without_a_browser(run: Path, answerer: Answerer) -> None:
     assert 'class="true"' not in other
     assert "not known, so ignored: " in other
     assert "<b>xylophone" not in other
+    assert "not read" not in other
+    longest = answerer.run(str(run)).localizer.model.config.dataset.max_num_words
+    long = answerer.answer(str(run), f"{'the ' * longest}man opens", ("test", 0))
+    assert f"<p>beyond the first {longest} known words, so not read: man, opens</p>" in long
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -162,6 +163,38 @@ def test_sentences_without_a_known_word(tmp_path: Path) -> None:
     assert len(test) == 10
     assert "localized all the same" in test.notes[0]
     assert test.batch([1]).word_lengths.tolist() == [0]
+
+
+def test_sentences_that_are_not_read_to_their_end(tmp_path: Path) -> None:
+    """Said in every way to open a split: with a new cache, with an old one, and of generated videos."""
+    files = CNMConfig.from_json(write_files(tmp_path)).dataset.model_copy(update={"max_num_words": 4})
+    longer = [sum(len(SENTENCES[row % len(SENTENCES)].split()) > 4 for row in range(10))] * 2
+    made = synthetic_config(dataset__num_videos=20, dataset__max_num_words=4).dataset
+    longer.append(sum(len(sample.sentence.split()) > 4 for sample in open_split(made, "train").samples))
+    for config, count in zip((files, files, made), longer, strict=True):
+        assert count > 0
+        said = f"train: {count} sentences are longer than 4 known words; the rest of them is not read"
+        assert open_split(config, "train").notes == [said]
+        assert open_split(config.model_copy(update={"max_num_words": 20}), "train").notes == []
+
+
+def test_a_cache_that_does_not_say_what_was_cut(tmp_path: Path) -> None:
+    """Earlier versions kept three arrays, from the same words, and stay as they are."""
+    config = CNMConfig.from_json(write_files(tmp_path)).dataset.model_copy(update={"max_num_words": 4})
+    before = open_split(config, "train")
+    for path in (tmp_path / "cache").glob("*/cut.npy"):
+        made_from = json.loads((path.parent / "made_from.json").read_text())
+        del made_from["arrays"]
+        description = json.dumps(made_from, sort_keys=True)
+        old = path.parent.with_name(hashlib.sha256(description.encode()).hexdigest()[:32])
+        path.parent.rename(old)
+        (old / "cut.npy").unlink()
+        (old / "made_from.json").write_text(description)
+        sizes = {file.name: file.stat().st_size for file in old.iterdir() if file.name != "sizes.json"}
+        (old / "sizes.json").write_text(json.dumps(sizes))
+    after = open_split(config, "train")
+    assert after.notes == before.notes != []
+    assert after.fingerprint() == before.fingerprint()
 
 
 def test_a_split_that_is_not_configured(tmp_path: Path) -> None:
