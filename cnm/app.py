@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -49,11 +50,12 @@ class Answerer:
         self._encoded.cache_clear()
         return run
 
-    def samples(self, run: str, split: str) -> list[tuple[str, int]]:
-        """Sentences of a split to choose from, and their places."""
+    def samples(self, run: str, split: str) -> list[tuple[str, str]]:
+        """Sentences of a split to choose from; the value of each says what it belongs to, see ``belongs_to``."""
         data: Split = self.split(run, split)
         places = np.unique(np.linspace(0, len(data) - 1, min(MAX_SAMPLES, len(data))).astype(int))
-        return [(f"{data.samples[place].video}: {data.samples[place].sentence}", int(place)) for place in places]
+        rows = [(data.samples[place], json.dumps([run, split, int(place)])) for place in places]
+        return [(f"{sample.video}: {sample.sentence}", value) for sample, value in rows]
 
     def video_file(self, run: str, split: str, place: int) -> str | None:
         """The file to play for a sample, where there is one."""
@@ -96,13 +98,22 @@ class Answerer:
         keys += [(ORANGE, "true")] * bool(true)
         key = "".join(f'<span style="color:{colour}">&#9632;</span> {name} &nbsp; ' for colour, name in keys)
         unknown = f"<p>not known, so ignored: {text(', '.join(found.unknown))}</p>" if found.unknown else ""
+        longest = self.run(run).localizer.model.config.dataset.max_num_words
+        beyond = f"beyond the first {longest} known words, so not read: {text(', '.join(found.cut))}"
+        cut = f"<p>{beyond}</p>" if found.cut else ""
         return (
             f'<p><b class="moment">{found.start:.1f} to {found.end:.1f} s</b> of {duration:.1f} s '
             f'<button class="jump" onclick="{jump}">&#9654; jump there</button></p>'
             f'<div class="timeline" style="cursor:pointer" onclick="{clicked}">{picture}</div>'
             f'<div style="display:flex;justify-content:space-between;width:{WIDTH}px">{ticks}</div>'
-            f"<p>{key}</p>{unknown}"
+            f"<p>{key}</p>{unknown}{cut}"
         )
+
+
+def belongs_to(value: str) -> tuple[str, str, int]:
+    """Run, split and place of a sample that was chosen; the boxes beside it may already show others."""
+    run, split, place = json.loads(value)
+    return run, split, place
 
 
 def build(answerer: Answerer) -> Any:
@@ -125,15 +136,17 @@ def build(answerer: Answerer) -> Any:
             choices = []
         return gradio.update(choices=choices, value=None)
 
-    def on_sample(run: str, split: str, place: int | None) -> list[Any]:
-        if place is None:
+    def on_sample(value: str | None) -> list[Any]:
+        if value is None:
             return [gradio.update(), gradio.update()]
+        run, split, place = belongs_to(value)
         return [answerer.split(run, split).samples[place].sentence, answerer.video_file(run, split, place)]
 
-    def on_find(run: str, kind: str, path: str | None, split: str, place: int | None, query: str) -> str:
-        if kind == SAMPLE:
-            return answerer.answer(run, query, None if place is None else (split, place))
-        return answerer.answer(run, query, None if path is None else Path(path))
+    def on_find(run: str, kind: str, path: str | None, value: str | None, query: str) -> str:
+        if kind == SAMPLE and value is not None:
+            run, split, place = belongs_to(value)
+            return answerer.answer(run, query, (split, place))
+        return answerer.answer(run, query, None if kind == SAMPLE or path is None else Path(path))
 
     with gradio.Blocks(title="cnm", analytics_enabled=False) as page:
         gradio.Markdown("# When does it happen?")
@@ -153,9 +166,9 @@ def build(answerer: Answerer) -> Any:
         kind.change(on_source, [kind], [split, sample, player]).then(on_split, [run, split], [sample])
         for changed in (run, split):
             changed.change(on_split, [run, split], [sample])
-        sample.change(on_sample, [run, split, sample], [query, player])
+        sample.change(on_sample, [sample], [query, player])
         for asked in (find.click, query.submit):
-            asked(on_find, [run, kind, player, split, sample, query], [result])
+            asked(on_find, [run, kind, player, sample, query], [result])
     return page
 
 

@@ -14,7 +14,8 @@ from cnm.files import check_plain, read_json, shortened
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Words = Annotated[int, Field(ge=1, le=2**24)]  # as many as the loss's kernels take
-Width = Annotated[int, Field(ge=1, le=2**16)]  # of a vector
+MAX_WIDTH = 2**16
+Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]  # of a vector
 Layers = Annotated[int, Field(ge=1, le=256)]
 Length = Annotated[int, Field(ge=1, le=2**16)]  # of a sentence
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -156,7 +157,7 @@ def replace_file(path: str | Path, content: bytes | memoryview) -> None:
         InputError: the disk is full or the folder cannot be written; the file is as it was before.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         try:
             with open(temporary, "wb") as file:
@@ -169,6 +170,12 @@ def replace_file(path: str | Path, content: bytes | memoryview) -> None:
             raise
     except OSError as error:
         raise cannot_write(path, error) from None
+
+
+def temporary_beside(path: Path) -> Path:
+    """Where a file is written until it is whole. The name is short: the file's own may be as long as a name can be."""
+    short = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return path.with_name(f".{short}.{os.getpid()}.tmp")
 
 
 def append_line(path: str | Path, line: str) -> None:

@@ -80,11 +80,13 @@ class LocalizedMoment:
         query: the sentence.
         proposals: best first, one at least.
         unknown: the sentence's words that the model does not know and so ignored.
+        cut: its words beyond the model's ``max_num_words`` known ones, not read either.
     """
 
     query: str
     proposals: tuple[Proposal, ...]
     unknown: tuple[str, ...]
+    cut: tuple[str, ...] = ()
 
     @property
     def best(self) -> Proposal:
@@ -213,7 +215,7 @@ class Localizer:
     def find(self, video: Video, sentences: Sequence[str], *, scoring: Scoring | None = None) -> list[LocalizedMoment]:
         """Returns the moment of each sentence in an encoded video, in the given order.
 
-        What is beyond the model's ``max_num_words`` known words of a sentence is ignored.
+        What is beyond the model's ``max_num_words`` known words of a sentence is ignored, see ``LocalizedMoment.cut``.
 
         Args:
             scoring: how models that score their proposals do it, and how wide a moment a Gaussian stands for.
@@ -240,7 +242,8 @@ class Localizer:
             for row, place in enumerate(places):
                 columns = (moments[row, :, 0], moments[row, :, 1], arrays[2][row], arrays[0][row], arrays[1][row])
                 ranked = tuple(Proposal(*map(float, values)) for values in zip(*columns, strict=True))
-                found[place] = LocalizedMoment(sentences[place], ranked, tuple(encoded[place].unknown))
+                unknown, cut = tuple(encoded[place].unknown), tuple(encoded[place].cut)
+                found[place] = LocalizedMoment(sentences[place], ranked, unknown, cut)
         return [item for item in found if item is not None]
 
     def curve(self, proposal: Proposal, points: int) -> np.ndarray:

@@ -56,7 +56,8 @@ def evaluate_command(
         Path | None,
         typer.Option(
             metavar="F.jsonl",
-            help="Also write the moments found to this file, in QVHighlights' submission form; see `cnm score`.",
+            help="Also write the moments found to this file, in QVHighlights' submission form; see `cnm score`. "
+            "Of several --seeds those of the first draw.",
         ),
     ] = None,
     device: DeviceOption = Device.auto,
@@ -116,6 +117,7 @@ def evaluate_command(
         dtype=dtype or torch.float32,
         stored=stored,
         origin=Origin.from_record(checkpoint.load(checkpoint_path).get("features")),
+        keep_wordless=True,
     )
     check_vocabulary(model, data.vocabulary, stored)
     if not data.scored and predictions is None:
@@ -133,6 +135,8 @@ def evaluate_command(
     if data_dir is not None and config is None:  # where files are looked up by the ends of their paths
         notes.append(f"the {split.value} split is {getattr(chosen.dataset, f'{split.value}_data')}")
     if predictions is not None:
+        if several and seeds > 1:
+            notes.append(f"{predictions}: holds the moments of the first of {seeds} draws")
         first = found[""].first
         write_predictions(predictions, data.samples, first.centers, first.widths, first.confidences)
     baselines = metrics.baselines(data.windows, moments=model.num_proposals) if data.scored else {}

@@ -67,6 +67,10 @@ def localize(
         raise InputError("give either --features or --video, not both")
     if video is not None and duration is not None:
         raise InputError("--duration: a --video has its own; leave it out")
+    of_videos = {"--encoder": encoder, "--weights": weights, "--stride": stride, "--rate": rate}
+    for name, value in of_videos.items():
+        if features is not None and value is not None:
+            raise InputError(f"{name}: says how a --video becomes features; leave it out with --features")
     if duration is not None and not 0 < duration <= LONGEST_SECONDS:
         raise InputError(f"--duration: must be more than 0 seconds and at most {LONGEST_SECONDS:g}, got {duration:g}")
     localizer = Localizer.from_checkpoint(checkpoint_path, chosen_device(device), vocab=vocab)
@@ -83,6 +87,9 @@ def localize(
         return
     if found.unknown:
         typer.echo(f"note: words the model does not know are ignored: {', '.join(found.unknown)}", err=True)
+    if found.cut:
+        longest = localizer.model.config.dataset.max_num_words
+        typer.echo(f"note: words beyond the first {longest} known ones are not read: {', '.join(found.cut)}", err=True)
     for proposal in shown:
         score = f", score {proposal.score:.3f}" if len(shown) > 1 else ""
         typer.echo(moment_text(proposal, encoded.duration) + score)
@@ -106,7 +113,7 @@ def _encode_video(
 def _as_json(found: LocalizedMoment, shown: tuple[Proposal, ...], duration: float | None) -> dict[str, Any]:
     """The numbers of the best proposal, and of the others that are shown."""
     best, *others = (_proposal_as_json(proposal, duration) for proposal in shown)
-    return {"query": found.query} | best | {"unknown": list(found.unknown), "others": others}
+    return {"query": found.query} | best | {"unknown": list(found.unknown), "cut": list(found.cut), "others": others}
 
 
 def _proposal_as_json(proposal: Proposal, duration: float | None) -> dict[str, float]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from cnm.errors import InputError
 from cnm.files import read_json
@@ -32,8 +32,12 @@ def read_record(output: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     content = read_json(path)
-    known = isinstance(content, dict) and isinstance(content.get("videos"), dict) and "encoder" in content
-    return content if known else None
+    return content if is_record(content) else None
+
+
+def is_record(content: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether JSON is what ``cnm extract`` wrote; a manifest of features has videos too, but no encoder."""
+    return isinstance(content, dict) and isinstance(content.get("videos"), dict) and "encoder" in content
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from cnm.config import MAX_WIDTH
 from cnm.data.annotations import Sample, read_annotations
 from cnm.data.tagging import tag
 from cnm.data.vocabulary import Vocabulary
@@ -22,6 +23,7 @@ from cnm.errors import InputError
 from cnm.files import shortened
 
 MIN_FRAMES, MAX_FRAMES = 16, 1024
+MAX_SIGNAL = 1e6  # features are float32, and a moment of many sentences holds several signals
 DISTRACTORS = 2  # number per video; sentences of other videos, planted outside the annotated moments
 
 
@@ -49,13 +51,21 @@ def plant(
         output: HDF5 file, first written under a temporary name; replaces an existing file.
         frame_dim: width of the features.
         frames_per_second: frames per second of video (16 to 1,024 per video).
+        signal: 0 to ``MAX_SIGNAL``.
 
     Returns:
         The number of videos written.
 
     Raises:
-        InputError: an annotation file is wrong or lacks a moment, or the output cannot be written.
+        InputError: an annotation file is wrong or lacks a moment, a number is out of its range, or the output cannot be
+            written.
     """
+    if not 0 <= signal <= MAX_SIGNAL:
+        raise InputError(f"signal: must be from 0 to {MAX_SIGNAL:g}, got {signal:g}")
+    if not 0 < frames_per_second < float("inf"):
+        raise InputError(f"frames_per_second: must be a number above 0, got {frames_per_second:g}")
+    if not 1 <= frame_dim <= MAX_WIDTH:
+        raise InputError(f"frame_dim: must be from 1 to {MAX_WIDTH}, got {frame_dim}")
     samples: dict[str, list[Sample]] = {}
     for path in {os.path.realpath(path): path for path in annotations}.values():  # val and test may be one file
         for sample in read_annotations(path)[0]:

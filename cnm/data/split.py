@@ -164,12 +164,14 @@ def open_split(
     dtype: torch.dtype = torch.float32,
     stored: Vocabulary | None = None,
     origin: Origin | None = None,
+    keep_wordless: bool = False,
 ) -> Split:
     """Reads a split. The first time it tokenizes sentences and pools features; later it reads both from the cache.
 
     Args:
         config: the dataset section.
         split: ``train`` omits sentences without a known word; other splits keep and count them.
+        keep_wordless: keep them in ``train`` too, to predict every sentence of the file.
         progress: show a bar while features are pooled.
         dtype: of the pooled features, float32 or bfloat16. A model that computes in bfloat16 rounds them anyway, and
             half the bytes take half the time in the cache, in the loader and to the GPU.
@@ -185,7 +187,7 @@ def open_split(
     if config.dataset == "synthetic":
         samples, features, video_rows = synthetic.generate(config, split)
         features = _as_stored(features, dtype)
-        encoded = _encode(samples, vocabulary, config.max_num_words)
+        *encoded, cut = _encode(samples, vocabulary, config.max_num_words)
     else:
         path = {"train": config.train_data, "val": config.val_data, "test": config.test_data}[split]
         if path is None:
@@ -195,41 +197,45 @@ def open_split(
         samples, notes = read_annotations(path)
         if split != "train":
             windows_known(samples, path)
-        encoded = _cached_encoding(config, samples, vocabulary)
+        *encoded, cut = _cached_encoding(config, samples, vocabulary)
         videos = sorted({sample.video for sample in samples})
         expected = Expected(config)
         notes += expected.notes(videos, split)
         features = _cached_features(config, split, videos, progress, dtype, expected)
         row_of = {video: row for row, video in enumerate(videos)}
         video_rows = np.array([row_of[sample.video] for sample in samples])
-    wordless = encoded[2] == 0
+    ids, content, lengths = encoded
+    if cut.any():
+        longer = f"{split}: {int((cut > 0).sum()):,} sentences are longer than {config.max_num_words} known words"
+        notes.append(f"{longer}; the rest of them is not read")
+    wordless = lengths == 0
     if wordless.any():
         first = samples[int(np.argmax(wordless))].sentence
-        does = "skipped" if split == "train" else "localized all the same"
+        skipped = split == "train" and not keep_wordless
+        does = "skipped" if skipped else "localized all the same"
         notes.append(f"{split}: {int(wordless.sum())} sentences hold no known word (first: {first!r}); {does}")
-        if split == "train":
+        if skipped:
             keep = np.flatnonzero(~wordless)
             # The row in the file identifies a sentence without a qid.
             samples = [replace(samples[i], qid=i if samples[i].qid is None else samples[i].qid) for i in keep.tolist()]
             video_rows = video_rows[keep]
-            encoded = (encoded[0][keep], encoded[1][keep], encoded[2][keep])
+            ids, content, lengths = ids[keep], content[keep], lengths[keep]
     if not samples:
         raise InputError(f"{split}: no sentence holds a word of the vocabulary; vocabulary and annotations do not fit")
-    return Split(split, vocabulary, samples, features, video_rows, encoded, notes, dtype)
+    return Split(split, vocabulary, samples, features, video_rows, (ids, content, lengths), notes, dtype)
 
 
-def _encode(
-    samples: Sequence[Sample], vocabulary: Vocabulary, max_words: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Word ids [N, max_words] int32 (padding 0), content flags of the same shape, lengths [N] int64."""
+def _encode(samples: Sequence[Sample], vocabulary: Vocabulary, max_words: int) -> tuple[np.ndarray, ...]:
+    """Word ids [N, max_words] int32 (padding 0), content flags of the same shape, lengths and words cut [N] int64."""
     ids = np.zeros((len(samples), max_words), dtype=np.int32)
     content = np.zeros((len(samples), max_words), dtype=bool)
-    lengths = np.zeros(len(samples), dtype=np.int64)
+    lengths, cut = np.zeros((2, len(samples)), dtype=np.int64)
     for row, sample in enumerate(samples):
         sentence = vocabulary.encode(sample.sentence, max_words)
         n = lengths[row] = len(sentence.ids)
         ids[row, :n], content[row, :n] = sentence.ids, sentence.content
-    return ids, content, lengths
+        cut[row] = len(sentence.cut)
+    return ids, content, lengths, cut
 
 
 def _folder(config: DatasetConfig) -> Path:
@@ -238,8 +244,8 @@ def _folder(config: DatasetConfig) -> Path:
 
 def _cached_encoding(
     config: DatasetConfig, samples: Sequence[Sample], vocabulary: Vocabulary
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    names = ("ids", "content", "lengths")
+) -> tuple[np.ndarray, ...]:
+    names = ("ids", "content", "lengths", "cut")
 
     def build(folder: Path) -> None:
         for name, array in zip(names, _encode(samples, vocabulary, config.max_num_words), strict=True):
@@ -254,10 +260,10 @@ def _cached_encoding(
         "max_num_words": config.max_num_words,
         "tokenizer": tokenizer_name(),
         "tagger": tagger_name(),
+        "arrays": names,  # an older folder lacks one of them
     }
     folder = cache.build_once(_folder(config), made_from, build)
-    ids, content, lengths = (np.load(folder / f"{name}.npy") for name in names)
-    return ids, content, lengths
+    return tuple(np.load(folder / f"{name}.npy") for name in names)
 
 
 def _as_stored(features: np.ndarray, dtype: torch.dtype) -> np.ndarray:

@@ -25,7 +25,8 @@ class EncodedSentence:
 
     ids: np.ndarray  # [L] int64
     content: np.ndarray  # [L] bool, True for nouns, verbs, adjectives and adverbs
-    unknown: list[str]  # tokens that the vocabulary lacks
+    unknown: list[str]  # words that the vocabulary lacks
+    cut: list[str]  # known words beyond the configured number
 
 
 class Vocabulary:
@@ -50,16 +51,18 @@ class Vocabulary:
 
     def encode(self, sentence: str, max_words: int) -> EncodedSentence:
         """Tokenizes and tags a sentence; keeps its known words, at most ``max_words``."""
-        ids, content, unknown = [], [], []
+        ids: list[int] = []
+        content: list[bool] = []
+        unknown: list[str] = []
+        cut: list[str] = []
         for token, is_content in tag(sentence):
-            if token in self._ids:
+            known = token in self._ids
+            if known and len(ids) < max_words:
                 ids.append(self._ids[token])
                 content.append(is_content)
-            elif any(map(str.isalnum, token)):
-                unknown.append(token)
-        return EncodedSentence(
-            np.asarray(ids[:max_words], dtype=np.int64), np.asarray(content[:max_words], dtype=bool), unknown
-        )
+            elif any(map(str.isalnum, token)):  # nobody misses a full stop
+                (cut if known else unknown).append(token)
+        return EncodedSentence(np.asarray(ids, dtype=np.int64), np.asarray(content, dtype=bool), unknown, cut)
 
     def state(self) -> dict[str, Any]:
         """Returns the data that a checkpoint stores, so that it can encode sentences without a vocabulary file."""

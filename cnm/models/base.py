@@ -291,7 +291,13 @@ def vocabulary_size(config: Config) -> int:
 
 
 def downsample(frames: Tensor, frame_lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The T // 4 frames the reconstructor sees, equally spaced, and how many of them are real: [B, P, D], [B]."""
+    """The T // 4 frames the reconstructor sees, equally spaced, and how many of them are real: [B, P, D], [B].
+
+    Raises:
+        ValueError: T < 4: the reconstructor would see nothing of the video, and rate all proposals alike.
+    """
     T = frames.size(1)
+    if T < 4:
+        raise ValueError(f"frames: needs at least 4 rows, for the reconstructor sees a quarter of them, got {T}")
     index = torch.linspace(0, T - 1, T // 4, device=frames.device).long()
     return frames.index_select(1, index), (index < frame_lengths[:, None]).sum(1)

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from cnm.config import read_json
 from cnm.data.names import name_problem
-from cnm.data.origin import HDF5_SUFFIXES, Origin, record_path
+from cnm.data.origin import HDF5_SUFFIXES, Origin, is_record, record_path
 from cnm.errors import InputError
-from cnm.files import cannot_write, replace_file
+from cnm.files import cannot_write, replace_file, temporary_beside
 from cnm.locking import only_writer
 from cnm.video.decode import VideoFile, require_av
 from cnm.video.encoders import Encoder
@@ -219,7 +219,7 @@ class _Store:
             return
         parts = sorted(self.folder.glob("*.npy"))
         if parts:
-            temporary = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
+            temporary = temporary_beside(self.output)
             try:
                 if self.output.exists():
                     shutil.copyfile(self.output, temporary)
@@ -239,7 +239,7 @@ class _Store:
 
     def _resumed(self, made_by: dict[str, Any]) -> dict[str, Any]:
         record = read_json(self.path)
-        if not isinstance(record, dict) or not isinstance(record.get("videos"), dict):
+        if not is_record(record):
             raise InputError(f"{self.path}: is not a record of an extraction; choose another --output")
         there = set(self._there())
         for key, value in made_by.items():

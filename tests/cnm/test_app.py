@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import cnm
 from cnm import InputError, checkpoint
-from cnm.app import SAMPLE, Answerer, find_runs, serve
+from cnm.app import SAMPLE, Answerer, build, find_runs, serve
 from cnm.cli import app
 from cnm.data import load_vocabulary
 from cnm.training.finished import FinishedRun
@@ -84,6 +84,10 @@ def test_an_answer_without_a_browser(run: Path, answerer: Answerer) -> None:
     assert 'class="true"' not in other
     assert "not known, so ignored: " in other
     assert "<b>xylophone" not in other
+    assert "not read" not in other
+    longest = answerer.run(str(run)).localizer.model.config.dataset.max_num_words
+    long = answerer.answer(str(run), f"{'the ' * longest}man opens", ("test", 0))
+    assert f"<p>beyond the first {longest} known words, so not read: man, opens</p>" in long
 
 
 @pytest.mark.parametrize(
@@ -138,6 +142,29 @@ def test_a_run_opened_again_answers_by_its_new_checkpoint(
     answerer.answer(str(folders[1]), QUERY, ("test", 0))  # closes the first
     after = answerer.answer(str(folders[0]), QUERY, ("test", 0))
     assert before != after == Answerer(folders, None, "cpu").answer(str(folders[0]), QUERY, ("test", 0))
+
+
+def test_a_sample_is_of_the_split_and_run_it_was_chosen_from(run: Path, tmp_path: Path) -> None:
+    """The boxes of run and split may have moved on while the list of the new split still loads."""
+    pytest.importorskip("gradio", reason="gradio is not installed: no page")
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    answerer = Answerer([run, other], None, "cpu")
+    asked: list[Any] = []
+    answerer.answer = lambda *arguments: str(asked.append(arguments))  # type: ignore[method-assign]
+    handlers = {function.name: function for function in build(answerer).fns.values()}
+    label, value = answerer.samples(str(run), "test")[3]
+    shown = {"run": str(other), "split": "val", "kind": SAMPLE, "sample": value, "player": None, "query": QUERY}
+
+    def happens(name: str) -> Any:
+        return handlers[name].fn(*(shown[box.elem_id] for box in handlers[name].inputs))
+
+    sentence, _ = happens("on_sample")
+    assert label.endswith(f": {sentence}")
+    happens("on_find")
+    shown["sample"] = None
+    happens("on_find")
+    assert asked == [(str(run), QUERY, ("test", 3)), (str(other), QUERY, None)]
 
 
 def test_runs_are_found(run: Path, tmp_path: Path) -> None:

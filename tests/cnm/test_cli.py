@@ -197,6 +197,15 @@ def test_localize_names_the_words_it_ignores(from_files: Path) -> None:
     assert json.loads(run(*arguments, "--json").stdout)["unknown"] == ["zebra"]
 
 
+def test_localize_names_the_words_it_does_not_read(from_files: Path) -> None:
+    arguments = ["localize", "--checkpoint", from_files / "run" / "best.pt", "--query", f"{'the ' * 20}door opens"]
+    arguments += ["--features", f"{from_files / 'features.hdf5'}:test0"]
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert "note: words beyond the first 20 known ones are not read: door, opens" in result.stderr
+    assert json.loads(run(*arguments, "--json").stdout)["cut"] == ["door", "opens"]
+
+
 def test_localize_with_a_published_checkpoint(from_files: Path, tmp_path: Path) -> None:
     """It holds three keys and no vocabulary, which then comes from the configuration's file or from --vocab."""
     content = checkpoint.load(from_files / "run" / "best.pt")

@@ -333,8 +333,11 @@ def test_every_command(tmp_path: Path) -> None:
     assert (folder / "pictures" / "learning_curves.png").stat().st_size > 10_000
     assert (folder / "pictures" / "localizations.png").stat().st_size > 10_000
 
-    result = run("evaluate", "--checkpoint", str(folder / "last.pt"), "--seeds", "2", "--masks", "3")
+    found = str(tmp_path / "found.jsonl")
+    draws = ["--seeds", "2", "--masks", "3", "--predictions", found]
+    result = run("evaluate", "--checkpoint", str(folder / "last.pt"), *draws)
     assert result.exit_code == 0, result.output
+    assert f"{found}: holds the moments of the first of 2 draws" in result.output
     for name in ("lowest nll", "weighted vote", "equal vote, as published", "+- of 2 seeds", "best of 3 moments"):
         assert name in result.output
     result = run("evaluate", "--checkpoint", str(folder / "last.pt"), "--json")
@@ -445,6 +448,19 @@ def test_a_sentence_without_a_known_word_has_proposals() -> None:
     given = {"frames": batch.frames[2:3], "frame_lengths": batch.frame_lengths[2:3]}
     single = model.proposals(type(batch)(**given, **dict(zip(names, alone, strict=True))))
     torch.testing.assert_close(single.score[0], found.score[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_videos_of_which_the_reconstructor_would_see_nothing(T: int) -> None:
+    model, batch = model_and_batch()
+    short = dataclasses.replace(batch, frames=batch.frames[:, :T], frame_lengths=batch.frame_lengths.clamp(max=T))
+    for use in (
+        lambda: model.proposals(short),
+        lambda: model.encode_video(short.frames, short.frame_lengths),
+        lambda: model.reconstruct(short, growth=1.0),
+    ):
+        with pytest.raises(ValueError, match=rf"^frames: needs at least 4 rows, .*, got {T}$"):
+            use()
 
 
 def test_encoded_videos_must_be_as_many_as_sentences() -> None:

@@ -136,6 +136,16 @@ def test_unknown_words_are_named(localizer: cnm.Localizer, features: np.ndarray)
     assert [item.unknown for item in found] == [("xylophone",), ()]
 
 
+def test_words_that_are_not_read_are_named(localizer: cnm.Localizer, features: np.ndarray) -> None:
+    longest = localizer.model.config.dataset.max_num_words
+    whole = " ".join(["the man opens a door"] * (longest // 5 + 1))
+    read = " ".join(whole.split()[:longest])
+    cut, uncut = localizer.find(localizer.encode(features), [whole, read])
+    assert cut.cut == tuple(whole.split()[longest:]) != ()
+    assert uncut.cut == ()
+    assert cut.start == pytest.approx(uncut.start, abs=1e-5)
+
+
 def test_no_sentences_no_moments(localizer: cnm.Localizer, features: np.ndarray) -> None:
     assert localizer.find(localizer.encode(features), []) == []
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -14,7 +16,16 @@ import torch
 from small_runs import SENTENCES, synthetic_config, write_files
 
 from cnm.config import CNMConfig
-from cnm.data import BatchLoader, Split, load_vocabulary, open_split, plant, read_annotations, vocabulary_files
+from cnm.data import (
+    BatchLoader,
+    Split,
+    Vocabulary,
+    load_vocabulary,
+    open_split,
+    plant,
+    read_annotations,
+    vocabulary_files,
+)
 from cnm.data.synthetic import GAP, MIN_LENGTH
 from cnm.errors import InputError
 
@@ -146,11 +157,44 @@ def test_sentences_without_a_known_word(tmp_path: Path) -> None:
         rows[1][3] = "zebras gallop"
         path.write_text(json.dumps(rows))
     train, test = (open_split(config.dataset, name) for name in ("train", "test"))  # type: ignore[arg-type]
-    assert len(train) == 9
+    assert [sample.qid for sample in train.samples] == [0, *range(2, 10)]
+    assert len(open_split(config.dataset, "train", keep_wordless=True)) == 10
     assert train.notes == ["train: 1 sentences hold no known word (first: 'zebras gallop'); skipped"]
     assert len(test) == 10
     assert "localized all the same" in test.notes[0]
     assert test.batch([1]).word_lengths.tolist() == [0]
+
+
+def test_sentences_that_are_not_read_to_their_end(tmp_path: Path) -> None:
+    """Said in every way to open a split: with a new cache, with an old one, and of generated videos."""
+    files = CNMConfig.from_json(write_files(tmp_path)).dataset.model_copy(update={"max_num_words": 4})
+    longer = [sum(len(SENTENCES[row % len(SENTENCES)].split()) > 4 for row in range(10))] * 2
+    made = synthetic_config(dataset__num_videos=20, dataset__max_num_words=4).dataset
+    longer.append(sum(len(sample.sentence.split()) > 4 for sample in open_split(made, "train").samples))
+    for config, count in zip((files, files, made), longer, strict=True):
+        assert count > 0
+        said = f"train: {count} sentences are longer than 4 known words; the rest of them is not read"
+        assert open_split(config, "train").notes == [said]
+        assert open_split(config.model_copy(update={"max_num_words": 20}), "train").notes == []
+
+
+def test_a_cache_that_does_not_say_what_was_cut(tmp_path: Path) -> None:
+    """Earlier versions kept three arrays, from the same words, and stay as they are."""
+    config = CNMConfig.from_json(write_files(tmp_path)).dataset.model_copy(update={"max_num_words": 4})
+    before = open_split(config, "train")
+    for path in (tmp_path / "cache").glob("*/cut.npy"):
+        made_from = json.loads((path.parent / "made_from.json").read_text())
+        made_from.pop("arrays", None)
+        description = json.dumps(made_from, sort_keys=True)
+        old = path.parent.with_name(hashlib.sha256(description.encode()).hexdigest()[:32])
+        path.parent.rename(old)
+        (old / "cut.npy").unlink()
+        (old / "made_from.json").write_text(description)
+        sizes = {file.name: file.stat().st_size for file in old.iterdir() if file.name != "sizes.json"}
+        (old / "sizes.json").write_text(json.dumps(sizes))
+    after = open_split(config, "train")
+    assert after.notes == before.notes != []
+    assert after.fingerprint() == before.fingerprint()
 
 
 def test_a_split_that_is_not_configured(tmp_path: Path) -> None:
@@ -202,10 +246,32 @@ def test_a_plant_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         plant([tmp_path / "train.json"], vocabulary, tmp_path / "file" / "f.hdf5", frame_dim=8)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"signal": float("inf")},
+        {"signal": 1e39},
+        {"signal": float("nan")},
+        {"signal": -1.0},
+        {"frames_per_second": float("inf")},
+        {"frames_per_second": 0.0},
+        {"frame_dim": 0},
+        {"frame_dim": 2**16 + 1},
+    ],
+)
+def test_numbers_that_nothing_can_be_planted_with(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([["v", 10, [1, 2], "dog"]]))
+    vocabulary = Vocabulary(["<pad>", "dog"], np.ones((2, 2), np.float32))
+    with pytest.raises(InputError, match=f"^{next(iter(wrong))}: must be "):
+        plant([tmp_path / "a.json"], vocabulary, tmp_path / "f.hdf5", **({"frame_dim": 2} | wrong))
+    assert not (tmp_path / "f.hdf5").exists()
+    plant([tmp_path / "a.json"], vocabulary, tmp_path / "f.hdf5", frame_dim=2, signal=1e6)
+    with h5py.File(tmp_path / "f.hdf5") as file:
+        assert np.isfinite(file["v"][()]).all()
+
+
 def test_real_charades_sentences(shared_data: Path, tmp_path: Path) -> None:
     """Every sentence holds known words, and none is longer than published."""
-    from cnm.data import Vocabulary
-
     vocabulary = Vocabulary.from_pickle(shared_data / "charades" / "glove.pkl", 1111, 300)
     lengths = [
         len(vocabulary.encode(sample.sentence, 20).ids)

@@ -59,7 +59,14 @@ def test_sentences_are_lowered_tagged_and_cut() -> None:
     assert sentence.unknown == ["zebra"]
     if tagger_name() == "function-words":
         assert sentence.content.tolist() == [False, True, True, False, True, False]
-    assert vocabulary.encode("The Dog runs.", max_words=2).ids.tolist() == [1, 2]
+    cut = vocabulary.encode("The Dog runs the zebra.", max_words=2)
+    assert (cut.ids.tolist(), cut.content.tolist(), cut.unknown, cut.cut) == (
+        [1, 2],
+        sentence.content[:2].tolist(),
+        ["zebra"],
+        ["runs", "the"],
+    )
+    assert vocabulary.encode("The dog runs.", max_words=3).cut == sentence.cut == []
     assert len(vocabulary.encode("zebra!", max_words=2).ids) == 0
 
 

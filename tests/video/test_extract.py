@@ -141,6 +141,15 @@ def test_batches_do_not_change_features(tmp_path: Path) -> None:
     assert (one == many).all()
 
 
+def test_the_longest_names_there_can_be(tmp_path: Path) -> None:
+    """A file's name has 255 bytes at most, a temporary one among them."""
+    video = write_video(tmp_path / f"{'v' * 251}.mkv")
+    assert extract([video], tmp_path / "out", Greys(), Sampling(stride=8)).done == [video.stem]
+    output = tmp_path / f"{'o' * 242}.hdf5"
+    assert extract([video], output, Greys(), Sampling(stride=8)).done == [video.stem]
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
 def test_two_videos_of_one_name_are_refused(tmp_path: Path, videos: list[Path]) -> None:
     (tmp_path / "other").mkdir()
     twin = write_video(tmp_path / "other" / "v1.mp4")
@@ -234,6 +243,11 @@ def test_outputs_refused(tmp_path: Path, videos: list[Path], monkeypatch: pytest
     (tmp_path / "out.json").write_text("{}")
     with pytest.raises(InputError, match="is not a record of an extraction"):
         extract(videos, tmp_path / "out", Greys(), Sampling(stride=8))
+    manifest = json.dumps({"format": 1, "videos": {"v0": {"shape": [3, 3], "sha256": "0" * 64}}})
+    (tmp_path / "features.json").write_text(manifest)
+    with pytest.raises(InputError, match=r"features\.json: is not a record of an extraction; choose another --output"):
+        extract(videos, tmp_path / "features", Greys(), Sampling(stride=8))
+    assert (tmp_path / "features.json").read_text() == manifest
 
 
 @pytest.mark.parametrize(
