@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cnm_kernels.autograd.operator import Operator, empty_like
 
@@ -42,8 +43,12 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _transformed() -> bool:
-    """Whether ``torch.compile`` or ``torch.func`` wants operators only; they then add gradients as they do others."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether ``torch.compile``, ``torch.func`` or forward mode wants operators only, to treat them as they do others.
+
+    Two uses of an operator's output add their gradients; forward mode is refused in the operator's words.
+    """
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return transformed or forward_ad._current_level >= 0
 
 
 def register(namespace: str) -> Callable[..., Any]:

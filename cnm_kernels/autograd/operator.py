@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_map
 
@@ -57,6 +58,10 @@ def _one_by_one(overload: Any) -> Callable[..., Any]:
         return outputs, tree_map(lambda _: 0, outputs)
 
     return batched
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 @cache
@@ -126,11 +131,17 @@ class Operator:
         self._dispatch(overload, forward, differentiate)
 
     def _dispatch(self, overload: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
-        """Makes calls that need gradients go through an ``autograd.Function`` of these two."""
+        """Makes calls that need gradients go through an ``autograd.Function`` of these two; refuses forward mode.
+
+        Here and not in the public op, since autograd calls a backward, and a compiled public op sees no tangents.
+        """
         body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         formula: Any = type(self.op, (_SingleLevelFunction,), body)
+        name = f"{self.namespace}::{self.op}"
 
         def dispatch(keyset: Any, *inputs: Any) -> Any:
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+                raise NotImplementedError(f'{name}: forward-mode derivatives want use_backend("torch")')
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
                 return _apply(formula, *inputs, keyset)
             return _below_autograd(overload, keyset, inputs)
