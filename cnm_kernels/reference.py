@@ -122,7 +122,10 @@ def _probabilities(scores: Tensor, key_weight: Tensor | None, causal: bool, key_
     if key_weight is not None:
         exponentials = exponentials * (_wide(key_weight).to(scores.dtype) + KEY_WEIGHT_EPS)[:, None, None, :]
     total = exponentials.sum(-1, keepdim=True)
-    return exponentials / torch.where(total == 0, 1, total)  # a query without any key gets zeros
+    shares = exponentials / torch.where(total == 0, 1, total).detach()  # a query without any key gets zeros
+    # The gradient is taken of shares near 1: of a lone key with a small weight it is 0, and not a large rounding.
+    total = shares.sum(-1, keepdim=True)
+    return shares / torch.where(total == 0, 1, total)
 
 
 def gaussian_attention(
