@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cnm_kernels.autograd.operator import Operator, empty_like
+from cnm_kernels.autograd.operator import Operator, empty_like, savable
 
 
 def _fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ def register(namespace: str) -> Callable[..., Any]:
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
             output = operator.forward(*inputs)
             ctx.set_materialize_grads(False)
-            setup_context(ctx, inputs, output)
+            setup_context(ctx, savable(inputs), output)
             return output[0], output[0].view_as(output[0])
 
         @staticmethod

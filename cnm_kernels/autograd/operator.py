@@ -107,7 +107,7 @@ class Operator:
             ctx.set_materialize_grads(False)
             if not_differentiable:
                 ctx.mark_non_differentiable(*(output[i] for i in not_differentiable))
-            setup_context(ctx, inputs, output)
+            setup_context(ctx, savable(inputs), output)
             return output
 
         def differentiate(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -147,6 +147,11 @@ class Operator:
             return _below_autograd(overload, keyset, inputs)
 
         _library(self.namespace).impl(overload, dispatch, "Autograd", with_keyset=True)
+
+
+def savable(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """The inputs with copies of inference mode's tensors, such as lengths, which autograd does not save."""
+    return tuple(x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in inputs)
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -171,3 +171,18 @@ def test_second_derivatives_by_torch_func(
     }[way]
     with pytest.raises(NotImplementedError, match=r"differentiable once|forward-mode"):
         second(x)
+
+
+@pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
+def test_other_inputs_of_inference_mode(op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    """Lengths, targets and frozen operands may come from a loader or an encoder under torch.inference_mode."""
+    if backend == "torch":
+        pytest.skip("plain PyTorch, which saves some of them and then refuses")
+    inputs = sample(op, name, dtype, device)
+    function, x = _function(op, inputs, backend)
+    expected = torch.autograd.grad(function(leaf := x.detach().requires_grad_()), leaf)
+    with torch.inference_mode():
+        made = {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    function, _ = _function(op, made, backend)
+    found = torch.autograd.grad(function(leaf), leaf)
+    torch.testing.assert_close(found, expected)
