@@ -70,7 +70,7 @@ def _relative_to_the_largest(x: Tensor, c: Tensor, w: Tensor, alpha: float) -> T
     endless = reach.isinf()
     reach = torch.where(endless, reach.detach().clamp(-most, most), reach) / torch.where(endless, 1, w)
     reach = reach.masked_fill((x == peak) & ~reach.isnan(), 0)  # multiplied by 0, as its gradient is
-    above = (x - peak) / w * reach.clamp(-most, most)
+    above = (x - peak) / w * torch.where(reach.isnan(), reach, reach.clamp(-most, most))  # clamp's gradient of NaN is 0
     above = torch.where(above < 0, above - above.detach(), above)  # rounding, where two tie
     return torch.exp(-alpha * above)
 
