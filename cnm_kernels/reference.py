@@ -70,7 +70,7 @@ def _relative_to_the_largest(x: Tensor, c: Tensor, w: Tensor, alpha: float) -> T
     endless = reach.isinf()
     reach = torch.where(endless, reach.detach().clamp(-most, most), reach) / torch.where(endless, 1, w)
     reach = reach.masked_fill((x == peak) & ~reach.isnan(), 0)  # multiplied by 0, as its gradient is
-    above = (x - peak) / w * reach.clamp(-most, most)
+    above = (x - peak) / w * torch.where(reach.isnan(), reach, reach.clamp(-most, most))  # clamp's gradient of NaN is 0
     above = torch.where(above < 0, above - above.detach(), above)  # rounding, where two tie
     return torch.exp(-alpha * above)
 
@@ -122,7 +122,10 @@ def _probabilities(scores: Tensor, key_weight: Tensor | None, causal: bool, key_
     if key_weight is not None:
         exponentials = exponentials * (_wide(key_weight).to(scores.dtype) + KEY_WEIGHT_EPS)[:, None, None, :]
     total = exponentials.sum(-1, keepdim=True)
-    return exponentials / torch.where(total == 0, 1, total)  # a query without any key gets zeros
+    shares = exponentials / torch.where(total == 0, 1, total).detach()  # a query without any key gets zeros
+    # The gradient is taken of shares near 1: of a lone key with a small weight it is 0, and not a large rounding.
+    total = shares.sum(-1, keepdim=True)
+    return shares / torch.where(total == 0, 1, total)
 
 
 def gaussian_attention(

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from cnm_kernels.autograd.operator import Operator, empty_like
+from cnm_kernels.autograd.operator import Operator, empty_like, savable
 
 
 def _fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -42,8 +43,12 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _transformed() -> bool:
-    """Whether ``torch.compile`` or ``torch.func`` wants operators only; they then add gradients as they do others."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether ``torch.compile``, ``torch.func`` or forward mode wants operators only, to treat them as they do others.
+
+    Two uses of an operator's output add their gradients; forward mode is refused in the operator's words.
+    """
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return transformed or forward_ad._current_level >= 0
 
 
 def register(namespace: str) -> Callable[..., Any]:
@@ -104,7 +109,7 @@ def register(namespace: str) -> Callable[..., Any]:
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
             output = operator.forward(*inputs)
             ctx.set_materialize_grads(False)
-            setup_context(ctx, inputs, output)
+            setup_context(ctx, savable(inputs), output)
             return output[0], output[0].view_as(output[0])
 
         @staticmethod

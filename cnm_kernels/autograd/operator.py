@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_map
 
@@ -59,6 +60,10 @@ def _one_by_one(overload: Any) -> Callable[..., Any]:
     return batched
 
 
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
 @cache
 def _library(namespace: str) -> torch.library.Library:
     return torch.library.Library(namespace, "IMPL")
@@ -102,7 +107,7 @@ class Operator:
             ctx.set_materialize_grads(False)
             if not_differentiable:
                 ctx.mark_non_differentiable(*(output[i] for i in not_differentiable))
-            setup_context(ctx, inputs, output)
+            setup_context(ctx, savable(inputs), output)
             return output
 
         def differentiate(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -126,16 +131,27 @@ class Operator:
         self._dispatch(overload, forward, differentiate)
 
     def _dispatch(self, overload: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
-        """Makes calls that need gradients go through an ``autograd.Function`` of these two."""
+        """Makes calls that need gradients go through an ``autograd.Function`` of these two; refuses forward mode.
+
+        Here and not in the public op, since autograd calls a backward, and a compiled public op sees no tangents.
+        """
         body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         formula: Any = type(self.op, (_SingleLevelFunction,), body)
+        name = f"{self.namespace}::{self.op}"
 
         def dispatch(keyset: Any, *inputs: Any) -> Any:
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+                raise NotImplementedError(f'{name}: forward-mode derivatives want use_backend("torch")')
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
                 return _apply(formula, *inputs, keyset)
             return _below_autograd(overload, keyset, inputs)
 
         _library(self.namespace).impl(overload, dispatch, "Autograd", with_keyset=True)
+
+
+def savable(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """The inputs with copies of inference mode's tensors, such as lengths, which autograd does not save."""
+    return tuple(x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in inputs)
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a public op reaches its backend: autocast, forward-mode derivatives, and the call."""
+"""How a public op reaches its backend: autocast, and the call."""
 
 from __future__ import annotations
 
@@ -7,39 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch.autograd import forward_ad
 
-from cnm_kernels import reference, registry
+from cnm_kernels import registry
 
 _NARROWED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def run(op: str, tensor: Tensor, *arguments: Any) -> Any:
     """Calls the backend's function."""
-    function = registry.implementation(op, tensor)
-    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-    if forward_mode and function is not getattr(reference, op) and any(map(_has_tangent, arguments)):
-        raise NotImplementedError(f'{op}: forward-mode derivatives want use_backend("torch")')
-    return outside_autocast(function, tensor, *arguments)
-
-
-def _has_tangent(argument: Any) -> bool:
-    """Whether its forward-mode derivative is asked for, at this level of ``torch.func`` or one below."""
-    if not isinstance(argument, Tensor):
-        return False
-    tensor = argument
-    if forward_ad.unpack_dual(tensor).tangent is not None:
-        return True
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    forward = {level.level() for level in retrieve_all_functorch_interpreters() if level.key() == TransformType.Jvp}
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        if torch._C._functorch.maybe_get_level(tensor) in forward:
-            return True
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return False
+    return outside_autocast(registry.implementation(op, tensor), tensor, *arguments)
 
 
 def outside_autocast(function: Callable[..., Any], tensor: Tensor, *arguments: Any) -> Any:

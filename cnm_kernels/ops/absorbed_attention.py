@@ -6,6 +6,7 @@ from torch import Tensor
 
 from cnm_kernels.checks import Arguments
 from cnm_kernels.ops._call import autocast, run
+from cnm_kernels.ops._checks import finite
 
 
 def absorbed_attention(
@@ -48,7 +49,7 @@ def absorbed_attention(
         raise ValueError(f"absorbed_attention: key must have at least one head, got shape {list(given[1].shape)}")
     if value is not None:
         check.floating("value", given[2], "B H Lk D")
-    check.number("scale", scale, -float("inf"), float("inf"))
+    finite(check, "scale", scale)
     if key_bias is not None:
         check.floating("key_bias", key_bias, "B H Lk", own_dtype=True)
     if key_weight is not None:

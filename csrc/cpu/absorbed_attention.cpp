@@ -234,7 +234,8 @@ class AbsorbedAttention {
         for (int64_t j = 0; j < vectors; ++j) {
             total = fma(part(probability, j, vectors), part(d, j, vectors), total);
         }
-        const Vec delta = set1(hsum(total));
+        // A lone key's P is 1 whatever its score; dS of a rounded P would be divided by m + eps.
+        const Vec delta = set1(keys_ == 1 ? d[0] : hsum(total));
         for (int64_t j = 0; j < vectors; ++j) {
             const Vec dS = part(probability, j, vectors) * (part(d, j, vectors) - delta);
             set_part(columns, j, vectors, part(columns, j, vectors) + dS);

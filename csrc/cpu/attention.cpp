@@ -381,7 +381,8 @@ class Attention {
         }
         Vec total = set1(0);
         for (int64_t j = 0; j < n; j += W) total = fma(load(probability + j), within(load(d + j), n - j), total);
-        const Vec delta = set1(hsum(total)), scale = set1(p_.scale);
+        // A lone key's P is 1 whatever its score; dS of a rounded P would be divided by m + eps.
+        const Vec delta = set1(n == 1 ? d[0] : hsum(total)), scale = set1(p_.scale);
         for (int64_t j = 0; j < n; j += W) {
             const Vec dS = load(probability + j) * within(load(d + j) - delta, n - j);
             if (columns != nullptr) store(columns + j, load(columns + j) + dS);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from op_records.draw import Inputs
 from samples import cases, run, sample
 from test_every_op import TYPICAL
 from torch import Tensor
+from torch.autograd import forward_ad
+
+import cnm_kernels
 
 ARGUMENTS = ("op", "name", "backend", "device", "dtype")
 ONE_EACH = {op: names[:1] for op, names in TYPICAL.items() if op not in ("dropout", "linear")}  # these are linear
@@ -50,8 +54,60 @@ def test_forward_mode(op: str, name: str, backend: str, device: str, dtype: torc
         return
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(function, (x,), (torch.ones_like(x),))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        function(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
+def test_forward_mode_of_a_gradient(op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    """Where the upstream gradient alone has a tangent, only the backward meets it."""
+    function, x = _function(op, sample(op, name, dtype, device), backend)
+    value, pull = torch.func.vjp(function, x)
+    one = torch.ones_like(value)
+    leaf = x.detach().requires_grad_()
+    ways: list[Callable[[], Any]] = [
+        lambda: torch.func.jvp(lambda upstream: pull(upstream)[0], (one,), (one,))[1],
+        lambda: torch.func.jacfwd(lambda upstream: pull(upstream)[0])(one),
+        lambda: _tangent_of_the_gradient(function(leaf), leaf),
+    ]
+    if backend == "torch":
+        expected = pull(one)[0]  # it is linear in the upstream gradient
+        for way in ways:
+            torch.testing.assert_close(way(), expected)
+        return
+    for way in ways:
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            way()
+
+
+def _tangent_of_the_gradient(value: Tensor, leaf: Tensor) -> Tensor | None:
+    with forward_ad.dual_level():
+        one = torch.ones_like(value)
+        (gradient,) = torch.autograd.grad(value, leaf, forward_ad.make_dual(one, one))
+        return forward_ad.unpack_dual(gradient).tangent
+
+
+@pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
+@pytest.mark.parametrize("way", ["jvp", "hessian"])
+def test_compiled_forward_mode(way: str, op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    if backend == "torch":
+        pytest.skip("plain PyTorch, which is right")
+    inputs, differentiated = sample(op, name, dtype, device), DIFFERENTIABLE[op][0]
+
+    def function(x: Tensor) -> Tensor:
+        out = getattr(cnm_kernels, op)(**inputs | {differentiated: x})
+        first: Tensor = out[0] if isinstance(out, tuple) else out
+        return first.square().sum()
+
+    def derivative(x: Tensor) -> Tensor:
+        if way == "hessian":
+            return torch.func.hessian(function)(x)
+        return torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+
+    torch._dynamo.reset()
+    with cnm_kernels.use_backend(backend), pytest.raises(Exception, match="forward-mode derivatives want"):
+        torch.compile(derivative, fullgraph=True, backend="aot_eager")(inputs[differentiated])
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
@@ -115,3 +171,18 @@ def test_second_derivatives_by_torch_func(
     }[way]
     with pytest.raises(NotImplementedError, match=r"differentiable once|forward-mode"):
         second(x)
+
+
+@pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
+def test_other_inputs_of_inference_mode(op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    """Lengths, targets and frozen operands may come from a loader or an encoder under torch.inference_mode."""
+    if backend == "torch":
+        pytest.skip("plain PyTorch, which saves some of them and then refuses")
+    inputs = sample(op, name, dtype, device)
+    function, x = _function(op, inputs, backend)
+    expected = torch.autograd.grad(function(leaf := x.detach().requires_grad_()), leaf)
+    with torch.inference_mode():
+        made = {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    function, _ = _function(op, made, backend)
+    found = torch.autograd.grad(function(leaf), leaf)
+    torch.testing.assert_close(found, expected)

@@ -109,3 +109,12 @@ def test_any_shape_and_moment(
     inputs |= {"length": length, "alpha": alpha, "complement": complement}
     check_values(OP, inputs, backend)
     check_gradients(OP, inputs, backend)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_center_that_is_no_number_has_no_gradient_that_is_one(backend: str) -> None:
+    center = torch.tensor([torch.nan, 0.3], requires_grad=True)
+    with cnm_kernels.use_backend(backend):
+        mask = cnm_kernels.gaussian_mask(center, torch.full((2,), 0.2), 7, sigma=9.0)
+    (gradient,) = torch.autograd.grad(mask, center, torch.arange(14.0).view(2, 7))
+    assert gradient.isnan().tolist() == [True, False]

@@ -146,3 +146,45 @@ def test_weights_sum_to_one_at_large_scores(backend: str, device: str, dtype: to
         assert (value.grad <= 70).all()
     else:
         torch.testing.assert_close(sums, torch.full_like(sums, 70.0))
+
+
+def _small(draw: Draw, n: int) -> torch.Tensor:
+    """Weights of 0, 1e-12, 1e-7 and others of these sizes. [n]"""
+    return torch.cat([draw.values([0.0, 1e-12, 1e-7]), 10 ** draw.uniform(n - 3, low=-12, high=-5)])
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("op", ["weighted_attention", "attention_weights", "branched_attention", "absorbed_attention"])
+def test_a_lone_key_has_all_the_weight_whatever_it_is(op: str, backend: str) -> None:
+    draw = Draw("lone key", torch.float32, "cpu")
+    query, key, value = draw.normal(50, 2, 3, 16), draw.normal(50, 2, 4, 16), draw.normal(50, 2, 4, 16)
+    key_weight = _small(draw, 50).expand(4, 50).T.requires_grad_()
+    inputs = {"query": query, "key": key, "value": value, "key_weight": key_weight}
+    if op == "attention_weights":
+        del inputs["value"]
+    elif op == "branched_attention":
+        inputs["key_weights"] = torch.stack([inputs.pop("key_weight"), torch.ones(50, 4)])
+    elif op == "absorbed_attention":
+        inputs |= {"query": query[:, 0], "scale": 0.25}
+    (out,) = run(op, inputs | {"key_lengths": torch.ones(50, dtype=torch.int64)}, backend)
+    (gradient,) = torch.autograd.grad(out, key_weight, draw.normal(*out.shape))
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_small_weight_of_a_key_that_a_query_sees_alone(backend: str) -> None:
+    """The first query of causal attention gives the first key's weight no gradient; the others give it a large one."""
+    draw = Draw("alone", torch.float32, "cpu")
+    query, key, value, upstream = (draw.normal(40, 2, 5, 16) for _ in range(4))
+    key_weight = draw.uniform(40, 5)
+    key_weight[:, 0] = _small(draw, 40)
+
+    def gradient(backend: str, dtype: torch.dtype) -> torch.Tensor:
+        leaf = key_weight.to(dtype).requires_grad_()
+        inputs = {"query": query.to(dtype), "key": key.to(dtype), "value": value.to(dtype), "key_weight": leaf}
+        (out,) = run(OP, inputs | {"causal": True}, backend)
+        return torch.autograd.grad(out, leaf, upstream.to(dtype))[0].double()
+
+    expected = gradient("torch", torch.float64)
+    error = (gradient(backend, torch.float32) - expected).abs().max()
+    assert error <= 1e-5 * expected.abs().max()
