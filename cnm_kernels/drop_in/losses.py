@@ -71,8 +71,18 @@ def _shared(logits: Tensor, target: Tensor, mask: Tensor, *, accuracy: bool) -> 
             return answer.value
     value = _nll_and_accuracy(logits, target, mask, accuracy=accuracy)
     if logits.pending:
-        remembered.append(_Answer((target, mask), _versions(target, mask, *value), how, accuracy, value))
+        asked = _kept(target), _kept(mask)
+        remembered.append(_Answer(asked, _versions(*asked, *value), how, accuracy, value))
     return value
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """What ``tensor`` holds, whatever NumPy or ``.data``, which leave no version, make of it later.
+
+    On a GPU the tensor itself, whose version alone is looked at: NumPy does not reach it there, and comparing a copy
+    with it would wait for the device.
+    """
+    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor
 
 
 def _versions(*tensors: Tensor) -> tuple[int, ...]:
