@@ -37,7 +37,7 @@ class DeferredLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() != 3 or self.bias is None:
             return super().forward(input)
-        autocast = torch.is_autocast_enabled(input.device.type)
+        autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
         dtype = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
         like = torch.empty(*input.shape[:-1], self.out_features, dtype=dtype, device="meta")
         # Copies: logits read after an update are those before it, whether or not the optimizer lets its changes show.
