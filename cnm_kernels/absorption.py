@@ -24,6 +24,9 @@ class Projections:
     out_weight: Tensor  # [D, D]
     out_bias: Tensor | None  # [D]
 
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return self.in_weight, self.in_bias, self.out_weight, self.out_bias
+
     def of_inputs(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """Weights and biases of query, key and value."""
         biases = (None, None, None) if self.in_bias is None else self.in_bias.chunk(3)

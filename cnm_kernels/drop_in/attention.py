@@ -63,7 +63,8 @@ class AcceleratedAttention:
             gauss_weight: [B, Lk], a weight per key.
 
         Masks of other values, dtypes or shapes, padding before a real key or of all keys, and dropout on the attention
-        are left to the module's own class too: forks differ in what they make of them.
+        are left to the module's own class too: forks differ in what they make of them. So is what torch.jit traces,
+        which is to serve other masks.
         """
         if incremental_state is not None or getattr(self, "onnx_trace", False):
             options = (key_padding_mask, incremental_state, need_weights, static_kv, attn_mask, fast_weights)
@@ -85,9 +86,11 @@ class AcceleratedAttention:
         ``sources`` [B, L, D]: the source of query, key and value; or query's and that of key and value; or of each.
         """
         Lq, Lk = sources[0].size(1), sources[-1].size(1)
-        seen = _seen(attn_mask, Lq, Lk)
+        seen, padding = "all", _Padding(reason="what torch.jit traces, whose masks may be others later,")
+        if not torch.jit.is_tracing():
+            seen = _seen(attn_mask, Lq, Lk)
+            padding = _padding(key_padding_mask, seen == "past", (sources[0].size(0), Lk))
         dropout = getattr(self, "dropout", 0.0) if cast(nn.Module, self).training else 0.0
-        padding = _padding(key_padding_mask, seen == "past")
         reason = "dropout on the attention" if dropout > 0 else padding.reason
         reason = "an attention mask other than a causal one" if seen == "other" else reason
         if reason is not None:
@@ -99,13 +102,15 @@ class AcceleratedAttention:
 
         wide = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
         key_weight = None if gauss_weight is None else gauss_weight.to(wide)
-        others = (key_weight, padding.lengths, *cast(nn.Module, self).parameters())
         causal = seen == "past"
         absorb = None if causal else _absorbs(self, sources)
         # The module may hold others by the time of the backward, which computes this again (functional_call).
         weight, bias = (_for_both_times(tensor) for tensor in (self.in_proj_weight, self.in_proj_bias))
         assert weight is not None
         projections = None if absorb is None else _projections(self, weight, bias)
+        # No more than it reads: an optimizer that steps in the backward has changed the output projection by then.
+        read = (weight, bias) if projections is None else projections.parameters()
+        others = (key_weight, padding.lengths, *read)
 
         def compute(*sources: Tensor) -> Tensor:
             if absorb is not None and projections is not None:
@@ -119,7 +124,8 @@ class AcceleratedAttention:
         if not need_weights:
             return out, None
         keys = Source(sources[0] if len(sources) == 1 else sources[1], padding.lengths, key_weight)
-        return out, _weights_of(self, out.dtype, sources[0], keys, causal)
+        dtype = out.dtype if gauss_weight is None else torch.promote_types(out.dtype, gauss_weight.dtype)
+        return out, _weights_of(self, dtype, sources[0], keys, causal)
 
     def _by_its_own(
         self, sources: tuple[Tensor, ...], *options: Any, gauss_weight: Tensor | None
@@ -326,14 +332,14 @@ def _seen(attn_mask: Tensor | None, Lq: int, Lk: int) -> str:
     return cast(str, remembered(attn_mask, "seen", classify))
 
 
-def _padding(mask: Tensor | None, causal: bool) -> _Padding:
-    """``mask`` [B, Lk], 1 where padded and 0 elsewhere, understood."""
+def _padding(mask: Tensor | None, causal: bool, shape: tuple[int, int]) -> _Padding:
+    """``mask`` [B, Lk] (``shape``), 1 where padded and 0 elsewhere, understood."""
     if mask is None or mask.dim() == 0:
         return _Padding()
 
     def classify(mask: Tensor) -> _Padding:
         padded = mask == 1
-        if padded.dim() != 2 or mask.requires_grad:
+        if padded.shape != shape or mask.requires_grad:
             return _Padding(reason="a key_padding_mask that is learned, or not [B, Lk],")
         if padded.size(1) == 0:
             return _Padding()
@@ -347,7 +353,7 @@ def _padding(mask: Tensor | None, causal: bool) -> _Padding:
             return _Padding(reason="padding before a real key, or of all keys,")
         return _Padding((~padded).sum(1) if some else None)
 
-    return cast(_Padding, remembered(mask, ("padding", causal), classify))
+    return cast(_Padding, remembered(mask, ("padding", causal, shape), classify))
 
 
 _said: set[str] = set()

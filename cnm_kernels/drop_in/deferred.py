@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
-# These can be answered without computing the tensor.
+# These can be answered before the tensor is computed.
 _METADATA = {
     *(
         getattr(Tensor, name).__get__
@@ -80,7 +80,7 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _METADATA:
+        if func in _METADATA and args[0]._value is None:  # squeeze_ and the like change the value's alone
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         if func is Tensor.__getitem__ and isinstance(args[0], Deferred):
@@ -195,8 +195,8 @@ class _AtPlaceOf(torch.autograd.Function):
 
 
 def is_traced() -> bool:
-    """``torch.compile`` or a transform of ``torch.func`` runs this on tensors that hold no numbers of their own."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """What runs is to serve other numbers too: ``torch.compile``, ``torch.jit.trace`` or a ``torch.func`` transform."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
 
 
 def _read(value: Any) -> Any:

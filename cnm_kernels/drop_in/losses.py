@@ -37,7 +37,7 @@ class DeferredLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() != 3 or self.bias is None:
             return super().forward(input)
-        autocast = torch.is_autocast_enabled(input.device.type)
+        autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
         dtype = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
         like = torch.empty(*input.shape[:-1], self.out_features, dtype=dtype, device="meta")
         # Copies: logits read after an update are those before it, whether or not the optimizer lets its changes show.
@@ -71,8 +71,18 @@ def _shared(logits: Tensor, target: Tensor, mask: Tensor, *, accuracy: bool) -> 
             return answer.value
     value = _nll_and_accuracy(logits, target, mask, accuracy=accuracy)
     if logits.pending:
-        remembered.append(_Answer((target, mask), _versions(target, mask, *value), how, accuracy, value))
+        asked = _kept(target), _kept(mask)
+        remembered.append(_Answer(asked, _versions(*asked, *value), how, accuracy, value))
     return value
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """What ``tensor`` holds, whatever NumPy or ``.data``, which leave no version, make of it later.
+
+    On a GPU the tensor itself, whose version alone is looked at: NumPy does not reach it there, and comparing a copy
+    with it would wait for the device.
+    """
+    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor
 
 
 def _versions(*tensors: Tensor) -> tuple[int, ...]:

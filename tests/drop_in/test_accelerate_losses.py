@@ -262,14 +262,15 @@ def test_logits_of_states_that_changed_say_so() -> None:
         logits.argmax(-1)
 
 
-def test_logits_under_autocast_have_its_dtype_wherever_they_are_read() -> None:
-    layer, state = nn.Linear(D, V), torch.randn(B, L, D)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_under_autocast_have_its_dtype_wherever_they_are_read(dtype: torch.dtype) -> None:
+    layer, state = nn.Linear(D, V, dtype=dtype), torch.randn(B, L, D, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(state)
     layer.__class__ = DeferredLinear
     with torch.autocast("cpu", torch.bfloat16):
         logits = layer(state)
-    assert logits.dtype == torch.bfloat16
+    assert logits.dtype == expected.dtype
     torch.testing.assert_close(logits.detach() + 0, expected)
 
 

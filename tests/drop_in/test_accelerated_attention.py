@@ -187,6 +187,39 @@ def test_transforms_of_functions(queries: int) -> None:
     torch.testing.assert_close(torch.func.grad(loss)(states), wanted)
 
 
+@pytest.mark.parametrize("layered", [False, True])
+def test_what_is_traced_serves_other_masks(layered: bool) -> None:
+    module = module_in(
+        lambda: DecoderLayer(D, H, 0.0) if layered else MultiheadAttention(D, H), torch.float64, "cpu"
+    ).requires_grad_(False)
+    x = draw(5, B, D)
+
+    def call(x: Tensor, mask: Tensor) -> Tensor:
+        return module(x, mask)[0] if layered else module(x, x, x, mask)[0]
+
+    wanted = call(x, PREFIX)
+    cnm_kernels.accelerate(module)
+    for kind in (DeprecationWarning, torch.jit.TracerWarning):  # of torch.jit, and of checks of shapes
+        warnings.simplefilter("ignore", kind)
+    with pytest.warns(RuntimeWarning, match=r"what torch.jit traces, .*, is computed by PyTorch"):
+        traced = torch.jit.trace(call, (x, torch.zeros_like(PREFIX)))
+    torch.testing.assert_close(traced(x, PREFIX), wanted)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_under_autocast_have_the_published_dtype(dtype: torch.dtype, weighted: bool) -> None:
+    module = module_in(lambda: MultiheadAttention(D, H), dtype, "cpu")
+    x, gauss = draw(5, B, D).to(dtype), draw(B, 5, seed=7).sigmoid().to(dtype) if weighted else None
+    results = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(module(x, x, x, gauss_weight=gauss))
+        cnm_kernels.accelerate(module)
+    assert [tensor.dtype for tensor in results[1]] == [tensor.dtype for tensor in results[0]]
+    torch.testing.assert_close(results[1][1] + 0, results[0][1], rtol=0, atol=2**-7)
+
+
 def test_weights_read_outside_of_their_autocast() -> None:
     """Queries in float32, keys in bfloat16: only autocast brings them together."""
     module = module_in(lambda: MultiheadAttention(D, H), torch.float32, "cpu")
@@ -310,6 +343,27 @@ def test_dropout_stands_where_the_module_puts_it() -> None:
         torch.testing.assert_close(module(x, x, x), wanted)
 
 
+@pytest.mark.parametrize("shape", [(B, 4), (B, 6), (1, 5), (B + 1, 5)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_padding_masks_of_other_shapes_are_the_module_s_own_business(shape: tuple[int, int], padded: bool) -> None:
+    class Strict(MultiheadAttention):
+        def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                    static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+            assert key_padding_mask is None or key_padding_mask.shape == (key.size(1), key.size(0)), "another shape"
+            return super().forward(query, key, value, key_padding_mask, None, need_weights, static_kv, attn_mask,
+                                   fast_weights, gauss_weight)  # fmt: skip
+
+    module = module_in(lambda: Strict(D, H), torch.float64, "cpu")
+    cnm_kernels.accelerate(module)
+    x, mask = draw(5, B, D), torch.zeros(shape, dtype=torch.uint8)
+    mask[:, -1] = padded
+    with (
+        pytest.warns(RuntimeWarning, match="is computed by PyTorch"),
+        pytest.raises(AssertionError, match="another shape"),
+    ):
+        module(x, x, x, mask)
+
+
 def test_step_by_step_decoding_is_the_module_s_own_business() -> None:
     class Incremental(MultiheadAttention):
         def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
@@ -347,6 +401,24 @@ def test_a_change_in_place_before_the_backward_is_refused(accelerated: bool, que
         (gauss if changed == "gauss_weight" else module.get_parameter(changed)).mul_(2)
     with pytest.raises(RuntimeError, match=r"in place|inplace"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("queries", [5, 2, 40])
+def test_an_optimizer_may_step_in_the_backward(queries: int) -> None:
+    """As PyTorch's tutorial on optimizers in the backward has it, to keep no gradients."""
+    module = module_in(lambda: MultiheadAttention(D, H), torch.float64, "cpu")
+    source = draw(5, B, D)
+    x = source if queries == 5 else draw(queries, B, D, seed=1)
+
+    def updated(module: nn.Module) -> list[Tensor]:
+        for parameter in module.parameters():
+            optimizer = torch.optim.SGD([parameter], 1e-2)
+            parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+        module(x, source, source)[0].square().sum().backward()
+        return [parameter.detach() for parameter in module.parameters()]
+
+    wanted = updated(copy.deepcopy(module))
+    torch.testing.assert_close(updated(cnm_kernels.accelerate(module)), wanted)
 
 
 @pytest.mark.parametrize(("queries", "form"), [(5, None), (2, "into_queries"), (40, "into_keys")])

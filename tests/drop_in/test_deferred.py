@@ -33,6 +33,25 @@ def test_it_tells_its_shape_without_being_computed() -> None:
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.squeeze_(0),
+        lambda tensor: tensor.unsqueeze_(1),
+        lambda tensor: tensor.transpose_(0, 2),
+        lambda tensor: tensor.detach_(),
+        lambda tensor: tensor.detach_().requires_grad_(),
+    ],
+)
+def test_it_tells_the_shape_that_changes_in_place_leave(change: Callable[[Tensor], Tensor]) -> None:
+    x = torch.arange(6.0).view(1, 2, 3).requires_grad_()
+    tensor, value = defer(lambda x: 2 * x, torch.empty(1, 2, 3, device="meta"), x), 2 * x
+    change(tensor)
+    change(value)
+    told, wanted = ((t.shape, t.size(0), len(t), t.dim(), t.requires_grad, t.is_leaf) for t in (tensor, value))
+    assert told == wanted
+
+
+@pytest.mark.parametrize(
     "use",
     [
         lambda tensor: tensor.detach().numpy().tolist(),
