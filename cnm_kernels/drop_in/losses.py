@@ -411,10 +411,10 @@ def loss_differs(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | 
 def _examples(parameters: list[str]) -> Iterator[dict[str, Any]]:
     B, L, V, K, T = 2, 3, 7, 2, 5
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def logits(rows: int) -> Tensor:
-        return torch.randn(rows, L, V, generator=generator).to(device)
+        return torch.randn(rows, L, V, generator=generator, device="cpu").to(device)
 
     ids = torch.arange(1, 1 + B * L, device=device).view(B, L)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.uint8, device=device)
@@ -424,14 +424,14 @@ def _examples(parameters: list[str]) -> Iterator[dict[str, Any]]:
             "logit": logits(B),
             "idx": ids,
             "mask": mask,
-            "weights": torch.rand(B, L, generator=generator).to(device),
+            "weights": torch.rand(B, L, generator=generator, device="cpu").to(device),
         }
         return
     K = K if "num_props" in parameters else 1
     example: dict[str, Any] = {"words_logit": logits(B * K), "words_id": ids, "words_mask": mask}
     # Not the published values, and large: a margin that the original ignores shows.
     margins = {"beta_1": 1.3, "beta_2": 2.1, "margin_1": 1.1, "margin_2": 1.9, "lambda": 0.23, "alpha_1": 0.7}
-    gaussians = torch.rand(B * K, T, generator=generator).to(device)
+    gaussians = torch.rand(B * K, T, generator=generator, device="cpu").to(device)
     example |= margins | {"alpha_2": 1.6, "gauss_weight": gaussians}
     if K > 1:
         example["num_props"] = K
@@ -448,7 +448,7 @@ def _alike(ours: tuple[Any, Any], theirs: Any) -> bool:
         return False
 
     def close(mine: Any, other: Any) -> bool:
-        mine, other = (torch.as_tensor(value, dtype=torch.float64).cpu() for value in (mine, other))
+        mine, other = (torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (mine, other))
         return mine.shape == other.shape and torch.allclose(mine, other, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE)
 
     if isinstance(ours[1], dict):

@@ -6,7 +6,7 @@ import copy
 import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -36,13 +36,18 @@ class Failed(Exception):
 def tried(theirs: Callable[[], Any], around: Callable[[], Any]) -> Any:
     """The result of a published function, called within ``around()``; raises ``Failed`` whatever it raises."""
     try:
-        with around():
+        with _numbers(), around():
             return theirs()
     except Exception as error:
         said = f"({type(error).__name__}: {error})"
         if not torch.cuda.is_available() and ("CUDA" in str(error) or "NVIDIA" in str(error)):
             raise Failed(f"cannot be tried without a GPU {said}") from error
         raise Failed(f"fails on a small example {said}") from error
+
+
+def _numbers() -> AbstractContextManager[Any]:
+    """Tensors made where none is said hold numbers, though the caller's default device be meta."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
 
 
 def attention_differs(module: Any, ours: Any) -> str | None:
@@ -55,8 +60,8 @@ def attention_differs(module: Any, ours: Any) -> str | None:
         ((x, x, x, draw.padding(B, L)), {"attn_mask": draw.future(L), "gauss_weight": draw(B, L).sigmoid()}),
         ((x, source, source), {"gauss_weight": draw(B, L + 1).sigmoid()}),
     ]
-    # Weights near the eps tell its size and place; float16 has no such numbers.
-    small = 1e-3 if x.dtype == torch.float16 else 1e-9
+    # Weights near the eps tell its size and place; float16 has no such numbers, and squares of few small ones.
+    small = 1e-1 if x.dtype == torch.float16 else 1e-9
     faint = draw(B, L).sigmoid() * small
     faint[:, 1] = 0
     calls += [((x, x, x), {"gauss_weight": faint}), ((x, x, x), {})]
@@ -187,11 +192,12 @@ def _unfrozen(module: nn.Module) -> Iterator[None]:
 
 def gradients(result: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of a result along one direction, float64; zero where the input has none."""
+    none = torch.zeros((), dtype=torch.float64, device="cpu")
     if not isinstance(result, Tensor) or not result.requires_grad:
-        return [torch.zeros((), dtype=torch.float64) for _ in inputs]
-    direction = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result)
+        return [none] * len(inputs)
+    direction = torch.randn(result.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(result)
     found = torch.autograd.grad(result, inputs, direction, allow_unused=True)
-    return [torch.zeros((), dtype=torch.float64) if x is None else x.double().cpu() for x in found]
+    return [none if x is None else x.double().cpu() for x in found]
 
 
 def gradients_differ(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> bool:
@@ -262,10 +268,10 @@ class _Draw:
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.like)
+        return torch.randn(shape, generator=self.generator, device="cpu").to(self.like)
 
     def padding(self, B: int, L: int) -> Tensor:
         """[B, L]: the first sample's last position."""
@@ -274,7 +280,7 @@ class _Draw:
         return padded
 
     def future(self, L: int) -> Tensor:
-        return torch.full((L, L), -torch.inf).to(self.like).triu(1)
+        return torch.full((L, L), -torch.inf, device="cpu").to(self.like).triu(1)
 
 
 @contextmanager

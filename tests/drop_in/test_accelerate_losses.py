@@ -504,6 +504,14 @@ def test_losses_that_move_things_to_a_gpu_are_tried_without_one() -> None:
     assert torch.Tensor.cuda is cuda
 
 
+@pytest.mark.parametrize("family", MODULES)
+def test_the_caller_s_default_device_is_not_the_trial_s(family: str) -> None:
+    plain = MODULES[family].ivc_loss
+    with torch.device("meta"):
+        cnm_kernels.accelerate_losses(MODULES[family])
+    assert MODULES[family].ivc_loss.__wrapped__ is plain
+
+
 def test_no_layer_over_the_vocabulary() -> None:
     plain = cnm_losses.rec_loss
     with pytest.raises(ValueError, match=r"has no nn.Linear with as many outputs as its vocab_size"):

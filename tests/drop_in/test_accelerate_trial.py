@@ -291,3 +291,19 @@ def test_a_trial_in_inference_mode() -> None:
     assert isinstance(module, AcceleratedAttention)
     assert isinstance(layer, AcceleratedLayer)
     assert isinstance(made, AcceleratedAttention)
+
+
+@pytest.mark.parametrize("make", [lambda: MultiheadAttention(D, H), lambda: DecoderLayer(D, H, dropout=0.1)])
+def test_the_caller_s_default_device_is_not_the_trial_s(make: Callable[[], nn.Module]) -> None:
+    module = make()
+    with torch.device("meta"):
+        cnm_kernels.accelerate(module)
+    assert isinstance(module, AcceleratedAttention | AcceleratedLayer)
+
+
+@pytest.mark.parametrize("sizes", [(32, 4), (256, 4), (512, 8)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_published_modules_of_every_width_and_dtype_are_accelerated(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    attention, layer = MultiheadAttention(*sizes).to(dtype), DecoderLayer(*sizes, dropout=0.1).to(dtype)
+    assert isinstance(cnm_kernels.accelerate(attention), AcceleratedAttention)
+    assert isinstance(cnm_kernels.accelerate(layer), AcceleratedLayer)
