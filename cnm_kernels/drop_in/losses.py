@@ -409,15 +409,26 @@ def loss_differs(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | 
 
 
 def _examples(parameters: list[str]) -> Iterator[dict[str, Any]]:
-    B, L, V, K, T = 2, 3, 7, 2, 5
+    words = [[1, 0, 2], [3, 4, 5]], [[1, 1, 1], [1, 1, 0]]
+    yield from _examples_of(parameters, *words, scale=1)
+    # Many words and large logits: what is cut off or clamped shows.
+    far = [[i % 7 for i in range(64)]], [[1] * 63 + [0]]
+    yield from _examples_of(parameters, *far, scale=30)
+
+
+def _examples_of(
+    parameters: list[str], words_id: list[list[int]], words_mask: list[list[int]], scale: float
+) -> Iterator[dict[str, Any]]:
+    V, K, T = 7, 2, 5
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator("cpu").manual_seed(0)
+    ids = torch.tensor(words_id, device=device)
+    mask = torch.tensor(words_mask, dtype=torch.uint8, device=device)
+    B, L = ids.shape
 
     def logits(rows: int) -> Tensor:
-        return torch.randn(rows, L, V, generator=generator, device="cpu").to(device)
+        return (scale * torch.randn(rows, L, V, generator=generator, device="cpu")).to(device)
 
-    ids = torch.arange(1, 1 + B * L, device=device).view(B, L)
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.uint8, device=device)
     if "logit" in parameters:
         yield {"logit": logits(B), "idx": ids, "mask": mask}
         yield {
