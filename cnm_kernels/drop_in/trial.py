@@ -208,10 +208,10 @@ def seed_all(seed: int) -> None:
 
 def _generators(module: nn.Module) -> tuple[Any, ...]:
     """The states of the generators that a call of the module may draw from, to be compared."""
-    _, keys, *position = np.random.get_state()  # noqa: NPY002
+    numpy: Any = np.random.get_state()  # noqa: NPY002
     states = [torch.get_rng_state()]
     states += [torch.cuda.get_rng_state(device) for device in {x.device for x in module.parameters() if x.is_cuda}]
-    return random.getstate(), keys.tobytes(), position, [state.tolist() for state in states]
+    return random.getstate(), numpy[1].tobytes(), numpy[2:], [state.tolist() for state in states]
 
 
 @contextmanager
