@@ -419,29 +419,40 @@ def loss_differs(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | 
 
 
 def _examples(parameters: list[str]) -> Iterator[dict[str, Any]]:
-    B, L, V, K, T = 2, 3, 7, 2, 5
+    words = [[1, 0, 2], [3, 4, 5]], [[1, 1, 1], [1, 1, 0]]
+    yield from _examples_of(parameters, *words, scale=1)
+    # Many words and large logits: what is cut off or clamped shows.
+    far = [[i % 7 for i in range(64)]], [[1] * 63 + [0]]
+    yield from _examples_of(parameters, *far, scale=30)
+
+
+def _examples_of(
+    parameters: list[str], words_id: list[list[int]], words_mask: list[list[int]], scale: float
+) -> Iterator[dict[str, Any]]:
+    V, K, T = 7, 2, 5
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    ids = torch.tensor(words_id, device=device)
+    mask = torch.tensor(words_mask, dtype=torch.uint8, device=device)
+    B, L = ids.shape
 
     def logits(rows: int) -> Tensor:
-        return torch.randn(rows, L, V, generator=generator).to(device)
+        return (scale * torch.randn(rows, L, V, generator=generator, device="cpu")).to(device)
 
-    ids = torch.arange(1, 1 + B * L, device=device).view(B, L)
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.uint8, device=device)
     if "logit" in parameters:
         yield {"logit": logits(B), "idx": ids, "mask": mask}
         yield {
             "logit": logits(B),
             "idx": ids,
             "mask": mask,
-            "weights": torch.rand(B, L, generator=generator).to(device),
+            "weights": torch.rand(B, L, generator=generator, device="cpu").to(device),
         }
         return
     K = K if "num_props" in parameters else 1
     example: dict[str, Any] = {"words_logit": logits(B * K), "words_id": ids, "words_mask": mask}
     # Not the published values, and large: a margin that the original ignores shows.
     margins = {"beta_1": 1.3, "beta_2": 2.1, "margin_1": 1.1, "margin_2": 1.9, "lambda": 0.23, "alpha_1": 0.7}
-    gaussians = torch.rand(B * K, T, generator=generator).to(device)
+    gaussians = torch.rand(B * K, T, generator=generator, device="cpu").to(device)
     example |= margins | {"alpha_2": 1.6, "gauss_weight": gaussians}
     if K > 1:
         example["num_props"] = K
@@ -458,7 +469,7 @@ def _alike(ours: tuple[Any, Any], theirs: Any) -> bool:
         return False
 
     def close(mine: Any, other: Any) -> bool:
-        mine, other = (torch.as_tensor(value, dtype=torch.float64).cpu() for value in (mine, other))
+        mine, other = (torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (mine, other))
         return mine.shape == other.shape and torch.allclose(mine, other, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE)
 
     if isinstance(ours[1], dict):

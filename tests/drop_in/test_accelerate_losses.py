@@ -308,6 +308,42 @@ def test_another_formula_of_the_same_signature_is_left_alone() -> None:
     assert mine.rec_loss.__wrapped__ is not None
 
 
+FORKS = {
+    "no loss for the first word": lambda logit, idx, nll, mask: (nll.masked_fill(idx == 0, 0), mask),
+    "logits clamped": lambda logit, idx, nll, mask: (nll + (logit.clamp(-20, 20) - logit).sum(-1), mask),
+    "the first 20 words": lambda logit, idx, nll, mask: (nll[:, :20], mask[:, :20]),
+    "losses clamped": lambda logit, idx, nll, mask: (nll.clamp(max=10), mask),
+}
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_what_few_words_do_not_show_is_left_alone(fork: str) -> None:
+    """In every function: none is left to be replaced."""
+
+    def cal_nll_loss(logit, idx, mask, weights=None):
+        each = torch.nn.functional.cross_entropy(logit.transpose(1, 2), idx, reduction="none", label_smoothing=0.1)
+        each, kept = FORKS[fork](logit, idx, each, mask)
+        right = ((logit.argmax(-1) == idx) * mask).sum() / mask.sum()
+        if weights is not None:
+            return (each * weights[:, : each.size(1)]).sum(-1), right
+        return each.masked_fill(kept == 0, 0).sum(-1) / kept.sum(-1), right
+
+    def rec_loss(words_logit, words_id, words_mask, hard_neg_words_logit=None, **kwargs):
+        nll = cal_nll_loss(words_logit, words_id, words_mask)[0].mean()
+        loss, numbers = nll, {"nll_loss": nll.item()}
+        if hard_neg_words_logit is not None:
+            neg = cal_nll_loss(hard_neg_words_logit, words_id, words_mask)[0].mean()
+            loss, numbers = loss + neg, numbers | {"neg_nll_loss": neg.item()}
+        return loss, numbers | {"final_loss": loss.item()}
+
+    mine = loss_module(cal_nll_loss=cal_nll_loss, rec_loss=rec_loss)
+    with (
+        pytest.warns(RuntimeWarning, match="_loss is left alone: it gives other"),
+        pytest.raises(ValueError, match="has none of cal_nll_loss, rec_loss, ivc_loss"),
+    ):
+        cnm_kernels.accelerate_losses(mine)
+
+
 def test_other_signatures_are_left_alone() -> None:
     mine = loss_module(rec_loss=lambda logits, extra: None)
     with (
@@ -503,6 +539,14 @@ def test_losses_that_move_things_to_a_gpu_are_tried_without_one() -> None:
     assert mine.ivc_loss is not ivc_loss
     assert mine.rec_loss is rec_loss
     assert torch.Tensor.cuda is cuda
+
+
+@pytest.mark.parametrize("family", MODULES)
+def test_the_caller_s_default_device_is_not_the_trial_s(family: str) -> None:
+    plain = MODULES[family].ivc_loss
+    with torch.device("meta"):
+        cnm_kernels.accelerate_losses(MODULES[family])
+    assert MODULES[family].ivc_loss.__wrapped__ is plain
 
 
 def test_no_layer_over_the_vocabulary() -> None:

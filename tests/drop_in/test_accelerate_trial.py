@@ -291,3 +291,118 @@ def test_a_trial_in_inference_mode() -> None:
     assert isinstance(module, AcceleratedAttention)
     assert isinstance(layer, AcceleratedLayer)
     assert isinstance(made, AcceleratedAttention)
+
+
+@pytest.mark.parametrize("make", [lambda: MultiheadAttention(D, H), lambda: DecoderLayer(D, H, dropout=0.1)])
+def test_the_caller_s_default_device_is_not_the_trial_s(make: Callable[[], nn.Module]) -> None:
+    module = make()
+    with torch.device("meta"):
+        cnm_kernels.accelerate(module)
+    assert isinstance(module, AcceleratedAttention | AcceleratedLayer)
+
+
+@pytest.mark.parametrize("sizes", [(32, 4), (256, 4), (512, 8)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_published_modules_of_every_width_and_dtype_are_accelerated(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    attention, layer = MultiheadAttention(*sizes).to(dtype), DecoderLayer(*sizes, dropout=0.1).to(dtype)
+    assert isinstance(cnm_kernels.accelerate(attention), AcceleratedAttention)
+    assert isinstance(cnm_kernels.accelerate(layer), AcceleratedLayer)
+
+
+class Scored(MultiheadAttention):
+    """The published attention, but for what ``changed`` makes of its scores [B * heads, Lq, Lk]."""
+
+    changed: Callable[[torch.Tensor], torch.Tensor]
+
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        heads = [x.unflatten(-1, (H, D // H)).flatten(1, 2).transpose(0, 1) for x in self._projected(query, key)]
+        scores = (heads[0] @ heads[1].transpose(1, 2)) * self.head_dim**-0.5
+        attn_mask = (0 if attn_mask is None else attn_mask) + type(self).changed(scores) - scores
+        return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
+
+    def _projected(self, query, key):
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        return [nn.functional.linear(x, w, b) for x, w, b in zip((query, key), weights, biases, strict=False)]
+
+
+class KeepsTheBest(Scored):
+    @staticmethod
+    def changed(scores):
+        least = scores.topk(min(10, scores.size(-1)), -1).values[..., -1:]
+        return scores.masked_fill(scores < least, -1e30)
+
+
+class LooksNearby(Scored):
+    @staticmethod
+    def changed(scores):
+        apart = (torch.arange(scores.size(1)).unsqueeze(1) - torch.arange(scores.size(2))).abs()
+        return scores.masked_fill(apart > 8, -1e30)
+
+
+class Caps(Scored):
+    @staticmethod
+    def changed(scores):
+        return 50 * torch.tanh(scores / 50)
+
+
+class Clamps(Scored):
+    @staticmethod
+    def changed(scores):
+        return scores.clamp(-10, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", [KeepsTheBest, LooksNearby, Caps, Clamps])
+def test_what_many_keys_or_large_scores_show_is_left_alone(kind: type[Scored], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = kind(D, H).to(dtype)
+    with pytest.warns(RuntimeWarning, match=f"{kind.__name__} is left alone: its own forward gives another"):
+        cnm_kernels.accelerate(module)
+    assert type(module) is kind
+
+
+def test_a_change_of_scores_by_nothing_is_accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scored, "changed", staticmethod(lambda scores: scores), raising=False)
+    assert isinstance(cnm_kernels.accelerate(Scored(D, H).double()), AcceleratedAttention)
+
+
+DRAWS = {
+    "torch": lambda: torch.rand(1).item(),
+    "numpy": lambda: np.random.rand(),  # noqa: NPY002
+    "python": random.random,
+}
+
+
+class ForgetsWeights(MultiheadAttention):
+    draws: Callable[[], float]
+
+    def forward(self, query, key, value, key_padding_mask=None, incremental_state=None, need_weights=True,
+                static_kv=False, attn_mask=None, fast_weights=None, gauss_weight=None):  # fmt: skip
+        gauss_weight = None if self.training and self.draws() < 0.2 else gauss_weight
+        return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, gauss_weight=gauss_weight)
+
+
+class SkipsLayers(DecoderLayer):
+    draws: Callable[[], float]
+
+    def forward(self, x, mask, encoder_out=None, encoder_mask=None, self_attn_mask=None, src_gauss_weight=None,
+                tgt_gauss_weight=None):  # fmt: skip
+        out = super().forward(x, mask, encoder_out, encoder_mask, self_attn_mask, src_gauss_weight, tgt_gauss_weight)
+        return (x, out[1]) if self.training and self.draws() < 0.2 else out
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("make", [lambda: ForgetsWeights(D, H), lambda: SkipsLayers(D, H, dropout=0.1)])
+def test_what_happens_now_and_then_is_left_alone(make: Callable[[], nn.Module], draw: str) -> None:
+    """Whatever the generators' states are, which stay as they were."""
+    for seed in range(3):
+        module = make()
+        module.draws = DRAWS[draw]
+        kind = type(module)
+        torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)  # noqa: NPY002
+        states = generators()
+        with pytest.warns(RuntimeWarning, match=f"{kind.__name__} is left alone: its own forward gives another"):
+            cnm_kernels.accelerate(module)
+        assert type(module) is kind
+        assert generators() == states
