@@ -19,6 +19,8 @@ the kernel: narrower layers, groups of columns, and rows with lengths, of which 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,8 @@ def _asked_for() -> bool:
 
     A compiled function is compiled anew when that is turned: its state is part of its guards.
     """
-    return torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")
+    cpu: Any = torch.backends.mkldnn  # whose attributes PyTorch makes at run time
+    return cpu.matmul.fp32_precision in ("tf32", "bf16")
 
 
 def split(x: Tensor) -> bool:
