@@ -199,7 +199,8 @@ def test_what_is_traced_serves_other_masks(layered: bool) -> None:
 
     wanted = call(x, PREFIX)
     cnm_kernels.accelerate(module)
-    for kind in (DeprecationWarning, torch.jit.TracerWarning):  # of torch.jit, and of checks of shapes
+    # Of torch.jit, by version of torch, and of checks of shapes.
+    for kind in (DeprecationWarning, FutureWarning, torch.jit.TracerWarning):
         warnings.simplefilter("ignore", kind)
     with pytest.warns(RuntimeWarning, match=r"what torch.jit traces, .*, is computed by PyTorch"):
         traced = torch.jit.trace(call, (x, torch.zeros_like(PREFIX)))
