@@ -43,7 +43,8 @@ def use(vendor: str, isa: str) -> None:
 def _asked_for() -> bool:
     """PyTorch's switch for CPUs, which ``torch.set_float32_matmul_precision`` turns with those of all others.
 
-    A compiled function is compiled anew when that is turned: its state is part of its guards.
+    A compiled function is compiled anew when ``torch.set_float32_matmul_precision`` turns it: that state is part of its
+    guards. It does not notice the switch of CPUs turned alone.
     """
     cpu: Any = torch.backends.mkldnn  # whose attributes PyTorch makes at run time
     return cpu.matmul.fp32_precision in ("tf32", "bf16")

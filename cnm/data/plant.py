@@ -62,8 +62,8 @@ def plant(
     """
     if not 0 <= signal <= MAX_SIGNAL:
         raise InputError(f"signal: must be from 0 to {MAX_SIGNAL:g}, got {signal:g}")
-    if not 0 < frames_per_second < float("inf"):
-        raise InputError(f"frames_per_second: must be a number above 0, got {frames_per_second:g}")
+    if not 0 < frames_per_second <= MAX_FRAMES:
+        raise InputError(f"frames_per_second: must be above 0 and at most {MAX_FRAMES}, got {frames_per_second:g}")
     if not 1 <= frame_dim <= MAX_WIDTH:
         raise InputError(f"frame_dim: must be from 1 to {MAX_WIDTH}, got {frame_dim}")
     samples: dict[str, list[Sample]] = {}

@@ -20,6 +20,10 @@ from cnm.video.clip import VisionTransformer
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of red, green, blue
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+# What files of timm's models hold beside their parameters, and timm does not load either: numbers that follow from
+# sizes, and what training alone needs.
+BESIDE_TIMM = ("relative_position_index", "attn_mask", "mask_token")
+TRAINING_HEADS = {"AuxLogits"}
 CLIP_REPOSITORY, CLIP_FILE = "timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors"
 
 
@@ -151,12 +155,12 @@ def _load_weights(module: nn.Module, weights: Path, *, classifier: Sequence[str]
     Raises:
         InputError: the file cannot be read, lacks a parameter, holds one of another shape, or one too many.
     """
-    heads = {name.partition(".")[0] for name in classifier}
+    heads = {name.partition(".")[0] for name in classifier} | TRAINING_HEADS if classifier else set()
     try:
         lacking, more = module.load_state_dict(read_weights(weights), strict=not heads)
     except RuntimeError as error:
         raise InputError(f"{weights}: its parameters do not fit ({' '.join(str(error).split())[:200]})") from None
-    more = [name for name in more if name.partition(".")[0] not in heads]
+    more = [x for x in more if x.partition(".")[0] not in heads and x.rpartition(".")[2] not in BESIDE_TIMM]
     if lacking or more:
         reason = f"no {lacking[0]!r}" if lacking else f"{more[0]!r} is one too many"
         raise InputError(f"{weights}: its parameters do not fit ({reason}); take the weights of this very model")

@@ -31,10 +31,13 @@ def _below_autograd(overload: Any, keyset: Any, inputs: Sequence[Any]) -> Any:
 
 
 def _in_forward(overload: Any, keyset: Any, inputs: Sequence[Any]) -> Any:
-    """``_below_autograd`` in a Function's forward, where gradients are off: levels of torch.func below want them."""
+    """``_below_autograd`` in a Function's forward, where gradients and forward mode are off.
+
+    Levels of torch.func below want them, if only to be refused.
+    """
     if not torch._C._are_functorch_transforms_active():
         return _below_autograd(overload, keyset, inputs)
-    with torch.enable_grad():
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         return _below_autograd(overload, keyset, inputs)
 
 

@@ -68,7 +68,7 @@ def attention_differs(module: Any, ours: Any) -> str | None:
     calls += [((x, x, x), {"gauss_weight": faint}), ((x, x, x), {})]
     long = draw(64, B, D)  # more keys than are kept where only the best or the nearest are
     extreme: list[Call] = [((long, long, long), {"gauss_weight": draw(B, 64).sigmoid()})]
-    if x.dtype in (torch.float32, torch.float64):  # others round large scores too coarsely
+    if _is_fine(x):
         extreme.append(((8 * x, 8 * x, 8 * x), {}))  # scores that a cap or a clamp changes
     with _mode(module, training=False):
         reason = _differs(module, ours, calls + extreme)
@@ -79,6 +79,13 @@ def attention_differs(module: Any, ours: Any) -> str | None:
     with _mode(module, training=True), _set(module, **dropout):
         reason = _differs(module, ours, calls)
     return reason and f"{reason}, in training"
+
+
+def _is_fine(x: Tensor) -> bool:
+    """Whether PyTorch multiplies ``x`` finely enough for large scores, of which much is rounding otherwise."""
+    switches: Any = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
+    of_float32 = x.dtype == torch.float32 and switches.matmul.fp32_precision not in ("tf32", "bf16")
+    return of_float32 or x.dtype == torch.float64
 
 
 def layer_differs(module: Any, ours: Any) -> str | None:

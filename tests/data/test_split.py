@@ -182,16 +182,16 @@ def test_a_cache_that_does_not_say_what_was_cut(tmp_path: Path) -> None:
     """Earlier versions kept three arrays, from the same words, and stay as they are."""
     config = CNMConfig.from_json(write_files(tmp_path)).dataset.model_copy(update={"max_num_words": 4})
     before = open_split(config, "train")
-    for path in (tmp_path / "cache").glob("*/cut.npy"):
-        made_from = json.loads((path.parent / "made_from.json").read_text())
-        made_from.pop("arrays", None)
-        description = json.dumps(made_from, sort_keys=True)
-        old = path.parent.with_name(hashlib.sha256(description.encode()).hexdigest()[:32])
-        path.parent.rename(old)
-        (old / "cut.npy").unlink()
-        (old / "made_from.json").write_text(description)
-        sizes = {file.name: file.stat().st_size for file in old.iterdir() if file.name != "sizes.json"}
-        (old / "sizes.json").write_text(json.dumps(sizes))
+    (path,) = (tmp_path / "cache").glob("*/cut.npy")
+    made_from = json.loads((path.parent / "made_from.json").read_text())
+    made_from.pop("arrays", None)
+    description = json.dumps(made_from, sort_keys=True)
+    old = path.parent.with_name(hashlib.sha256(description.encode()).hexdigest()[:32])
+    path.parent.rename(old)
+    (old / "cut.npy").unlink()
+    (old / "made_from.json").write_text(description)
+    sizes = {file.name: file.stat().st_size for file in old.iterdir() if file.name != "sizes.json"}
+    (old / "sizes.json").write_text(json.dumps(sizes))
     after = open_split(config, "train")
     assert after.notes == before.notes != []
     assert after.fingerprint() == before.fingerprint()

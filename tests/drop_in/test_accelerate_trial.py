@@ -304,9 +304,25 @@ def test_the_caller_s_default_device_is_not_the_trial_s(make: Callable[[], nn.Mo
 @pytest.mark.parametrize("sizes", [(32, 4), (256, 4), (512, 8)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_published_modules_of_every_width_and_dtype_are_accelerated(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     attention, layer = MultiheadAttention(*sizes).to(dtype), DecoderLayer(*sizes, dropout=0.1).to(dtype)
     assert isinstance(cnm_kernels.accelerate(attention), AcceleratedAttention)
     assert isinstance(cnm_kernels.accelerate(layer), AcceleratedLayer)
+
+
+@pytest.mark.usefixtures("switches")
+@pytest.mark.parametrize("sizes", [(32, 4), (256, 4)])
+def test_products_in_tf32_are_no_other_attention(sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    product = torch.bmm
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        near = ((x.detach().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+        return x + (near - x).detach()
+
+    monkeypatch.setattr(torch, "bmm", lambda a, b: product(rounded(a), rounded(b)))
+    torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+    assert isinstance(cnm_kernels.accelerate(MultiheadAttention(*sizes)), AcceleratedAttention)
 
 
 class Scored(MultiheadAttention):

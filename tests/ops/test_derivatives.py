@@ -58,6 +58,23 @@ def test_forward_mode(op: str, name: str, backend: str, device: str, dtype: torc
         function(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
+@pytest.mark.parametrize("way", ["jvp", "hessian"])
+@pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
+def test_forward_mode_over_a_gradient(
+    op: str, name: str, backend: str, device: str, dtype: torch.dtype, way: str
+) -> None:
+    function, x = _function(op, sample(op, name, dtype, device), backend)
+    ways: dict[str, Callable[[], Any]] = {
+        "jvp": lambda: torch.func.jvp(torch.func.grad(function), (x,), (torch.ones_like(x),)),
+        "hessian": lambda: torch.func.hessian(function)(x),
+    }
+    if backend == "torch":
+        ways[way]()
+        return
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        ways[way]()
+
+
 @pytest.mark.parametrize(ARGUMENTS, cases(ONE_EACH, [torch.float32]))
 def test_forward_mode_of_a_gradient(op: str, name: str, backend: str, device: str, dtype: torch.dtype) -> None:
     """Where the upstream gradient alone has a tangent, only the backward meets it."""

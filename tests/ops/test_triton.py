@@ -182,12 +182,12 @@ def tuned_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
     autotune = importlib.import_module("cnm_kernels.triton.autotune")
     tuned, found = autotune.configurations.tuned, autotune.Configuration(128, 128, num_stages=3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with FakeTensorMode():  # before PyTorch is told of a GPU, which it would allocate on
+        tensor = torch.empty(1, device="cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     autotune.write(autotune.configurations.tuned_path("A GPU"), {("linear_nll", 4, 256): found})
     tuned.cache_clear()
-    with FakeTensorMode():
-        tensor = torch.empty(1, device="cuda")
     yield tensor, found
     tuned.cache_clear()
 

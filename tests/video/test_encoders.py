@@ -202,6 +202,7 @@ def test_the_classifier_is_what_the_configuration_calls_so(
     [
         (lambda state: state, None),
         (lambda state: state | {"head.weight": torch.ones(5, 4)}, None),  # the classifier, which is left out
+        (lambda state: state | {"AuxLogits.fc.weight": torch.ones(5, 4), "layers.0.attn_mask": torch.ones(4)}, None),
         (lambda state: state | {"head.fc.weight": torch.ones(5, 4), "head_dist.bias": torch.ones(5)}, None),
         (lambda state: state | {"layers.2.weight": torch.ones(5, 4)}, "'layers.2.weight' is one too many"),
         (lambda state: state | {"header.weight": torch.ones(5, 4)}, "'header.weight' is one too many"),
