@@ -64,7 +64,10 @@ TABLE: dict[tuple[str, int], list[tuple[int, Configuration]]] = {
         (64, Configuration(16, 16, num_warps=8, num_stages=1)),
         (128, Configuration(16, 16, num_warps=8, num_stages=1)),
     ],
-    ("linear_nll", 2): [(256, Configuration(64, 32, num_warps=8))],
+    ("linear_nll", 2): [
+        (256, Configuration(64, 32, num_warps=8)),
+        (512, Configuration(32, 64, num_warps=8)),
+    ],
     ("linear_nll", 4): [(256, Configuration(16, 32, num_warps=8, num_stages=1))],
     ("linear_nll_backward", 2): [
         (256, Configuration(32, 64, num_warps=8)),

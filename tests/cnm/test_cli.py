@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +22,9 @@ from click.testing import Result
 from small_runs import SMALL, assignments, write_files
 from typer.testing import CliRunner
 
-from cnm import checkpoint, configs
+from cnm import checkpoint
 from cnm.cli import COMMANDS, app
 from cnm.commands.common import program
-from cnm.config import CONFIGS, Config
-from cnm.config_fields import every_field
 from cnm.data.data_dir import DATA_PATHS
 from cnm_kernels import native
 
@@ -244,24 +241,7 @@ def test_plant_then_train(tmp_path: Path, from_files: Path) -> None:
     assert trained.exit_code == 0, trained.stderr
 
 
-# The configuration
-
-
-def test_unknown_keys_and_wrong_values_of_set_are_named(tmp_path: Path) -> None:
-    for change, words in {
-        "train.bach_size=4": "unknown field train.bach_size; did you mean train.batch_size",
-        "batch_size=4": "unknown field batch_size; did you mean train.batch_size?",
-        "trian.batch_size=4": "unknown field trian; did you mean train?",
-        "lr=1": "did you mean train.generator.lr or train.reconstructor.lr?",
-        "train.batch_size=large": "train.batch_size",
-        "train.batch_size": "must be key=value",
-        "train.batch_size.x=3": "batch_size has no fields of its own",
-        "bogus.key=1": "unknown field bogus; remove it",
-    }.items():
-        message = error_line(run("train", "--config", "synthetic", "--run", tmp_path / "run", "--set", change))
-        assert words in message, message
-        assert change in message
-    assert not (tmp_path / "run").exists()
+# What the machine lacks
 
 
 @pytest.mark.parametrize(
@@ -286,69 +266,6 @@ def test_too_little_memory_is_one_line(
     message = error_line(run("train", "--config", "synthetic", "--run", tmp_path / "run", *changes()))
     assert message.startswith(line)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_folder_does_not_hide_a_packaged_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("tacos", "train"):
-        Path(name).mkdir()
-    assert Config.from_json(json.loads(run("config", "tacos").stdout)) == configs.resolve("tacos")
-    assert run("config", "train").stdout.startswith("train: optimizers")
-    os.mkfifo("pipe")
-    threading.Thread(target=Path("pipe").write_text, args=(run("config", "tacos").stdout,)).start()
-    assert json.loads(run("config", "pipe").stdout) == json.loads(run("config", "tacos").stdout)
-
-
-def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
-    message = error_line(run("train", "--config", "charades", "--run", tmp_path / "run"))
-    assert "synthetic" in message
-    assert message.endswith("; did you mean charades_i3d or charades_cpl?")
-    assert "--config is missing" in error_line(run("train", "--run", tmp_path / "run"))
-    (tmp_path / "broken.json").write_text('{"dataset": ')
-    assert "broken.json: line 1" in error_line(run("train", "--config", tmp_path / "broken.json"))
-
-
-def test_config_lists_the_packaged_ones_and_explains_every_field() -> None:
-    listed = run("config").stdout
-    for name in configs.names():
-        assert f"  {name} " in listed
-    for field in (field for config in CONFIGS.values() for field in every_field(config)):
-        assert field.description, f"{field.name} has no description"
-        assert field.name in listed
-    assert "model.config.max_width  (number above 0; default 1.0)" in listed
-    assert "train.batch_size  (whole number from 1; must be given)" in listed
-    explained = run("config", "train.generator").stdout.splitlines()
-    assert explained[0].startswith("train.generator: ")
-    assert all("train.generator" in line or line.startswith("      ") for line in explained)
-    assert "did you mean train.generator.lr or" in error_line(run("config", "train.lr"))
-    assert "did you mean charades_i3d" in error_line(run("config", "charades"))
-    assert "--set" in error_line(run("config", "--set", "train.seed=1"))
-
-
-@pytest.mark.parametrize("name", configs.names())
-def test_config_prints_what_train_takes(tmp_path: Path, name: str) -> None:
-    result = run("config", name, "--set", "train.batch_size=7")
-    (tmp_path / "mine.json").write_text(result.stdout)
-    assert configs.resolve(tmp_path / "mine.json") == configs.resolve(name, ["train.batch_size=7"])
-
-
-@pytest.mark.parametrize("name", configs.names())
-def test_packaged_configurations_are_valid(name: str) -> None:
-    config = configs.resolve(name)
-    assert config.train.model_saved_path.endswith(name)
-
-
-def test_packaged_configurations_have_the_published_values() -> None:
-    charades, clip, c3d = (configs.resolve(n) for n in ("charades_i3d", "activitynet_clip", "activitynet_c3d"))
-    assert (charades.dataset.vocab_size, charades.dataset.frame_dim, charades.train.max_num_epochs) == (1111, 1024, 50)
-    assert (charades.model.config.alpha, charades.model.config.max_width) == (5.5, 0.45)
-    assert (clip.dataset.vocab_size, clip.dataset.frame_dim, clip.train.max_num_epochs) == (8000, 512, 20)
-    assert (c3d.dataset.frame_dim, c3d.train.max_num_epochs, c3d.model.config.max_width) == (500, 30, 1)
-    for config in (charades, clip, c3d):
-        optimizer = config.train.reconstructor
-        assert (optimizer.lr, optimizer.warmup_updates, optimizer.warmup_init_lr) == (4e-4, 400, 1e-7)
-        assert (config.train.batch_size, config.dataset.max_num_frames, config.dataset.max_num_words) == (128, 200, 20)
-        assert (config.loss.beta_1, config.loss.beta_2) == (0.1, 0.15)
 
 
 def test_cuda_without_a_gpu(tmp_path: Path) -> None:

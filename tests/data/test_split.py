@@ -255,6 +255,7 @@ def test_a_plant_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         {"signal": -1.0},
         {"frames_per_second": float("inf")},
         {"frames_per_second": 0.0},
+        {"frames_per_second": 1e308},
         {"frame_dim": 0},
         {"frame_dim": 2**16 + 1},
     ],

@@ -23,7 +23,6 @@ SPILLS = {  # bytes of a thread, by Triton 3.8 or 3.9; no published size
     ("attention_blocked.key_gradient", "d=128", "float32"): 88,
     ("attention_blocked.query_gradient", "d=128", "float32"): 32,
     ("attention.backward", "branches", "sm_89"): 40,
-    ("linear_nll.forward", "D=512", "bfloat16", "sm_89"): 32,
     ("linear_nll.word_gradient", "D=512", "bfloat16"): 32,  # so that two blocks are resident, with 3.8 on sm_90
 }
 KERNELS = {
